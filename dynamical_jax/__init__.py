@@ -1,0 +1,36 @@
+"""Deep active learning by training dynamics (dynamicAL) in JAX.
+
+import dynamical_jax as dj
+
+data = dj.datasets.load("digits")
+model = dj.models.create("cnn", data)
+experiment = dj.Experiment(data, model, dj.STRATEGIES["dynamical"](), dj.Budget(50, 50, 5))
+for happened in experiment.run():
+    print(happened.num_labeled, happened.test.accuracy)
+"""
+
+from dynamical_jax import active_learning as active_learning
+from dynamical_jax import datasets as datasets
+from dynamical_jax import dynamics as dynamics
+from dynamical_jax import errors as errors
+from dynamical_jax import gradients as gradients
+from dynamical_jax import losses as losses
+from dynamical_jax import models as models
+from dynamical_jax import plotting as plotting
+from dynamical_jax import pool as pool
+from dynamical_jax import progress as progress
+from dynamical_jax import records as records
+from dynamical_jax import selection as selection
+from dynamical_jax import strategies as strategies
+from dynamical_jax import streams as streams
+from dynamical_jax import training as training
+from dynamical_jax import types as types
+from dynamical_jax.active_learning import Budget as Budget
+from dynamical_jax.active_learning import Experiment as Experiment
+from dynamical_jax.datasets import Dataset as Dataset
+from dynamical_jax.errors import UserError as UserError
+from dynamical_jax.strategies import STRATEGIES as STRATEGIES
+from dynamical_jax.strategies import LearnerView as LearnerView
+from dynamical_jax.training import TrainingConfig as TrainingConfig
+from dynamical_jax.types import Examples as Examples
+from dynamical_jax.types import Outputs as Outputs

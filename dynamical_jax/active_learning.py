@@ -1,0 +1,256 @@
+"""Algorithm 1: train, query, ask the oracle, and again with the weights carried over."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dynamical_jax import models, streams, training
+from dynamical_jax.datasets import Dataset
+from dynamical_jax.errors import UserError
+from dynamical_jax.pool import Oracle, Pool, initial_pool
+from dynamical_jax.strategies import LearnerView, Strategy
+from dynamical_jax.types import Examples, Rows, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How many labels are asked for, and when (§2.2).
+
+    Attributes:
+      initial_size: M, labels of the initial set.
+      batch_size: b, labels per query.
+      num_rounds: R, queries. The model is trained R + 1 times, in rounds 0 to R.
+    """
+
+    initial_size: int
+    batch_size: int
+    num_rounds: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise UserError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+
+    @property
+    def total(self) -> int:
+        """M + R·b, labels at the end."""
+        return self.initial_size + self.num_rounds * self.batch_size
+
+
+class State(NamedTuple):
+    """All that a round depends on besides the experiment itself."""
+
+    round_index: int
+    pool: Pool
+    variables: Variables
+    strategy_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What happened in one round: the model was trained on S and evaluated, then Q was queried.
+
+    Attributes:
+      round_index: 0 for the initial set.
+      num_labeled: |S|.
+      epochs: that training took.
+      labeled: evaluation on S after training.
+      test: evaluation on the test set after the last epoch.
+      best_test_accuracy: the best over the epochs of this round at which the test set was looked
+        at. Nothing is decided by it; some published tables report it.
+      query: `[b]` what was queried, as `Dataset.index`; empty in the last round.
+      query_scores: `[b]` the strategy's scores of these.
+      seconds: spent on "train", "evaluate", "score" and "select".
+    """
+
+    round_index: int
+    num_labeled: int
+    epochs: int
+    labeled: training.Evaluation
+    test: training.Evaluation
+    best_test_accuracy: float
+    query: np.ndarray
+    query_scores: np.ndarray
+    seconds: dict[str, float]
+
+
+class Reporter(Protocol):
+    """Is told how a round goes on."""
+
+    def begin(self, round_index: int) -> None:
+        """Called before a round."""
+
+    def epoch(self, epoch: int, evaluation: training.Evaluation) -> None:
+        """Called after each epoch."""
+
+    def scored(self, done: int, total: int) -> None:
+        """Called as the pool is scored."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def begin(self, round_index: int) -> None:
+        """Says nothing."""
+
+    def epoch(self, epoch: int, evaluation: training.Evaluation) -> None:
+        """Says nothing."""
+
+    def scored(self, done: int, total: int) -> None:
+        """Says nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One strategy with one seed.
+
+    The seed alone determines the initial set and the initial weights, whatever the strategy: runs
+    of different strategies with one seed are paired.
+
+    Attributes:
+      dataset: the pool and the test set.
+      model: a Flax module `(x, train) -> Outputs` of raw images.
+      strategy: chooses the queries.
+      budget: how many labels, when.
+      training_config: how the model is fitted in each round.
+      seed: of all randomness.
+      evaluate_every: epochs between looks at the test set; 0 for only after the last epoch.
+      eval_batch_size: examples at a time in evaluation; changes no result.
+
+    Raises:
+      UserError: on construction, if the budget exceeds the pool.
+    """
+
+    dataset: Dataset
+    model: nn.Module
+    strategy: Strategy
+    budget: Budget
+    training_config: training.TrainingConfig = training.TrainingConfig()  # noqa: RUF009
+    seed: int = 0
+    evaluate_every: int = 1
+    eval_batch_size: int = 512
+
+    def __post_init__(self):
+        size = len(self.dataset.pool.y)
+        if self.budget.total > size:
+            raise UserError(
+                f"{self.budget.initial_size} initial labels and {self.budget.num_rounds} queries "
+                f"of {self.budget.batch_size} need {self.budget.total} images, but the pool of "
+                f"{self.dataset.name} has {size}"
+            )
+
+    @functools.cached_property
+    def _images(self) -> jax.Array:
+        return jnp.asarray(self.dataset.pool.x)
+
+    @functools.cached_property
+    def _test(self) -> Examples:
+        return Examples(jnp.asarray(self.dataset.test.x), self.dataset.test.y)
+
+    def init(self) -> State:
+        """Returns the state before round 0: the initial set drawn, the weights initialised."""
+        pool = initial_pool(
+            len(self.dataset.pool.y),
+            self.budget.initial_size,
+            streams.generator(self.seed, "initial_set"),
+        )
+        key = streams.key(self.seed, "weights")
+        variables = models.init(self.model, key, self.dataset.pool.x)
+        return State(0, pool, variables, self.strategy.init())
+
+    def step(self, state: State, reporter: Reporter | None = None) -> tuple[State, Round]:
+        """Plays one round: trains on S, evaluates, and unless it is the last queries labels.
+
+        Raises:
+          DivergedError: if training does.
+          UserError: if scores are not finite.
+        """
+        reporter = reporter or Silent()
+        reporter.begin(state.round_index)
+        oracle = Oracle(self.dataset.pool.y)
+        seconds: Counter[str] = Counter()
+        rows = state.pool.labeled
+        labeled = Examples(Rows(self.dataset.pool.x, rows), oracle(rows))
+
+        test_accuracies = []
+
+        def on_epoch(epoch: int, variables: Variables, evaluation: training.Evaluation) -> None:
+            reporter.epoch(epoch, evaluation)
+            if self.evaluate_every and epoch % self.evaluate_every == 0:
+                with _timed(seconds, "evaluate"):
+                    test_accuracies.append(self._evaluate(variables).accuracy)
+
+        with _timed(seconds, "train"):
+            fit = training.fit(
+                self.model,
+                state.variables,
+                labeled,
+                self.training_config,
+                self.seed,
+                state.round_index,
+                capacity=self.budget.total,
+                eval_batch_size=self.eval_batch_size,
+                on_epoch=on_epoch,
+            )
+        seconds["train"] -= seconds["evaluate"]
+        with _timed(seconds, "evaluate"):
+            test = self._evaluate(fit.variables)
+
+        pool, strategy_state = state.pool, state.strategy_state
+        query, scores = np.array([], np.int64), np.array([])
+        if state.round_index < self.budget.num_rounds:
+            view = LearnerView(
+                self.model.apply,
+                fit.variables,
+                Examples(Rows(self._images, rows), labeled.y),
+                Rows(self._images, pool.unlabeled),
+                reporter.scored,
+            )
+            key = streams.key(self.seed, "strategy", state.round_index)
+            with _timed(seconds, "score"):
+                scored = self.strategy.score(key, view, strategy_state)
+                jax.block_until_ready(scored)
+            with _timed(seconds, "select"):
+                positions, scores, strategy_state = self.strategy.select(
+                    key, scored, self.budget.batch_size, strategy_state
+                )
+            pool, rows_of_query = pool.reveal(positions)
+            query = self.dataset.index[rows_of_query]
+        happened = Round(
+            state.round_index,
+            len(rows),
+            fit.epochs,
+            fit.labeled,
+            test,
+            max([test.accuracy, *test_accuracies]),
+            query,
+            scores,
+            dict(seconds),
+        )
+        return State(state.round_index + 1, pool, fit.variables, strategy_state), happened
+
+    def run(self, reporter: Reporter | None = None) -> Iterator[Round]:
+        """Yields rounds 0 to R, each as it ends."""
+        state = self.init()
+        while state.round_index <= self.budget.num_rounds:
+            state, happened = self.step(state, reporter)
+            yield happened
+
+    def _evaluate(self, variables: Variables) -> training.Evaluation:
+        return training.evaluate(self.model.apply, variables, self._test, self.eval_batch_size)
+
+
+@contextlib.contextmanager
+def _timed(seconds: Counter[str], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start

@@ -1,0 +1,296 @@
+"""Image classification data as NumPy arrays: a pool to query from and a test set.
+
+`load(name)` gives one of `DATASETS`; a `Dataset` of your own arrays needs no more than its
+constructor. Images are uint8 `[n, h, w, c]` and stay so until a model standardises them.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.types import Examples
+
+# Caltech-101 has no test set of its own: this many images of each class are held out.
+TEST_IMAGES_PER_CLASS = 10
+CALTECH101_IMAGE_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A pool, whose labels an oracle knows, and a test set.
+
+    Attributes:
+      name: what records call it.
+      pool: x `[n, h, w, c]` and labels y `[n]`, NumPy.
+      test: the same for the test set.
+      class_names: the K classes, in the order of the labels.
+      version: of the data, for records.
+      index: `[n]` where each row of the pool stands in the data set it was taken from; its own
+        position by default. Records name examples by it.
+
+    Raises:
+      UserError: on construction, if shapes or labels do not fit, or an image is not finite.
+    """
+
+    name: str
+    pool: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    version: str = ""
+    index: Any = None
+
+    def __post_init__(self):
+        if self.index is None:
+            object.__setattr__(self, "index", np.arange(len(self.pool.y)))
+        for part, examples in (("pool", self.pool), ("test", self.test)):
+            _check_examples(f"{self.name}: {part}", examples, len(self.class_names))
+        if self.pool.x.shape[1:] != self.test.x.shape[1:]:
+            raise UserError(
+                f"{self.name}: pool images have shape {self.pool.x.shape[1:]}, test images "
+                f"{self.test.x.shape[1:]}"
+            )
+
+    @functools.cached_property
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        # Sums of channels over one image at a time of 64-bit integers or floats are exact enough
+        # and need no float copy of the pool.
+        count, total, squares = 0, 0.0, 0.0
+        for start in range(0, len(self.pool.x), 1024):
+            block = np.asarray(self.pool.x[start : start + 1024], np.float64)
+            block = block.reshape(-1, block.shape[-1])
+            count, total = count + len(block), total + block.sum(axis=0)
+            squares = squares + (block**2).sum(axis=0)
+        mean = total / count
+        return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel over the pool, in the images' own units."""
+        return tuple(self._statistics[0].tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel over the pool, in the images' own units."""
+        return tuple(self._statistics[1].tolist())
+
+
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Returns one of `DATASETS`.
+
+    Args:
+      name: its key.
+      image_size: side to which images are resized; their own size if None (Caltech-101, whose
+        images differ in size: 64).
+      data_dir: where TFDS keeps its data; `TFDS_DATA_DIR` or TFDS's own default if None.
+      cache_dir: where decoded arrays are kept between runs; `default_cache_dir()` if None.
+      download: whether TFDS may download and prepare what is not in `data_dir`.
+
+    Raises:
+      UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared, or
+        a cache file is corrupt.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"the image size must be at least 1, got {image_size}")
+    if name == "digits":
+        return _load_digits(image_size)
+    cache_dir = pathlib.Path(cache_dir or default_cache_dir())
+    return _load_tfds(name, image_size, data_dir, cache_dir, download)
+
+
+def default_cache_dir() -> str:
+    """Returns `$XDG_CACHE_HOME/dynamical_jax`, by default `~/.cache/dynamical_jax`."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return str(pathlib.Path(root) / "dynamical_jax")
+
+
+def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
+    x, y = examples
+    if x.ndim != 4:
+        raise UserError(f"{what}: images must be [n, height, width, channels], got {x.shape}")
+    if len(x) == 0 or y.shape != (len(x),):
+        raise UserError(f"{what}: {len(x)} images but labels of shape {y.shape}")
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= num_classes:
+        raise UserError(f"{what}: labels must be integers from 0 to {num_classes - 1}")
+    if np.issubdtype(x.dtype, np.floating):
+        finite = np.isfinite(x).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise UserError(
+                f"{what}: {np.sum(~finite)} images are not finite, the first at position "
+                f"{np.argmin(finite)}"
+            )
+
+
+def _load_digits(image_size: int | None) -> Dataset:
+    """scikit-learn's 8×8 digits (UCI, 1,797 images): every fifth of each class is for testing."""
+    import sklearn.datasets  # here, because it takes longer to import than all else together
+
+    digits = sklearn.datasets.load_digits()
+    x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
+    y = digits.target.astype(np.int32)
+    if image_size is not None:
+        x = np.stack([_resized(image, image_size) for image in x])
+    test = np.zeros(len(y), bool)
+    for label in range(10):
+        test[np.flatnonzero(y == label)[::5]] = True
+    names = tuple(str(label) for label in range(10))
+    pool, held_out = Examples(x[~test], y[~test]), Examples(x[test], y[test])
+    return Dataset("digits", pool, held_out, names, "1.0", np.flatnonzero(~test))
+
+
+def _load_tfds(
+    name: str, image_size: int | None, data_dir: str | None, cache_dir: pathlib.Path, download: bool
+) -> Dataset:
+    builder = _prepared_builder(name, data_dir, download)
+    if name == "caltech101":
+        image_size = image_size or CALTECH101_IMAGE_SIZE
+    key = f"{name}-{builder.info.version}-{image_size or 'original'}"
+    # Two copies of a data set may call themselves by one version: their sizes tell most apart.
+    source = (
+        f"{key} {[(s.name, s.num_examples, s.num_bytes) for s in builder.info.splits.values()]}"
+    )
+    decode = functools.partial(_decode, builder, image_size)
+    arrays = cached_arrays(cache_dir / f"{key}.npz", source, decode)
+    train = Examples(arrays["train_x"], arrays["train_y"])
+    test = Examples(arrays["test_x"], arrays["test_y"])
+    class_names = tuple(builder.info.features["label"].names)
+    version = str(builder.info.version)
+    if name == "caltech101":
+        return _split_caltech101(train, test, class_names, version)
+    return Dataset(name, train, test, class_names, version)
+
+
+def _prepared_builder(name: str, data_dir: str | None, download: bool) -> Any:
+    try:
+        import absl.logging
+
+        absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS advises on OpenCV at every import.
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"dataset {name!r} needs the tfds extra ({error.name} is missing): "
+            "pip install -e '.[tfds]'"
+        ) from error
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if download:
+        builder.download_and_prepare()
+    if not builder.is_prepared():
+        raise UserError(
+            f"{name} is not prepared in {builder.data_dir}: give the directory that has it as "
+            "TFDS_DATA_DIR or --data_dir, or --download to fetch it there"
+        )
+    return builder
+
+
+def _decode(builder: Any, image_size: int | None) -> dict[str, np.ndarray]:
+    """Reads both splits without TensorFlow; decodes and resizes every image."""
+    arrays = {}
+    for split in ("train", "test"):
+        source = builder.as_data_source(split=split)
+        images, labels = [], []
+        progress = tqdm.tqdm(source, f"decoding {builder.name} {split}", disable=None, leave=False)
+        for example in progress:
+            image = example["image"]
+            images.append(image if image_size is None else _resized(image, image_size))
+            labels.append(example["label"])
+        arrays[f"{split}_x"] = np.stack(images)
+        arrays[f"{split}_y"] = np.asarray(labels, np.int32)
+    return arrays
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes to size × size, bilinear with antialiasing, whatever the aspect ratio."""
+    grey = image.shape[-1] == 1
+    resized = Image.fromarray(image[..., 0] if grey else image).resize(
+        (size, size), Image.Resampling.BILINEAR
+    )
+    return np.asarray(resized).reshape(size, size, image.shape[-1])
+
+
+def _split_caltech101(
+    train: Examples, test: Examples, class_names: tuple[str, ...], version: str
+) -> Dataset:
+    """Joins TFDS's splits, drops the background, holds out 10 images of each class.
+
+    Which ones is drawn once and for all, whatever the seed of a run.
+    """
+    x = np.concatenate([train.x, test.x])
+    y = np.concatenate([train.y, test.y])
+    kept = [i for i, name in enumerate(class_names) if name != "background_google"]
+    generator = np.random.default_rng(101)
+    held_out = np.concatenate(
+        [
+            generator.choice(np.flatnonzero(y == i), TEST_IMAGES_PER_CLASS, replace=False)
+            for i in kept
+        ]
+    )
+    held_out = np.sort(held_out)
+    pool = np.setdiff1d(np.flatnonzero(np.isin(y, kept)), held_out)
+    y = np.searchsorted(kept, y).astype(np.int32)
+    names = tuple(class_names[i] for i in kept)
+    return Dataset(
+        "caltech101",
+        Examples(x[pool], y[pool]),
+        Examples(x[held_out], y[held_out]),
+        names,
+        version,
+        pool,
+    )
+
+
+def cached_arrays(
+    path: pathlib.Path, source: str, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays stored at `path`, or makes and stores them.
+
+    A file is written whole or not at all, carries a description of its source, and its checksums
+    (those of the zip format) are checked on reading.
+
+    Raises:
+      UserError: if the file is corrupt or was made from another source, or cannot be written.
+    """
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            stored_source = str(arrays.pop("source"))
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+            raise UserError(f"cache file {path} is corrupt ({error}): delete it") from error
+        if stored_source != source:
+            raise UserError(
+                f"cache file {path} was made from other data ({stored_source}): delete it or "
+                "give another --cache_dir"
+            )
+        return arrays
+    arrays = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.savez(file, source=np.array(source), **arrays)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {path}: {error}; give another --cache_dir"
+        ) from error
+    return arrays
+
+
+DATASETS = ("digits", "cifar10", "svhn_cropped", "caltech101")

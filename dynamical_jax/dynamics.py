@@ -1,0 +1,76 @@
+"""Training dynamics G, its change Δ by a query, and the approximation ratio (§3).
+
+The loss is the *sum* of cross-entropies over a set (Eq. 4), and `grad_s` = Σ_{x∈S} ∇_θ ℓ(x, y).
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+
+def training_dynamics(grad_s: Any) -> Float[Array, ""]:
+    """Returns G(S) = ‖g_S‖², the decrease of the loss on S per unit of gradient flow, Eq. 8.
+
+    Args:
+      grad_s: pytree of parameters, the gradient of the loss summed over S.
+    """
+    return optax.tree.norm(grad_s, squared=True)
+
+
+def training_dynamics_from_kernel(
+    ntk: Float[Array, "n n k k"], residual: Float[Array, "n k"]
+) -> Float[Array, ""]:
+    """Returns G(S) = Σ_ij (d^i)ᵀ 𝒦^ij d^j, the definition of Eq. 8.
+
+    Equal to `training_dynamics` of the same set; kept as its reference.
+
+    Args:
+      ntk: the empirical NTK, 𝒦[x, x', i, j] = ∇f^i(x) · ∇f^j(x').
+      residual: d = σ(f) − y.
+    """
+    return jnp.einsum("xi,xyij,yj->", residual, ntk, residual)
+
+
+def change_of_training_dynamics(
+    squared_norm: Float[Array, "n"], inner_product: Float[Array, "n"], gamma: float = 2.0
+) -> Float[Array, "n"]:
+    """Returns Δ({u}|S) = ‖g_u‖² + γ g_u·g_S of each example u.
+
+    With γ = 2 this is G(S ∪ u) − G(S), Eq. 11. Eq. 15 prints the sum over S before both terms,
+    which would count ‖g_u‖² |S| times and break that identity; here it belongs to the second term.
+
+    Args:
+      squared_norm: ‖g_u‖².
+      inner_product: g_u · g_S.
+      gamma: weight of the inner product (Figure 5). `math.inf` means the inner product alone.
+
+    >>> change_of_training_dynamics(jnp.array([1.0, 4.0]), jnp.array([0.5, -1.0]))
+    Array([2., 2.], dtype=float32)
+    """
+    if math.isinf(gamma):
+        return inner_product
+    return squared_norm + gamma * inner_product
+
+
+def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:
+    """Returns Δ(Q|S) = G(S ∪ Q) − G(S) = ‖g_Q‖² + 2 g_Q·g_S exactly, Eq. 11 and 13.
+
+    Args:
+      grad_q: pytree of parameters, the gradient of the loss summed over Q.
+      grad_s: the same over S.
+    """
+    return optax.tree.norm(grad_q, squared=True) + 2 * optax.tree.vdot(grad_q, grad_s)
+
+
+def approximation_ratio(changes: Float[Array, "b"], grad_q: Any, grad_s: Any) -> Float[Array, ""]:
+    """Returns R(Q|S) = Σ_{u∈Q} Δ({u}|S) / Δ(Q|S), Eq. 14.
+
+    Args:
+      changes: Δ({u}|S) of each u in Q, with γ = 2.
+      grad_q: pytree of parameters, the gradient of the loss summed over Q.
+      grad_s: the same over S.
+    """
+    return jnp.sum(changes) / change_by_set(grad_q, grad_s)

@@ -1,0 +1,19 @@
+"""Gradients of a network as active learning needs them (Eq. 6).
+
+Three quantities, each for any set size in bounded memory:
+
+- `set_gradient`: g_S = Σ_{x∈S} ∇_θ ℓ(x, y), one pytree of parameters;
+- `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
+- `per_example_gradients`: g_u itself, for small sets.
+
+Gradients are over all trainable parameters with the model in evaluation mode, where the gradient of
+an example depends on that example alone.
+"""
+
+from dynamical_jax.gradients.blocks import blocks as blocks
+from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
+from dynamical_jax.gradients.scoring import ENGINES as ENGINES
+from dynamical_jax.gradients.scoring import GradientTerms as GradientTerms
+from dynamical_jax.gradients.scoring import default_chunk_size as default_chunk_size
+from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products
+from dynamical_jax.gradients.set_gradient import set_gradient as set_gradient

@@ -1,0 +1,37 @@
+"""The obvious engine: `jax.grad` of one example, under `vmap`.
+
+It forms an array of batch × parameters. Slow and large, but nothing can be wrong with it: the
+reference for any faster engine.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Float, Int
+
+from dynamical_jax import losses
+from dynamical_jax.types import ApplyFn, Params, Variables
+
+
+def per_example_gradients(
+    apply: ApplyFn, variables: Variables, x: Any, labels: Int[Array, "n"]
+) -> Params:
+    """Returns ∇_θ ℓ(x_u, y_u) of every example, a pytree of parameters with a leading axis n."""
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params: Params, x: Any, label: Any) -> Array:
+        logits = apply({"params": params, **rest}, x[None]).logits
+        return losses.cross_entropy(logits, label[None])[0]
+
+    return jax.vmap(jax.grad(loss), (None, 0, 0))(variables["params"], x, labels)
+
+
+def norms_and_products(
+    apply: ApplyFn, variables: Variables, x: Any, labels: Int[Array, "n"], direction: Params
+) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`."""
+    gradients = per_example_gradients(apply, variables, x, labels)
+    squared_norm = jax.vmap(lambda gradient: optax.tree.norm(gradient, squared=True))(gradients)
+    inner_product = jax.vmap(optax.tree.vdot, (0, None))(gradients, direction)
+    return squared_norm, inner_product

@@ -1,0 +1,73 @@
+"""Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
+
+`MODELS` holds those of the paper. Any Flax module of the same form works in their place.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.models.cnn import CNN as CNN
+from dynamical_jax.models.resnet import STEMS as STEMS
+from dynamical_jax.models.resnet import ResNet18 as ResNet18
+from dynamical_jax.models.vgg import VGG11 as VGG11
+from dynamical_jax.types import Array, Outputs, Variables
+
+MODELS: Mapping[str, type[nn.Module]] = {"cnn": CNN, "resnet18": ResNet18, "vgg11": VGG11}
+
+
+class Standardized(nn.Module):
+    """A model of raw images: standardises each channel, then applies `model`.
+
+    Images stay uint8 on the host and on the way to the device; they become floats only here.
+
+    Attributes:
+      model: a module of standardised images.
+      mean: mean of each channel, in units of the raw images.
+      std: standard deviation of each channel; a constant channel's 0 counts as 1.
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Any, train: bool = False) -> Outputs:
+        """Returns the outputs of `model` for raw images `[n, h, w, c]`."""
+        dtype = jnp.result_type(jnp.float32, x.dtype)
+        mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
+        return self.model((x - mean) / jnp.where(std == 0, 1, std), train)
+
+
+def create(name: str, dataset: Any, **options: Any) -> Standardized:
+    """Returns the model called `name` for the classes and channel statistics of `dataset`.
+
+    Args:
+      name: a key of `MODELS`.
+      dataset: a `datasets.Dataset`.
+      **options: further attributes of the module, such as `stem="cifar"`.
+
+    Raises:
+      UserError: if the name is unknown.
+    """
+    check_name(name)
+    module = MODELS[name](num_classes=len(dataset.class_names), **options)
+    return Standardized(module, dataset.mean, dataset.std)
+
+
+def check_name(name: str) -> None:
+    """Raises `UserError` unless `name` is a key of `MODELS`."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+
+
+def init(model: nn.Module, key: Array, x: Any) -> Variables:
+    """Returns freshly drawn variables of `model` for inputs shaped as `x[:1]`.
+
+    Raises:
+      UserError: if the model cannot take images of this size.
+    """
+    return jax.jit(model.init)(key, jnp.asarray(x[:1]))

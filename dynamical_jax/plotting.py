@@ -1,0 +1,33 @@
+"""Figures, from records only."""
+
+import pathlib
+from collections.abc import Iterable
+
+from dynamical_jax import records
+
+
+def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
+    """Draws test accuracy against labels: mean over seeds, and one standard deviation each way."""
+    import matplotlib  # here, because drawing comes last and importing takes a while
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rounds = list(rounds)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, curve in records.curves(rounds).items():
+        mean, std = 100 * curve.mean, 100 * curve.std
+        (line,) = axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name)
+        if curve.num_seeds > 1:
+            axes.fill_between(
+                curve.num_labeled, mean - std, mean + std, color=line.get_color(), alpha=0.15
+            )
+    num_seeds = len({record["seed"] for record in rounds})
+    band = f"mean of {num_seeds} seeds, band: ± 1 standard deviation" if num_seeds > 1 else "1 seed"
+    axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({band})", fontsize=10)
+    axes.set_xlabel("labels")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

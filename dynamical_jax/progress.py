@@ -1,0 +1,54 @@
+"""One bar on the terminal for the work of a round; nothing where there is no terminal."""
+
+import tqdm
+
+from dynamical_jax.training import Evaluation
+
+
+class Bar:
+    """A reporter for `active_learning.Experiment.run`.
+
+    Args:
+      name: what runs.
+      num_rounds: how many queries there will be.
+      max_epochs: after how many epochs training stops at the latest.
+    """
+
+    def __init__(self, name: str, num_rounds: int, max_epochs: int):
+        self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
+        # disable=None: off where standard error is no terminal.
+        self._bar = tqdm.tqdm(disable=None, leave=False, dynamic_ncols=True)
+        self._total = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def begin(self, round_index: int) -> None:
+        """Starts the bar of a round."""
+        self._round = f"{self._name}, round {round_index}/{self._num_rounds}"
+        self._total = None
+
+    def epoch(self, epoch: int, evaluation: Evaluation) -> None:
+        """Shows how far training is, with loss and accuracy on the labeled set."""
+        self._show("training", epoch, self._max_epochs)
+        self._bar.set_postfix_str(f"loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.1%}")
+
+    def scored(self, done: int, total: int) -> None:
+        """Shows how much of the pool is scored."""
+        self._show("scoring", done, total)
+
+    def write(self, line: str) -> None:
+        """Prints a line to standard output without breaking the bar."""
+        self._bar.write(line)
+
+    def _show(self, part: str, done: int, total: int) -> None:
+        if self._bar.disable:
+            return
+        if (part, total) != self._total:
+            self._total = (part, total)
+            self._bar.reset(total)
+            self._bar.set_description_str(f"{self._round}, {part}")
+        self._bar.update(done - self._bar.n)

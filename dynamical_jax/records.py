@@ -1,0 +1,157 @@
+"""What happened in a run, as JSON lines that carry all that is needed to trace them.
+
+One line for each round of each seed and strategy, in `<output_dir>/rounds.jsonl`, written as the
+round ends. Tables and figures are made from these lines and nothing else.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dynamical_jax.active_learning import Round
+from dynamical_jax.errors import UserError
+
+FILE_NAME = "rounds.jsonl"
+PACKAGES = ("dynamical-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+Record = dict[str, Any]
+
+
+class Curve(NamedTuple):
+    """Accuracy against labels over seeds, all `[rounds]`: mean and sample standard deviation."""
+
+    num_labeled: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    num_seeds: int
+
+
+def make(happened: Round, identity: Mapping[str, Any]) -> Record:
+    """Returns the record of a round.
+
+    Args:
+      happened: the round.
+      identity: what it belongs to: dataset, model, strategy, seed, flags, …
+    """
+    scores = happened.query_scores
+    return {
+        **identity,
+        "round": happened.round_index,
+        "num_labeled": happened.num_labeled,
+        "test_accuracy": happened.test.accuracy,
+        "best_test_accuracy": happened.best_test_accuracy,
+        "test_loss": happened.test.loss,
+        "train_accuracy": happened.labeled.accuracy,
+        "train_loss": happened.labeled.loss,
+        "epochs": happened.epochs,
+        "query": happened.query.tolist(),
+        "query_score_mean": float(np.mean(scores)) if len(scores) else None,
+        "query_score_max": float(np.max(scores)) if len(scores) else None,
+        "seconds": {part: round(spent, 3) for part, spent in happened.seconds.items()},
+        **environment(),
+    }
+
+
+@functools.cache
+def environment() -> Mapping[str, Any]:
+    """Returns versions of packages, the device and the commit of the code."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "device": f"{device.platform}: {device.device_kind}",
+        "git_commit": _git_commit(),
+    }
+
+
+def create_directory(output_dir: str) -> pathlib.Path:
+    """Returns the path of the records in a new or empty directory.
+
+    Raises:
+      UserError: if it holds another run or cannot be written to.
+    """
+    path = pathlib.Path(output_dir) / FILE_NAME
+    if path.exists():
+        raise UserError(
+            f"{output_dir} holds a run already ({FILE_NAME}): give another --output_dir, or "
+            "remove it"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from error
+    return path
+
+
+def append(path: pathlib.Path, record: Record) -> None:
+    """Adds a line and sees to it that it is on disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    """Returns the records of a file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
+    """Returns for each strategy, in order of appearance, its `value` in the rounds of all seeds.
+
+    Rounds that not every seed of the strategy has reached are left out.
+    """
+    by_strategy: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+    labels: dict[str, dict[int, int]] = defaultdict(dict)
+    for record in records:
+        by_strategy[record["strategy"]][record["seed"]][record["round"]] = record[value]
+        labels[record["strategy"]][record["round"]] = record["num_labeled"]
+    result = {}
+    for strategy, seeds in by_strategy.items():
+        rounds = sorted(set.intersection(*(set(values) for values in seeds.values())))
+        values = np.array([[seed[index] for index in rounds] for seed in seeds.values()])
+        spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else np.full(len(rounds), np.nan)
+        num_labeled = np.array([labels[strategy][index] for index in rounds])
+        result[strategy] = Curve(num_labeled, values.mean(axis=0), spread, len(seeds))
+    return result
+
+
+def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
+    """Returns a table for the terminal: labels in rows, strategies in columns, percent."""
+    columns = curves(records, value)
+    labels = sorted({int(count) for curve in columns.values() for count in curve.num_labeled})
+    lines = ["labels" + "".join(f"{name:>16}" for name in columns)]
+    for count in labels:
+        cells = []
+        for curve in columns.values():
+            at = np.flatnonzero(curve.num_labeled == count)
+            cells.append(_cell(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
+        lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(mean: float, std: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if np.isnan(std) else f" ± {100 * std:.2f}")
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is in, marked where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

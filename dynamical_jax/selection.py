@@ -1,0 +1,20 @@
+"""Rules that turn scores into a query."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+def top_b(scores: Float[Array, "n"], batch_size: int) -> Int[Array, "b"]:
+    """Returns the positions of the `batch_size` largest scores, largest first, Eq. 12.
+
+    Guaranteed: no position twice, and of equal scores the lower position first.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of scores.
+
+    >>> top_b(jnp.array([1.0, 3.0, 2.0, 3.0]), 3)
+    Array([1, 3, 2], dtype=int32)
+    """
+    if batch_size > len(scores):
+        raise ValueError(f"cannot choose {batch_size} of {len(scores)}")
+    return jax.lax.top_k(scores, batch_size)[1]

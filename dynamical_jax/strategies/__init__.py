@@ -1,0 +1,28 @@
+"""Strategies: which unlabeled examples to label next.
+
+Adding one is a file with a class like those here and a line in `STRATEGIES`; the contract test
+finds it there.
+"""
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.strategies.base import LearnerView as LearnerView
+from dynamical_jax.strategies.base import Query as Query
+from dynamical_jax.strategies.base import Strategy as Strategy
+from dynamical_jax.strategies.dynamical import Dynamical as Dynamical
+from dynamical_jax.strategies.random import Random as Random
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "dynamical": Dynamical,
+    "random": Random,
+}
+
+
+def create(name: str, **options: object) -> Strategy:
+    """Returns the strategy called `name`.
+
+    Raises:
+      UserError: if the name is unknown, or an option is out of range.
+    """
+    if name not in STRATEGIES:
+        raise UserError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
+    return STRATEGIES[name](**options)

@@ -1,0 +1,110 @@
+"""The contract of a strategy."""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamical_jax import selection
+from dynamical_jax.errors import UserError
+from dynamical_jax.types import (
+    ApplyFn,
+    Array,
+    Examples,
+    OnProgress,
+    Variables,
+    ignore_progress,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerView:
+    """All that a strategy may see. There is no field for the labels of the pool.
+
+    Attributes:
+      apply: the model, `apply(variables, x) -> Outputs` in evaluation mode.
+      variables: its variables, trained on the labeled set.
+      labeled: the labeled set S, in the order in which labels were asked for.
+      unlabeled: `[n, ...]` inputs of the unlabeled set U; anything that gathers rows as
+        `unlabeled[positions]` with an integer array: an array, a memory map, `types.Rows`.
+      on_progress: called with (done, total) during long work.
+    """
+
+    apply: ApplyFn
+    variables: Variables
+    labeled: Examples
+    unlabeled: Any
+    on_progress: OnProgress = ignore_progress
+
+    def __post_init__(self):
+        object.__setattr__(self, "labeled", Examples(*self.labeled))
+
+
+class Query(NamedTuple):
+    """What a strategy chose.
+
+    Attributes:
+      positions: `[b]` distinct positions in `view.unlabeled`.
+      scores: `[b]` the strategy's score of each, the larger the rather chosen.
+      state: the strategy's state, for its next query.
+    """
+
+    positions: np.ndarray
+    scores: np.ndarray
+    state: Any
+
+
+class Strategy(abc.ABC):
+    """Chooses which unlabeled examples to label next.
+
+    Most strategies define `score` alone, and the highest scores are chosen. One that chooses
+    otherwise overrides `select`; one that carries something from round to round also `init`.
+    """
+
+    def init(self) -> Any:
+        """Returns the state before the first query; None for strategies that keep none."""
+        return None
+
+    @abc.abstractmethod
+    def score(self, key: Array, view: LearnerView, state: Any) -> Any:
+        """Returns what selection needs to know of each unlabeled example; here, scores `[n]`."""
+
+    def select(self, key: Array, scored: Any, batch_size: int, state: Any) -> Query:
+        """Returns the query, given what `score` returned; here, the highest scores."""
+        scores = np.asarray(scored)
+        if not np.all(np.isfinite(scores)):
+            raise UserError(
+                f"{np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite; the model "
+                "has diverged or an input is not finite"
+            )
+        positions = np.asarray(selection.top_b(scores, batch_size))
+        return Query(positions, scores[positions], state)
+
+    def query(
+        self, key: Array, view: LearnerView, batch_size: int, state: Any | None = None
+    ) -> Query:
+        """Returns `batch_size` examples to label next.
+
+        Args:
+          key: the only source of randomness; the same key gives the same query.
+          view: the learner.
+          batch_size: b.
+          state: what `init` or the last query returned; `init()` if None.
+
+        Raises:
+          UserError: if `batch_size` is not between 1 and the number of unlabeled examples, or a
+            score is not finite.
+        """
+        check_batch_size(batch_size, view)
+        state = self.init() if state is None else state
+        return self.select(key, self.score(key, view, state), batch_size, state)
+
+
+def check_batch_size(batch_size: int, view: LearnerView) -> None:
+    """Raises `UserError` unless `batch_size` examples can be queried."""
+    if not 1 <= batch_size <= len(view.unlabeled):
+        raise UserError(
+            f"cannot query {batch_size} of {len(view.unlabeled)} unlabeled examples; choose "
+            f"between 1 and {len(view.unlabeled)}"
+        )

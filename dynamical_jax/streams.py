@@ -1,0 +1,24 @@
+"""Random streams of one seed, so that a draw added to one does not move the others.
+
+Whatever is to be equal for every strategy of a seed (the initial set, the initial weights) has a
+stream of its own; what strategies draw comes from theirs.
+"""
+
+import jax
+import numpy as np
+
+NAMES = ("initial_set", "weights", "order", "dropout", "strategy")
+
+
+def generator(seed: int, stream: str, *path: int) -> np.random.Generator:
+    """Returns NumPy's generator for `stream` of `seed`, at e.g. (round, epoch)."""
+    spawn_key = (NAMES.index(stream), *path)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=spawn_key))
+
+
+def key(seed: int, stream: str, *path: int) -> jax.Array:
+    """Returns JAX's key for `stream` of `seed`, at e.g. (round,)."""
+    key = jax.random.key(seed)
+    for part in (NAMES.index(stream), *path):
+        key = jax.random.fold_in(key, part)
+    return key

@@ -1,0 +1,276 @@
+"""Training on the labeled set until it is fitted, and evaluation.
+
+One epoch is one compiled program whatever the number of labels: the labeled examples lie in a
+buffer of `capacity` rows on the device, and the loop over minibatches runs as often as the labels
+that are there need. A minibatch is filled up with masked rows, which change neither gradients nor
+loss nor BatchNorm statistics.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from dynamical_jax import losses, streams
+from dynamical_jax.errors import DivergedError, UserError
+from dynamical_jax.gradients.blocks import blocks
+from dynamical_jax.types import ApplyFn, Array, Examples, Variables
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    # Decoupled weight decay; without any, plain Adam.
+    "adam": lambda learning_rate, weight_decay: optax.adamw(
+        learning_rate, weight_decay=weight_decay
+    ),
+    "sgd": lambda learning_rate, weight_decay: optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=0.9)
+    ),
+}
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is fitted to the labeled set. The defaults are the paper's (App. C.1).
+
+    Attributes:
+      optimizer: a key of `OPTIMIZERS`, made afresh in every round.
+      learning_rate: its learning rate, at the start where the schedule is not constant.
+      schedule: "constant", or "cosine" from `learning_rate` to 0 over `max_epochs`.
+      batch_size: examples per step at most; an epoch's steps are of equal size to within one.
+      weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
+      target_accuracy: training stops at the end of the first epoch with at least this accuracy on
+        the labeled set, in evaluation mode.
+      max_epochs: training stops after so many epochs in any case.
+    """
+
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    batch_size: int = 128
+    weight_decay: float = 0.0
+    target_accuracy: float = 0.99
+    max_epochs: int = 200
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}"
+            )
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}"
+            )
+        if self.batch_size < 1 or self.max_epochs < 1:
+            raise UserError("the training batch size and max_epochs must be at least 1")
+        if not self.learning_rate > 0 or self.weight_decay < 0:
+            raise UserError("the learning rate must be positive, weight decay not negative")
+        if not 0 <= self.target_accuracy <= 1:
+            raise UserError(f"target accuracy must be in [0, 1], got {self.target_accuracy}")
+
+
+class Evaluation(NamedTuple):
+    """Accuracy in [0, 1] and mean cross-entropy over a set."""
+
+    accuracy: float
+    loss: float
+
+
+class Fit(NamedTuple):
+    """A fitted model: its variables, epochs taken, and its evaluation on the labeled set."""
+
+    variables: Variables
+    epochs: int
+    labeled: Evaluation
+
+
+OnEpoch = Callable[[int, Variables, Evaluation], None]
+"""Called after each epoch with (epochs so far, variables, evaluation on the labeled set)."""
+
+
+def fit(
+    model: nn.Module,
+    variables: Variables,
+    labeled: Examples,
+    config: TrainingConfig,
+    seed: int,
+    round_index: int = 0,
+    *,
+    capacity: int | None = None,
+    eval_batch_size: int = 512,
+    on_epoch: OnEpoch = lambda epoch, variables, evaluation: None,
+) -> Fit:
+    """Trains `variables` on the labeled set until `config` says that it is fitted.
+
+    Args:
+      model: a module `(x, train) -> Outputs`.
+      variables: where to start; left as they are.
+      labeled: the labeled set S, on the host.
+      config: optimiser, stopping rule and so on.
+      seed: with `round_index`, determines the order of examples and the dropout masks.
+      round_index: which round of active learning this is.
+      capacity: rows of the device's buffer. Calls with equal capacity share one compiled program;
+        changes no result.
+      eval_batch_size: examples at a time in evaluation, likewise.
+      on_epoch: called after each epoch; must not keep the variables, whose memory is reused.
+
+    Raises:
+      DivergedError: if a loss is not finite.
+    """
+    count = len(labeled.y)
+    capacity = max(capacity or count, count)
+    buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
+    optimizer = _optimizer(config.optimizer, config.weight_decay)
+    variables = jax.tree.map(jnp.copy, variables)  # The epochs donate theirs.
+    optimizer_state = jax.jit(optimizer.init)(variables["params"])
+    evaluation = None
+    for epoch in range(1, config.max_epochs + 1):
+        order = streams.generator(seed, "order", round_index, epoch).permutation(count)
+        key = streams.key(seed, "dropout", round_index, epoch)
+        optimizer_state.hyperparams["learning_rate"] = jnp.asarray(_learning_rate(config, epoch))
+        variables, optimizer_state, loss = _epoch(
+            model,
+            optimizer,
+            min(config.batch_size, capacity),
+            variables,
+            optimizer_state,
+            buffer,
+            _padded(order, capacity),
+            count,
+            key,
+        )
+        evaluation = evaluate(model.apply, variables, labeled, eval_batch_size)
+        if not (math.isfinite(loss) and math.isfinite(evaluation.loss)):
+            raise DivergedError(
+                f"training diverged: the loss of epoch {epoch} is not finite; a learning rate "
+                f"below {config.learning_rate:g} may help"
+            )
+        on_epoch(epoch, variables, evaluation)
+        if evaluation.accuracy >= config.target_accuracy:
+            break
+    return Fit(variables, epoch, evaluation)
+
+
+def evaluate(
+    apply: ApplyFn, variables: Variables, examples: Examples, batch_size: int = 512
+) -> Evaluation:
+    """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
+    size = len(examples.y)
+    batch_size = min(batch_size, size)
+    totals = np.zeros(2)
+    for positions, count in blocks(size, batch_size):
+        block = Examples(examples.x[positions], examples.y[positions])
+        mask = np.arange(batch_size) < count
+        totals += np.asarray(_evaluate_block(apply, variables, block, mask), np.float64)
+    correct, loss = totals / size
+    return Evaluation(float(correct), float(loss))
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _evaluate_block(apply: ApplyFn, variables: Variables, block: Examples, mask: Array) -> Array:
+    logits = apply(variables, block.x).logits
+    correct = jnp.argmax(logits, axis=-1) == block.y
+    loss = losses.cross_entropy(logits, block.y)
+    return jnp.stack([jnp.vdot(mask, correct.astype(loss.dtype)), jnp.vdot(mask, loss)])
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "optimizer", "batch_size"),
+    donate_argnames=("variables", "optimizer_state"),
+)
+def _epoch(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    variables: Variables,
+    optimizer_state: Any,
+    buffer: Examples,
+    order: Array,
+    count: Array,
+    key: Array,
+) -> tuple[Variables, Any, Array]:
+    """Runs one epoch over the first `count` entries of `order`; returns the sum of step losses."""
+    num_steps = (count + batch_size - 1) // batch_size
+
+    def step(index: Array, carry: tuple) -> tuple:
+        variables, optimizer_state, total = carry
+        # Equal shares rather than full batches and a rest: no step rests on a handful of examples.
+        start = index * count // num_steps
+        stop = (index + 1) * count // num_steps
+        slots = start + jnp.arange(batch_size)
+        rows = order[jnp.minimum(slots, len(order) - 1)]
+        batch = Examples(buffer.x[rows], buffer.y[rows])
+        gradient, loss, statistics = batch_gradient(
+            model, variables, batch, slots < stop, jax.random.fold_in(key, index)
+        )
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {**statistics, "params": params}, optimizer_state, total + loss
+
+    start = (dict(variables), optimizer_state, jnp.zeros(()))
+    return jax.lax.fori_loop(0, num_steps, step, start)
+
+
+def batch_gradient(
+    model: nn.Module, variables: Variables, batch: Examples, mask: Array, dropout_key: Array
+) -> tuple[Any, Array, Variables]:
+    """Returns gradient and value of the mean loss over unmasked rows, and new statistics.
+
+    Guaranteed: rows where `mask` is False change nothing, BatchNorm statistics included.
+
+    Args:
+      model: a module `(x, train) -> Outputs`.
+      variables: its variables.
+      batch: x `[n, ...]`, y `[n]`.
+      mask: `[n]` bool, at least one True.
+      dropout_key: for the module's "dropout" stream.
+    """
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss_of(params: Any) -> tuple[Array, Variables]:
+        with nn.intercept_methods(functools.partial(_mask_batch_norm, mask)):
+            outputs, statistics = model.apply(
+                {"params": params, **rest},
+                batch.x,
+                train=True,
+                mutable=list(rest),
+                rngs={"dropout": dropout_key},
+            )
+        loss = losses.cross_entropy(outputs.logits, batch.y)
+        return jnp.sum(loss, where=mask) / jnp.sum(mask), statistics
+
+    (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    return gradient, loss, statistics
+
+
+def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Gives every BatchNorm of any module the mask, so that models need not know of it."""
+    if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+        kwargs = {**kwargs, "mask": mask.reshape(-1, *[1] * (args[0].ndim - 1))}
+    return call(*args, **kwargs)
+
+
+@functools.cache
+def _optimizer(name: str, weight_decay: float) -> optax.GradientTransformation:
+    # Cached because programs are compiled per optimiser object. The learning rate is part of the
+    # state, so that a schedule over a number of steps that grows each round compiles once.
+    make = functools.partial(OPTIMIZERS[name], weight_decay=weight_decay)
+    return optax.inject_hyperparams(make)(learning_rate=0.0)
+
+
+def _learning_rate(config: TrainingConfig, epoch: int) -> float:
+    if config.schedule == "constant":
+        return config.learning_rate
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.max_epochs)
+    return float(schedule(epoch - 1))
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])

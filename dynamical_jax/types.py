@@ -1,0 +1,73 @@
+"""Types shared by every module, and the contract of a model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Params = Any
+"""A pytree of trainable parameters θ."""
+Variables = Mapping[str, Any]
+"""Flax variables: `params`, and whatever else the module keeps (`batch_stats`)."""
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total) while long work goes on."""
+
+
+class Outputs(NamedTuple):
+    """What a model returns for n examples: logits `[n, K]` and penultimate features `[n, d]`."""
+
+    logits: Any
+    embedding: Any
+
+
+class Examples(NamedTuple):
+    """Inputs x `[n, ...]` and their integer class labels y `[n]`."""
+
+    x: Any
+    y: Any
+
+
+class ApplyFn(Protocol):
+    """`model.apply` of a Flax Linen module: a pure function of variables and inputs.
+
+    Called without `train` it must be in evaluation mode, where every row of the outputs is a
+    function of the same row of the inputs alone.
+    """
+
+    def __call__(self, variables: Variables, x: Any, train: bool = False) -> Outputs:
+        """Returns logits and embedding of a batch."""
+        ...
+
+
+class Rows:
+    """The rows `indices` of `data`, gathered only when positions are asked for.
+
+    A pool of which some rows are already labeled needs no copy of the rest: `rows[positions]` is
+    `data[indices[positions]]`, on the device or on the host, wherever `data` lives.
+    """
+
+    def __init__(self, data: Any, indices: np.ndarray):
+        self.data = data
+        self.indices = np.asarray(indices)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that gathering all rows would give."""
+        return (len(self.indices), *self.data.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the data."""
+        return self.data.dtype
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, positions: Any) -> Any:
+        return self.data[self.indices[positions]]
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """An `OnProgress` that says nothing."""
