@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,8 @@ class Round:
     seconds: dict[str, float]
 
 
-class Reporter(Protocol):
-    """Is told how a round goes on."""
+class Reporter:
+    """Is told how a round goes on; this one says nothing of it."""
 
     def begin(self, round_index: int) -> None:
         """Called before a round."""
@@ -96,17 +96,7 @@ class Reporter(Protocol):
         """Called as the pool is scored."""
 
 
-class Silent:
-    """A reporter that says nothing."""
-
-    def begin(self, round_index: int) -> None:
-        """Says nothing."""
-
-    def epoch(self, epoch: int, evaluation: training.Evaluation) -> None:
-        """Says nothing."""
-
-    def scored(self, done: int, total: int) -> None:
-        """Says nothing."""
+SILENT = Reporter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,17 +157,16 @@ class Experiment:
         variables = models.init(self.model, key, self.dataset.pool.x)
         return State(0, pool, variables, self.strategy.init())
 
-    def step(self, state: State, reporter: Reporter | None = None) -> tuple[State, Round]:
+    def step(self, state: State, reporter: Reporter = SILENT) -> tuple[State, Round]:
         """Plays one round: trains on S, evaluates, and unless it is the last queries labels.
 
         Raises:
           DivergedError: if training does.
           UserError: if scores are not finite.
         """
-        reporter = reporter or Silent()
         reporter.begin(state.round_index)
         oracle = Oracle(self.dataset.pool.y)
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = defaultdict(float)
         rows = state.pool.labeled
         labeled = Examples(Rows(self.dataset.pool.x, rows), oracle(rows))
 
@@ -238,7 +227,7 @@ class Experiment:
         )
         return State(state.round_index + 1, pool, fit.variables, strategy_state), happened
 
-    def run(self, reporter: Reporter | None = None) -> Iterator[Round]:
+    def run(self, reporter: Reporter = SILENT) -> Iterator[Round]:
         """Yields rounds 0 to R, each as it ends."""
         state = self.init()
         while state.round_index <= self.budget.num_rounds:
@@ -250,7 +239,7 @@ class Experiment:
 
 
 @contextlib.contextmanager
-def _timed(seconds: Counter[str], part: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[part] += time.perf_counter() - start

@@ -269,8 +269,8 @@ def cached_arrays(
     """
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+                arrays = dict(members.items())
             stored_source = str(arrays.pop("source"))
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
             raise UserError(f"cache file {path} is corrupt ({error}): delete it") from error

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from dynamical_jax.types import AnyArray
+
 
 def training_dynamics(grad_s: Any) -> Float[Array, ""]:
     """Returns G(S) = ‖g_S‖², the decrease of the loss on S per unit of gradient flow, Eq. 8.
@@ -21,7 +23,7 @@ def training_dynamics(grad_s: Any) -> Float[Array, ""]:
 
 
 def training_dynamics_from_kernel(
-    ntk: Float[Array, "n n k k"], residual: Float[Array, "n k"]
+    ntk: Float[AnyArray, "n n k k"], residual: Float[AnyArray, "n k"]
 ) -> Float[Array, ""]:
     """Returns G(S) = Σ_ij (d^i)ᵀ 𝒦^ij d^j, the definition of Eq. 8.
 
@@ -35,7 +37,7 @@ def training_dynamics_from_kernel(
 
 
 def change_of_training_dynamics(
-    squared_norm: Float[Array, "n"], inner_product: Float[Array, "n"], gamma: float = 2.0
+    squared_norm: Float[AnyArray, "n"], inner_product: Float[AnyArray, "n"], gamma: float = 2.0
 ) -> Float[Array, "n"]:
     """Returns Δ({u}|S) = ‖g_u‖² + γ g_u·g_S of each example u.
 
@@ -65,7 +67,9 @@ def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:
     return optax.tree.norm(grad_q, squared=True) + 2 * optax.tree.vdot(grad_q, grad_s)
 
 
-def approximation_ratio(changes: Float[Array, "b"], grad_q: Any, grad_s: Any) -> Float[Array, ""]:
+def approximation_ratio(
+    changes: Float[AnyArray, "b"], grad_q: Any, grad_s: Any
+) -> Float[Array, ""]:
     """Returns R(Q|S) = Σ_{u∈Q} Δ({u}|S) / Δ(Q|S), Eq. 14.
 
     Args:

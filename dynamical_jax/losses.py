@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dynamical_jax.types import AnyArray
 
-def cross_entropy(logits: Float[Array, "n k"], labels: Int[Array, "n"]) -> Float[Array, "n"]:
+
+def cross_entropy(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Float[Array, "n"]:
     """Returns ℓ(f(x), y) = −log σ(f(x))_y of each example, Eq. 4.
 
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))  # log 4
@@ -15,12 +17,14 @@ def cross_entropy(logits: Float[Array, "n k"], labels: Int[Array, "n"]) -> Float
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def squared_error(outputs: Float[Array, "n k"], targets: Float[Array, "n k"]) -> Float[Array, "n"]:
+def squared_error(
+    outputs: Float[AnyArray, "n k"], targets: Float[AnyArray, "n k"]
+) -> Float[Array, "n"]:
     """Returns ½ Σ_k (f^k(x) − y^k)² of each example, App. A.3 without its stray minus sign."""
     return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
 
 
-def residual(logits: Float[Array, "n k"], labels: Int[Array, "n"]) -> Float[Array, "n k"]:
+def residual(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Float[Array, "n k"]:
     """Returns d = σ(f) − y, the gradient of the cross-entropy in the logits, Eq. 6 and 8.
 
     >>> residual(jnp.zeros((1, 2)), jnp.array([0]))

@@ -2,10 +2,11 @@
 
 import tqdm
 
+from dynamical_jax.active_learning import Reporter
 from dynamical_jax.training import Evaluation
 
 
-class Bar:
+class Bar(Reporter):
     """A reporter for `active_learning.Experiment.run`.
 
     Args:

@@ -3,8 +3,10 @@
 import jax
 from jaxtyping import Array, Float, Int
 
+from dynamical_jax.types import AnyArray
 
-def top_b(scores: Float[Array, "n"], batch_size: int) -> Int[Array, "b"]:
+
+def top_b(scores: Float[AnyArray, "n"], batch_size: int) -> Int[Array, "b"]:
     """Returns the positions of the `batch_size` largest scores, largest first, Eq. 12.
 
     Guaranteed: no position twice, and of equal scores the lower position first.
@@ -12,6 +14,7 @@ def top_b(scores: Float[Array, "n"], batch_size: int) -> Int[Array, "b"]:
     Raises:
       ValueError: if `batch_size` exceeds the number of scores.
 
+    >>> import jax.numpy as jnp
     >>> top_b(jnp.array([1.0, 3.0, 2.0, 3.0]), 3)
     Array([1, 3, 2], dtype=int32)
     """

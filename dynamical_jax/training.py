@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from dynamical_jax import losses, streams
 from dynamical_jax.errors import DivergedError, UserError
-from dynamical_jax.gradients.blocks import blocks
+from dynamical_jax.gradients.blocks import blocks, bucketed
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -162,7 +162,7 @@ def evaluate(
 ) -> Evaluation:
     """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
     size = len(examples.y)
-    batch_size = min(batch_size, size)
+    batch_size = bucketed(size, batch_size)
     totals = np.zeros(2)
     for positions, count in blocks(size, batch_size):
         block = Examples(examples.x[positions], examples.y[positions])

@@ -1,12 +1,14 @@
 """Types shared by every module, and the contract of a model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 Array = jax.Array
+AnyArray = jax.Array | np.ndarray
+"""What functions take; they return `Array`."""
 Params = Any
 """A pytree of trainable parameters θ."""
 Variables = Mapping[str, Any]
@@ -29,16 +31,12 @@ class Examples(NamedTuple):
     y: Any
 
 
-class ApplyFn(Protocol):
-    """`model.apply` of a Flax Linen module: a pure function of variables and inputs.
+ApplyFn = Callable[..., Outputs]
+"""`model.apply` of a Flax Linen module: a pure function of variables and inputs.
 
-    Called without `train` it must be in evaluation mode, where every row of the outputs is a
-    function of the same row of the inputs alone.
-    """
-
-    def __call__(self, variables: Variables, x: Any, train: bool = False) -> Outputs:
-        """Returns logits and embedding of a batch."""
-        ...
+Called as `apply(variables, x)` it must be in evaluation mode, where every row of the outputs is a
+function of the same row of the inputs alone; training calls `apply(variables, x, train=True, …)`.
+"""
 
 
 class Rows:

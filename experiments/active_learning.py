@@ -118,6 +118,7 @@ def run(argv: list[str]) -> None:
     dj.models.check_name(MODEL.value)
     cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache_dir, "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     dataset = dj.datasets.load(
         DATASET.value,
         image_size=IMAGE_SIZE.value,

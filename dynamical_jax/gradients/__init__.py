@@ -11,6 +11,7 @@ an example depends on that example alone.
 """
 
 from dynamical_jax.gradients.blocks import blocks as blocks
+from dynamical_jax.gradients.blocks import bucketed as bucketed
 from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import GradientTerms as GradientTerms

@@ -17,3 +17,15 @@ def blocks(size: int, block_size: int) -> Iterator[tuple[np.ndarray, int]]:
     for start in range(0, size, block_size):
         positions = np.arange(start, start + block_size)
         yield np.minimum(positions, size - 1), min(block_size, size - start)
+
+
+def bucketed(size: int, limit: int) -> int:
+    """Returns a block size for `size` rows: the next power of two, `limit` at most.
+
+    Small sets need not be filled up to `limit`, and sets that grow from round to round meet few
+    shapes to compile for.
+
+    >>> bucketed(5, 256), bucketed(200, 256), bucketed(5000, 256)
+    (8, 256, 256)
+    """
+    return min(limit, 1 << max(size - 1, 0).bit_length())

@@ -11,11 +11,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dynamical_jax import losses
-from dynamical_jax.types import ApplyFn, Params, Variables
+from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
 
 
 def per_example_gradients(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Int[Array, "n"]
+    apply: ApplyFn, variables: Variables, x: Any, labels: Int[AnyArray, "n"]
 ) -> Params:
     """Returns ∇_θ ℓ(x_u, y_u) of every example, a pytree of parameters with a leading axis n."""
     rest = {name: value for name, value in variables.items() if name != "params"}
@@ -28,7 +28,7 @@ def per_example_gradients(
 
 
 def norms_and_products(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Int[Array, "n"], direction: Params
+    apply: ApplyFn, variables: Variables, x: Any, labels: Int[AnyArray, "n"], direction: Params
 ) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`."""
     gradients = per_example_gradients(apply, variables, x, labels)

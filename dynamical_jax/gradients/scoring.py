@@ -9,7 +9,7 @@ import numpy as np
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import per_example
-from dynamical_jax.gradients.blocks import blocks
+from dynamical_jax.gradients.blocks import blocks, bucketed
 from dynamical_jax.types import (
     ApplyFn,
     Array,
@@ -62,7 +62,7 @@ def norms_and_products(
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if chunk_size is None:
         chunk_size = default_chunk_size(variables)
-    chunk_size = min(chunk_size, max(len(x), 1))
+    chunk_size = bucketed(len(x), chunk_size)
     parts = []
     for positions, count in blocks(len(x), chunk_size):
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])

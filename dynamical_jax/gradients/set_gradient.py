@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynamical_jax import losses
-from dynamical_jax.gradients.blocks import blocks
+from dynamical_jax.gradients.blocks import blocks, bucketed
 from dynamical_jax.types import ApplyFn, Array, Examples, Params, Variables
 
 
@@ -25,6 +25,7 @@ def set_gradient(
     """
     gradient = jax.tree.map(jnp.zeros_like, variables["params"])
     labels = np.asarray(examples.y)
+    chunk_size = bucketed(len(labels), chunk_size)
     for positions, count in blocks(len(labels), chunk_size):
         weights = np.arange(chunk_size) < count
         block = Examples(examples.x[positions], labels[positions])

@@ -38,7 +38,8 @@ class Standardized(nn.Module):
     def __call__(self, x: Any, train: bool = False) -> Outputs:
         """Returns the outputs of `model` for raw images `[n, h, w, c]`."""
         dtype = jnp.result_type(jnp.float32, x.dtype)
-        mean, std = jnp.asarray(self.mean, dtype), jnp.asarray(self.std, dtype)
+        # Shaped [1, 1, 1, c], so that nothing is broadcast by rank.
+        mean, std = (jnp.asarray([[[channel]]], dtype) for channel in (self.mean, self.std))
         return self.model((x - mean) / jnp.where(std == 0, 1, std), train)
 
 

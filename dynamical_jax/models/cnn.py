@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.models import layers
-from dynamical_jax.types import Array, Outputs
+from dynamical_jax.types import AnyArray, Outputs
 
 
 class CNN(nn.Module):
@@ -20,7 +20,7 @@ class CNN(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Outputs:
+    def __call__(self, x: AnyArray, train: bool = False) -> Outputs:
         """Returns logits `[n, K]` and embedding `[n, 84]` of images `[n, h, w, c]`."""
         del train  # nothing here behaves differently in training
         if min(x.shape[1:3]) < 4:

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.models import layers
-from dynamical_jax.types import Array, Outputs
+from dynamical_jax.types import AnyArray, Array, Outputs
 
 STEMS = ("imagenet", "cifar")
 
@@ -56,7 +56,7 @@ class ResNet18(nn.Module):
     stem: str = "imagenet"
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Outputs:
+    def __call__(self, x: AnyArray, train: bool = False) -> Outputs:
         """Returns logits `[n, K]` and embedding `[n, 512]` of images `[n, h, w, c]`."""
         if self.stem not in STEMS:
             raise UserError(f"unknown stem {self.stem!r}; choose from {', '.join(STEMS)}")

@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.models import layers
-from dynamical_jax.types import Array, Outputs
+from dynamical_jax.types import AnyArray, Outputs
 
 # Features of each 3×3 convolution, grouped by the max-pooling that ends the group.
 GROUPS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -22,7 +22,7 @@ class VGG11(nn.Module):
     dropout: float = 0.5
 
     @nn.compact
-    def __call__(self, x: Array, train: bool = False) -> Outputs:
+    def __call__(self, x: AnyArray, train: bool = False) -> Outputs:
         """Returns logits `[n, K]` and embedding `[n, 4096]` of images `[n, h, w, c]`."""
         if min(x.shape[1:3]) < 32:
             raise UserError(f"vgg11 needs images of at least 32×32, got {x.shape[1]}×{x.shape[2]}")

@@ -33,7 +33,7 @@ class LearnerView:
 
     apply: ApplyFn
     variables: Variables
-    labeled: Examples
+    labeled: Examples | tuple[Any, Any]
     unlabeled: Any
     on_progress: OnProgress = ignore_progress
 

@@ -1,0 +1,109 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+import dynamical_jax as dj
+from dynamical_jax import records
+
+CONFIG = dj.TrainingConfig(max_epochs=3, batch_size=8)
+BUDGET = dj.Budget(initial_size=6, batch_size=4, num_rounds=3)
+
+
+def experiment(dataset, strategy="dynamical", seed=0, **options):
+    model = toy.models()["cnn"]
+    strategy = dj.STRATEGIES[strategy]()
+    return dj.Experiment(dataset, model, strategy, BUDGET, CONFIG, seed, **options)
+
+
+def as_records(rounds):
+    kept = [records.make(happened, {}) for happened in rounds]
+    for record in kept:
+        record.pop("seconds")
+    return kept
+
+
+def test_budget_is_spent_on_distinct_examples(dataset):
+    experiment_ = experiment(dataset)
+    initial = experiment_.init().pool.labeled
+    rounds = list(experiment_.run())
+    assert [happened.num_labeled for happened in rounds] == [6, 10, 14, 18]
+    assert [len(happened.query) for happened in rounds] == [4, 4, 4, 0]
+    asked = np.concatenate([dataset.index[initial], *(happened.query for happened in rounds)])
+    assert len(np.unique(asked)) == 18
+    assert set(rounds[0].seconds) == {"train", "evaluate", "score", "select"}
+    assert all(happened.best_test_accuracy >= happened.test.accuracy for happened in rounds)
+
+
+def test_a_repeated_run_is_identical(dataset):
+    one, two = (as_records(experiment(dataset).run()) for _ in range(2))
+    assert one == two
+
+
+def test_speed_options_change_no_record(dataset):
+    slow = experiment(dataset, eval_batch_size=7)
+    slow = dataclasses.replace(slow, strategy=dj.strategies.Dynamical(chunk_size=3))
+    for one, two in zip(experiment(dataset).run(), slow.run(), strict=True):
+        np.testing.assert_array_equal(one.query, two.query)
+        assert one.test.accuracy == two.test.accuracy
+
+
+def test_strategies_of_one_seed_are_paired(dataset):
+    states = [experiment(dataset, name, seed=1).init() for name in dj.STRATEGIES]
+    for state in states[1:]:
+        np.testing.assert_array_equal(state.pool.labeled, states[0].pool.labeled)
+        jax.tree.map(np.testing.assert_array_equal, state.variables, states[0].variables)
+    first = [next(experiment(dataset, name, seed=1).run()) for name in dj.STRATEGIES]
+    assert len({(happened.test, happened.epochs) for happened in first}) == 1
+    other = experiment(dataset, seed=2).init()
+    assert set(other.pool.labeled) != set(states[0].pool.labeled)
+    kernel = lambda state: state.variables["params"]["model"]["fc1"]["kernel"]
+    assert not np.array_equal(kernel(other), kernel(states[0]))
+
+
+def test_weights_are_carried_over(dataset):
+    experiment_ = experiment(dataset)
+    state, _ = experiment_.step(experiment_.init())
+    seen = []
+
+    class Probe(dj.active_learning.Reporter):
+        def epoch(self, epoch, evaluation):
+            seen.append(evaluation)
+
+    start = dj.training.evaluate(experiment_.model.apply, state.variables, dataset.pool)
+    experiment_.step(state, Probe())
+    fresh = dj.training.evaluate(
+        experiment_.model.apply, experiment_.init().variables, dataset.pool
+    )
+    assert start.loss < fresh.loss
+    assert len(seen) <= CONFIG.max_epochs
+
+
+def test_looking_at_the_test_set_decides_nothing(dataset):
+    every, never = (list(experiment(dataset, evaluate_every=every).run()) for every in (1, 0))
+    for one, two in zip(every, never, strict=True):
+        np.testing.assert_array_equal(one.query, two.query)
+        assert (one.test, one.epochs) == (two.test, two.epochs)
+        assert two.best_test_accuracy == two.test.accuracy
+
+
+def test_queries_are_indices_of_the_data_set(dataset):
+    shuffled = np.random.default_rng(0).permutation(1000)[: len(dataset.pool.y)]
+    renamed = dataclasses.replace(dataset, index=shuffled)
+    for one, two in zip(experiment(dataset).run(), experiment(renamed).run(), strict=True):
+        np.testing.assert_array_equal(shuffled[one.query], two.query)
+
+
+@pytest.mark.parametrize("field", ["initial_size", "batch_size", "num_rounds"])
+@pytest.mark.parametrize("size", [0, -5])
+def test_sizes_must_be_positive(field, size):
+    with pytest.raises(dj.UserError, match=f"{field} must be at least 1, got {size}"):
+        dj.Budget(**{"initial_size": 1, "batch_size": 1, "num_rounds": 1, field: size})
+
+
+def test_budget_must_fit_the_pool(dataset):
+    budget = dj.Budget(20, 20, 3)
+    with pytest.raises(dj.UserError, match="need 80 images, but the pool of toy has 60"):
+        dj.Experiment(dataset, toy.models()["cnn"], dj.STRATEGIES["random"](), budget)

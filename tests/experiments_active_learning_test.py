@@ -1,0 +1,149 @@
+"""The binary, run as a user runs it."""
+
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import dynamical_jax as dj
+from experiments import active_learning
+
+SMALL = {
+    "initial_size": 10,
+    "batch_size": 5,
+    "num_rounds": 2,
+    "num_seeds": 2,
+    "max_epochs": 2,
+    "image_size": 4,
+}
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs main with flags; returns exit status, standard output and standard error."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+
+    def run(*arguments, **values):
+        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+        with flagsaver.flagsaver(**{**given, **values}):
+            status = active_learning.main(["active_learning", *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def read(directory):
+    return dj.records.read(directory / "run" / "rounds.jsonl")
+
+
+def test_records_table_and_picture(run, tmp_path):
+    status, output, errors = run()
+    assert status is None
+    assert errors == ""
+    rounds = read(tmp_path)
+    assert len(rounds) == 2 * 2 * 3
+    for record in rounds:
+        assert record["num_labeled"] == 10 + 5 * record["round"]
+        assert len(record["query"]) == (5 if record["round"] < 2 else 0)
+        assert record["flags"]["max_epochs"] == 2
+        assert record["dataset"] == "digits"
+        assert set(record["seconds"]) >= {"train", "evaluate"}
+        assert record["git_commit"] is None or len(record["git_commit"]) >= 40
+    chosen = [record for record in rounds if record["query"]]
+    for record in chosen:
+        assert record["query_score_max"] >= record["query_score_mean"]
+    assert output.count("test accuracy") == 12 + 1
+    assert dj.records.table(rounds) in output
+    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 10_000
+
+
+def test_the_same_command_twice(run, tmp_path):
+    kept = []
+    for name in ("one", "two"):
+        assert run(output_dir=str(tmp_path / name / "run"))[0] is None
+        rounds = read(tmp_path / name)
+        for record in rounds:
+            del record["seconds"], record["flags"]["output_dir"]
+        kept.append(rounds)
+    assert kept[0] == kept[1]
+
+
+def test_seeds_can_be_spread(run, tmp_path):
+    run()
+    run(first_seed=1, num_seeds=1, output_dir=str(tmp_path / "other" / "run"))
+    mine = [record for record in read(tmp_path) if record["seed"] == 1]
+    other = read(tmp_path / "other")
+    for one, two in zip(mine, other, strict=True):
+        assert (one["query"], one["test_accuracy"]) == (two["query"], two["test_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from digits, cifar10"),
+        ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
+        ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
+        ({"strategies": []}, "no strategy given; choose from dynamical"),
+        ({"initial_size": 0}, "initial_size must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
+        ({"num_seeds": 0}, "num_seeds must be at least 1, got 0"),
+        ({"initial_size": 1424}, "need 1434 images, but the pool of digits has 1433"),
+        ({"image_size": 3}, "cnn needs images of at least 4×4, got 3×3"),
+        ({"model": "vgg11"}, "vgg11 needs images of at least 32×32, got 4×4"),
+        ({"gamma": -2.0}, "gamma must be at least 0"),
+        ({"learning_rate": -1.0}, "learning rate must be positive"),
+        ({"target_accuracy": 2.0}, "target accuracy must be in"),
+        ({"chunk_size": -3}, "chunk size must be at least 1"),
+    ],
+)
+def test_bad_flags_are_one_line(run, tmp_path, values, message):
+    status, output, errors = run(**values)
+    assert status == 1
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not (tmp_path / "run").exists()  # Found before anything was begun.
+
+
+def test_unexpected_argument(run):
+    status, _, errors = run("dataset=cifar10")
+    assert status == 1
+    assert "unexpected argument 'dataset=cifar10'" in errors
+
+
+def test_output_directory_of_another_run(run, tmp_path):
+    run()
+    before = read(tmp_path)
+    status, _, errors = run(num_seeds=1)
+    assert status == 1
+    assert "holds a run already" in errors
+    assert read(tmp_path) == before
+
+
+def test_divergence_keeps_what_was_done(run, tmp_path):
+    status, _, errors = run(learning_rate=1e30, optimizer="sgd")
+    assert status == 1
+    assert "training diverged" in errors
+    assert errors.count("\n") == 1
+    assert read(tmp_path) == []
+
+
+def test_help_names_every_choice():
+    for name, registry in (
+        ("dataset", dj.datasets.DATASETS),
+        ("model", dj.models.MODELS),
+        ("strategies", dj.STRATEGIES),
+    ):
+        assert all(choice in flags.FLAGS[name].help for choice in registry)
+
+
+def test_records_rest_on_real_indices(run, tmp_path):
+    run(num_seeds=1, strategies=["random"])
+    queries = [index for record in read(tmp_path) for index in record["query"]]
+    assert len(set(queries)) == 10
+    assert np.isin(queries, dj.datasets.load("digits").index).all()

@@ -1,0 +1,16 @@
+import matplotlib.pyplot as plt
+import pytest
+from records_test import RECORDS, record
+
+from dynamical_jax import plotting
+
+
+@pytest.mark.parametrize("rounds", [RECORDS, RECORDS[:2]])
+def test_picture_is_drawn(tmp_path, rounds):
+    path = tmp_path / "accuracy.png"
+    plotting.accuracy(rounds, path)
+    picture = plt.imread(path)
+    assert picture.shape[:2] == (600, 900)
+    # A picture of other numbers is another picture.
+    plotting.accuracy([record("a", 0, 0, 0.9), record("a", 0, 1, 0.2)], path)
+    assert (plt.imread(path) != picture).any()

@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+
+import dynamical_jax as dj
+from dynamical_jax import records
+
+
+def record(strategy, seed, round_index, accuracy):
+    return {
+        "dataset": "toy",
+        "model": "cnn",
+        "strategy": strategy,
+        "seed": seed,
+        "round": round_index,
+        "num_labeled": 10 + 5 * round_index,
+        "test_accuracy": accuracy,
+    }
+
+
+RECORDS = [
+    record("a", 0, 0, 0.1),
+    record("a", 0, 1, 0.2),
+    record("a", 1, 0, 0.3),
+    record("a", 1, 1, 0.6),
+    record("b", 0, 0, 0.5),
+]
+
+
+def test_curves():
+    curves = records.curves(RECORDS)
+    np.testing.assert_array_equal(curves["a"].num_labeled, [10, 15])
+    np.testing.assert_allclose(curves["a"].mean, [0.2, 0.4])
+    np.testing.assert_allclose(curves["a"].std, [np.sqrt(0.02), np.sqrt(0.08)])  # n − 1
+    assert curves["a"].num_seeds == 2
+    np.testing.assert_allclose(curves["b"].mean, [0.5])
+    assert np.isnan(curves["b"].std).all()
+
+
+def test_a_round_that_not_every_seed_reached_is_left_out():
+    np.testing.assert_array_equal(records.curves(RECORDS[:3])["a"].num_labeled, [10])
+
+
+def test_table():
+    assert records.table(RECORDS).splitlines() == [
+        "labels               a               b",
+        "    10   20.00 ± 14.14           50.00",
+        "    15   40.00 ± 28.28                ",
+    ]
+
+
+def test_append_and_read(tmp_path):
+    path = records.create_directory(str(tmp_path / "new" / "run"))
+    for line in RECORDS:
+        records.append(path, line)
+    assert records.read(path) == RECORDS
+    assert len(path.read_text().splitlines()) == len(RECORDS)
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    records.append(records.create_directory(str(tmp_path)), RECORDS[0])
+    with pytest.raises(dj.UserError, match="holds a run already"):
+        records.create_directory(str(tmp_path))
+
+
+def test_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(dj.UserError, match="cannot write to"):
+        records.create_directory(str(tmp_path / "file" / "run"))
+
+
+def test_environment_is_json():
+    environment = json.loads(json.dumps(records.environment()))
+    assert set(environment) == {"versions", "device", "git_commit"}
+    assert environment["versions"]["jax"]

@@ -1,0 +1,75 @@
+"""Small data and small models that the tests share."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+import dynamical_jax as dj
+from dynamical_jax.models import layers
+
+NUM_CLASSES = 3
+MEAN, STD = (127.5, 127.5), (60.0, 70.0)
+
+
+def images(size: int, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (size, 8, 8, 2), dtype=np.uint8)
+
+
+def labels(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed + 1).integers(0, NUM_CLASSES, size).astype(np.int32)
+
+
+def examples(size: int, seed: int = 0) -> dj.Examples:
+    return dj.Examples(images(size, seed), labels(size, seed))
+
+
+def dataset(size: int = 90) -> dj.Dataset:
+    """Classes that can be learned: each brightens a part of the image of its own."""
+    x, y = examples(size)
+    x = x // 2
+    for label in range(NUM_CLASSES):
+        x[y == label, 2 * label : 2 * label + 3] += 100
+    third = size // 3
+    names = ("one", "two", "three")
+    pool = dj.Examples(x[third:], y[third:])
+    return dj.Dataset("toy", pool, dj.Examples(x[:third], y[:third]), names)
+
+
+class ConvBatchNorm(nn.Module):
+    """Convolutions with BatchNorm and dropout: all that padding could spoil."""
+
+    num_classes: int = NUM_CLASSES
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for features in (4, 5):
+            x = nn.Conv(features, (3, 3), strides=2, use_bias=False)(x)
+            x = nn.relu(layers.BatchNorm(use_running_average=not train)(x))
+        x = x.mean(axis=(1, 2))
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return dj.Outputs(nn.Dense(self.num_classes)(hidden), x)
+
+
+def standardized(module: nn.Module) -> nn.Module:
+    return dj.models.Standardized(module, MEAN, STD)
+
+
+@functools.cache  # Programs are compiled for each object: share them.
+def models() -> dict[str, nn.Module]:
+    return {
+        "cnn": standardized(dj.models.CNN(NUM_CLASSES)),
+        "batch_norm": standardized(ConvBatchNorm()),
+    }
+
+
+def variables(model: nn.Module, dtype=None, seed: int = 0) -> dict:
+    """Variables as after some training: biases, scales and statistics not at 0 and 1."""
+    drawn = dj.models.init(model, jax.random.key(seed), images(1))
+    leaves, structure = jax.tree.flatten(drawn)
+    generator = np.random.default_rng(seed)
+    moved = [leaf + (leaf.ndim == 1) * generator.uniform(0, 0.3, leaf.shape) for leaf in leaves]
+    return jax.tree.unflatten(structure, [leaf.astype(dtype or np.float32) for leaf in moved])

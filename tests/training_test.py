@@ -1,0 +1,170 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+import dynamical_jax as dj
+from dynamical_jax import losses, training
+from dynamical_jax.errors import DivergedError
+from dynamical_jax.types import Rows
+
+CONFIG = dj.TrainingConfig(batch_size=8, max_epochs=3, target_accuracy=1.0)
+
+
+def same(a, b, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), a, b)
+
+
+def test_padding_changes_nothing():
+    # The reference knows neither masks nor interception: it is given the unpadded batch.
+    model = toy.models()["batch_norm"]
+    variables = toy.variables(model)
+    x, y = toy.examples(8)
+
+    def loss_of(params):
+        outputs, statistics = model.apply(
+            {**variables, "params": params}, x[:5], train=True, mutable=["batch_stats"]
+        )
+        return losses.cross_entropy(outputs.logits, y[:5]).mean(), statistics
+
+    (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    step = functools.partial(training.batch_gradient, model, variables)
+    x[5:] = 255  # Whatever is in the padding.
+    padded = step(dj.Examples(x, y), jnp.arange(8) < 5, jax.random.key(0))
+    same(padded, (gradient, loss, statistics), rtol=1e-5, atol=1e-6)
+    unmasked = step(dj.Examples(x, y), jnp.arange(8) < 8, jax.random.key(0))
+    assert abs(unmasked[1] - loss) > 1e-3
+
+
+def test_running_variance_is_unbiased_as_in_pytorch():
+    model = toy.models()["batch_norm"]
+    variables = toy.variables(model)
+    x, y = toy.examples(6)
+    step = functools.partial(training.batch_gradient, model, variables)
+    _, _, statistics = step(dj.Examples(x, y), jnp.ones(6, bool), jax.random.key(0))
+    before = variables["batch_stats"]["model"]["BatchNorm_0"]["var"]
+    after = statistics["batch_stats"]["model"]["BatchNorm_0"]["var"]
+    _, captured = model.apply(
+        variables, x, capture_intermediates=lambda module, _: module.name == "Conv_0"
+    )
+    values = captured["intermediates"]["model"]["Conv_0"]["__call__"][0].reshape(-1, 4)
+    np.testing.assert_allclose(after, 0.9 * before + 0.1 * values.var(axis=0, ddof=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_fit_equals_a_plain_loop(optimizer):
+    # The obvious version: unpadded minibatches, one optax update after another.
+    model = toy.models()["batch_norm"]
+    variables = toy.variables(model)
+    labeled = toy.examples(21)
+    config = dj.TrainingConfig(
+        optimizer=optimizer, batch_size=8, max_epochs=2, target_accuracy=1.0, weight_decay=0.1
+    )
+    fit = training.fit(model, variables, labeled, config, seed=3, capacity=40)
+
+    update = training.OPTIMIZERS[optimizer](config.learning_rate, config.weight_decay)
+    state = update.init(variables["params"])
+    for epoch in (1, 2):
+        order = dj.streams.generator(3, "order", 0, epoch).permutation(21)
+        for rows in (order[:7], order[7:14], order[14:]):
+            batch = dj.Examples(labeled.x[rows], labeled.y[rows])
+            gradient, _, statistics = training.batch_gradient(
+                model, variables, batch, jnp.ones(7, bool), jax.random.key(0)
+            )
+            updates, state = update.update(gradient, state, variables["params"])
+            variables = {
+                **statistics,
+                "params": jax.tree.map(jnp.add, variables["params"], updates),
+            }
+    same(fit.variables, variables, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", "batch_norm", "dropout"])
+def test_capacity_changes_nothing(name):
+    models = {**toy.models(), "dropout": toy.standardized(toy.ConvBatchNorm(dropout=0.5))}
+    model = models[name]
+    variables = toy.variables(model)
+    fits = [
+        training.fit(model, variables, toy.examples(13), CONFIG, seed=0, capacity=capacity)
+        for capacity in (None, 13, 50)
+    ]
+    for fit in fits[1:]:
+        same(fit, fits[0], rtol=1e-5, atol=1e-6)
+
+
+def test_growing_sets_do_not_recompile():
+    model = toy.models()["batch_norm"]
+    variables = toy.variables(model)
+    training._epoch.clear_cache()
+    for round_index, size in enumerate((5, 8, 17, 30)):
+        variables = training.fit(
+            model, variables, toy.examples(size), CONFIG, 0, round_index, capacity=30
+        ).variables
+    assert training._epoch._cache_size() == 1
+
+
+def test_fit_leaves_its_input_and_stops_when_fitted(dataset):
+    model = toy.models()["cnn"]
+    variables = toy.variables(model)
+    before = jax.tree.map(np.array, variables)
+    epochs = []
+    config = dj.TrainingConfig(max_epochs=60, target_accuracy=0.9, batch_size=16)
+    fit = training.fit(
+        model, variables, dataset.pool, config, 0, on_epoch=lambda *at: epochs.append(at)
+    )
+    same(variables, before)
+    assert fit.labeled.accuracy >= 0.9
+    assert [epoch for epoch, _, _ in epochs] == list(range(1, fit.epochs + 1))
+    assert all(evaluation.accuracy < 0.9 for _, _, evaluation in epochs[:-1])
+    assert fit.epochs < 60
+
+
+def test_evaluate_in_blocks():
+    model = toy.models()["cnn"]
+    variables = toy.variables(model)
+    x, y = toy.examples(10)
+    logits = model.apply(variables, x).logits
+    accuracy = np.mean(np.argmax(logits, axis=1) == y)
+    loss = losses.cross_entropy(logits, jnp.asarray(y)).mean()
+    for batch_size in (1, 4, 10, 512):
+        evaluation = training.evaluate(model.apply, variables, dj.Examples(x, y), batch_size)
+        np.testing.assert_allclose(evaluation, (accuracy, loss), rtol=1e-5)
+    rows = Rows(np.concatenate([x, x]), np.arange(10))
+    again = training.evaluate(model.apply, variables, dj.Examples(rows, y), 4)
+    np.testing.assert_allclose(again, (accuracy, loss), rtol=1e-5)
+
+
+def test_divergence_is_said():
+    model = toy.models()["batch_norm"]
+    config = dj.TrainingConfig(optimizer="sgd", learning_rate=1e30)
+    with pytest.raises(DivergedError, match=r"diverged: the loss of epoch .* learning rate below"):
+        training.fit(model, toy.variables(model), toy.examples(9), config, 0)
+
+
+def test_cosine_schedule():
+    config = dj.TrainingConfig(schedule="cosine", learning_rate=0.1, max_epochs=4)
+    rates = [training._learning_rate(config, epoch) for epoch in (1, 2, 3, 4)]
+    expected = 0.05 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert training._learning_rate(dj.TrainingConfig(), 7) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'; choose from adam, sgd"),
+        ({"schedule": "step"}, "unknown schedule 'step'; choose from constant, cosine"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"max_epochs": -1}, "at least 1"),
+        ({"learning_rate": 0.0}, "learning rate must be positive"),
+        ({"learning_rate": float("nan")}, "learning rate must be positive"),
+        ({"weight_decay": -1.0}, "weight decay not negative"),
+        ({"target_accuracy": 99.0}, r"target accuracy must be in \[0, 1\]"),
+    ],
+)
+def test_bad_configurations(option, message):
+    with pytest.raises(dj.UserError, match=message):
+        dj.TrainingConfig(**option)
