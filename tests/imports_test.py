@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 LAYERS = (
     {"errors", "types", "streams"},
     # mathematics of arrays
-    {"losses", "dynamics", "selection"},
+    {"losses", "dynamics", "selection", "convolution"},
     # mathematics of a network
     {"gradients"},
     # parts of an experiment

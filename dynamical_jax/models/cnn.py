@@ -27,7 +27,7 @@ class CNN(nn.Module):
             raise UserError(f"cnn needs images of at least 4×4, got {x.shape[1]}×{x.shape[2]}")
         padding = "VALID" if min(x.shape[1:3]) >= 16 else "SAME"
         for name, features in (("conv1", 6), ("conv2", 16)):
-            x = nn.Conv(
+            x = layers.conv(
                 features,
                 (5, 5),
                 padding=padding,

@@ -4,6 +4,7 @@ Initialisations are those that `torch.nn` and `torchvision` use; fan_in and fan_
 there.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dynamical_jax import convolution
 from dynamical_jax.types import Array
 
 # torch.nn.Linear and Conv2d: U(−1/√fan_in, 1/√fan_in), that is Kaiming uniform with a = √5.
@@ -29,6 +31,10 @@ def default_bias(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+conv = functools.partial(nn.Conv, conv_general_dilated=convolution.conv_general_dilated)
+"""`nn.Conv`, lowered on CPU to what is fast there."""
+
+
 def dense(features: int, x: Array, name: str) -> Array:
     """Applies a dense layer initialised as `torch.nn.Linear` by default."""
     bias = default_bias(x.shape[-1])
@@ -38,7 +44,7 @@ def dense(features: int, x: Array, name: str) -> Array:
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
     """Applies `torch.nn.MaxPool2d`: incomplete windows at the far edges are dropped."""
     pad = ((padding, padding), (padding, padding))
-    return nn.max_pool(x, (window, window), (stride, stride), pad)
+    return convolution.max_pool(x, (window, window), (stride, stride), pad)
 
 
 def adaptive_average_pool(x: Array, size: int) -> Array:

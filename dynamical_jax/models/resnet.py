@@ -10,7 +10,7 @@ from dynamical_jax.types import AnyArray, Array, Outputs
 
 STEMS = ("imagenet", "cifar")
 
-conv = functools.partial(nn.Conv, use_bias=False, kernel_init=layers.kaiming_normal)
+conv = functools.partial(layers.conv, use_bias=False, kernel_init=layers.kaiming_normal)
 
 
 class BasicBlock(nn.Module):

@@ -30,7 +30,7 @@ class VGG11(nn.Module):
         index = 0
         for group in GROUPS:
             for features in group:
-                conv = nn.Conv(
+                conv = layers.conv(
                     features,
                     (3, 3),
                     padding=pad,
