@@ -31,6 +31,14 @@ class Examples(NamedTuple):
     y: Any
 
 
+class GradientTerms(NamedTuple):
+    """What Δ is made of, for n examples, all `[n]`: ‖g_u‖², g_u·v, and the label used for u."""
+
+    squared_norm: Any
+    inner_product: Any
+    label: Any
+
+
 ApplyFn = Callable[..., Outputs]
 """`model.apply` of a Flax Linen module: a pure function of variables and inputs.
 

@@ -43,7 +43,7 @@ OUTPUT_DIR = flags.DEFINE_string(
 
 GAMMA = flags.DEFINE_float("gamma", 2.0, "dynamical: weight of g_u·g_S; inf for it alone.")
 ENGINE = flags.DEFINE_enum(
-    "engine", "vmap", list(dj.gradients.ENGINES), "dynamical: how gradients are computed."
+    "engine", "factored", list(dj.gradients.ENGINES), "dynamical: how gradients are computed."
 )
 CHUNK_SIZE = flags.DEFINE_integer(
     "chunk_size", None, "dynamical: images scored at a time; by default what memory allows."

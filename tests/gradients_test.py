@@ -91,7 +91,7 @@ def test_progress_and_empty_pool():
 
 
 def test_unknown_engine():
-    with pytest.raises(dj.UserError, match="unknown engine 'warp'; choose from vmap"):
+    with pytest.raises(dj.UserError, match="unknown engine 'warp'; choose from factored, vmap"):
         gradients.norms_and_products(len, {}, np.zeros(1), None, engine="warp")
 
 

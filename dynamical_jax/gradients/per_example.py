@@ -7,11 +7,12 @@ reference for any faster engine.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dynamical_jax import losses
-from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
+from dynamical_jax.types import AnyArray, ApplyFn, GradientTerms, Params, Variables
 
 
 def per_example_gradients(
@@ -28,10 +29,20 @@ def per_example_gradients(
 
 
 def norms_and_products(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Int[AnyArray, "n"], direction: Params
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
-    """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`."""
+    apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
+) -> GradientTerms:
+    """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
+
+    Args:
+      apply: `model.apply`, in evaluation mode.
+      variables: with all parameters in `params`.
+      x: `[n, ...]` inputs.
+      labels: `[n]`, or None for pseudo-labels.
+      direction: a pytree like `variables["params"]`.
+    """
+    if labels is None:
+        labels = jnp.argmax(apply(variables, x).logits, axis=-1)
     gradients = per_example_gradients(apply, variables, x, labels)
     squared_norm = jax.vmap(lambda gradient: optax.tree.norm(gradient, squared=True))(gradients)
     inner_product = jax.vmap(optax.tree.vdot, (0, None))(gradients, direction)
-    return squared_norm, inner_product
+    return GradientTerms(squared_norm, inner_product, labels)

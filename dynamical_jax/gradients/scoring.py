@@ -1,35 +1,30 @@
 """‖g_u‖² and g_u·v of every example of a pool, block by block, by the engine of choice."""
 
 import functools
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dynamical_jax.errors import UserError
-from dynamical_jax.gradients import per_example
+from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import blocks, bucketed
 from dynamical_jax.types import (
     ApplyFn,
-    Array,
     Examples,
+    GradientTerms,
     OnProgress,
     Params,
     Variables,
     ignore_progress,
 )
 
-ENGINES = {"vmap": per_example.norms_and_products}
+ENGINES = {
+    "factored": factored.norms_and_products,
+    "vmap": per_example.norms_and_products,
+}
 """name → function of (apply, variables, x, labels, direction); all give the same numbers."""
-
-
-class GradientTerms(NamedTuple):
-    """What Δ is made of, for n examples. All `[n]`, NumPy."""
-
-    squared_norm: np.ndarray
-    inner_product: np.ndarray
-    label: np.ndarray
 
 
 def norms_and_products(
@@ -39,7 +34,7 @@ def norms_and_products(
     direction: Params,
     *,
     labels: Any = None,
-    engine: str = "vmap",
+    engine: str = "factored",
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> GradientTerms:
@@ -51,7 +46,8 @@ def norms_and_products(
       x: `[n, ...]` the inputs; anything that gathers rows as `x[positions]`.
       direction: v, a pytree of parameters; g_S in dynamicAL.
       labels: `[n]` the labels; pseudo-labels (the arg-max predictions, Eq. 10) if None.
-      engine: a key of `ENGINES`; changes memory and speed, not the result.
+      engine: a key of `ENGINES`; changes memory and speed, not the result. Where a model has no
+        factored form, "vmap" takes its place, with a warning that says why.
       chunk_size: how many examples at a time, likewise; by default what memory allows.
       on_progress: called with (done, total) after each block.
 
@@ -66,7 +62,20 @@ def norms_and_products(
     parts = []
     for positions, count in blocks(len(x), chunk_size):
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
-        terms = _score_block(apply, ENGINES[engine], variables, block, direction)
+        try:
+            terms = _score_block(apply, ENGINES[engine], variables, block, direction)
+        except factored.UnsupportedError as error:
+            warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
+            return norms_and_products(
+                apply,
+                variables,
+                x,
+                direction,
+                labels=labels,
+                engine="vmap",
+                chunk_size=chunk_size,
+                on_progress=on_progress,
+            )
         parts.append([np.asarray(term)[:count] for term in terms])
         on_progress(int(positions[0]) + count, len(x))
     if not parts:
@@ -84,8 +93,5 @@ def default_chunk_size(variables: Variables, budget_bytes: int = 2**30) -> int:
 @functools.partial(jax.jit, static_argnames=("apply", "engine"))
 def _score_block(
     apply: ApplyFn, engine: Any, variables: Variables, block: Examples, direction: Params
-) -> tuple[Array, Array, Array]:
-    labels = block.y
-    if labels is None:
-        labels = jnp.argmax(apply(variables, block.x).logits, axis=-1)
-    return *engine(apply, variables, block.x, labels, direction), labels
+) -> GradientTerms:
+    return engine(apply, variables, block.x, block.y, direction)

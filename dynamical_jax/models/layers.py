@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from dynamical_jax import convolution
+from dynamical_jax.gradients import shares
 from dynamical_jax.types import Array
 
 # torch.nn.Linear and Conv2d: U(−1/√fan_in, 1/√fan_in), that is Kaiming uniform with a = √5.
@@ -93,3 +94,7 @@ class BatchNorm(nn.BatchNorm):
             unbiased = batch * count / jnp.maximum(count - 1, 1)
             self.put_variable("batch_stats", "var", kept + unbiased)
         return y
+
+
+# In evaluation it is `nn.BatchNorm`.
+shares.SHARES[BatchNorm] = shares.SHARES[nn.BatchNorm]

@@ -24,7 +24,7 @@ class Dynamical(Strategy):
     """
 
     gamma: float = 2.0
-    engine: str = "vmap"
+    engine: str = "factored"
     chunk_size: int | None = None
 
     def __post_init__(self):

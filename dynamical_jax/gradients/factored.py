@@ -1,0 +1,220 @@
+"""The factored engine: ‖g_u‖² and g_u·v without the gradients g_u.
+
+One forward and one backward pass give both for every example of a batch; no array of batch ×
+parameters is formed.
+
+How. `flax.linen.intercept_methods` puts a *tap* behind each layer that owns parameters. A tap is
+the identity on the layer's output, with one more input, a probe `[n, 2]` of zeros. Its backward
+pass sees the layer's input and the cotangent of its output, which is all that the layer's share of
+(‖g_u‖², g_u·v) depends on (`shares.py`), and returns that share as the cotangent of the probe. All
+layers have one probe in common, so its cotangent is the sum over layers.
+
+Never silently wrong. What the shares do not cover raises `UnsupportedError`: a layer called twice
+(‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
+transformations), normalisation by the statistics of the batch, a layer whose input has not the
+examples, and them only, on its first axis. What cannot be seen from outside is required, as by any
+per-example gradient: away from layers, the model treats examples independently.
+"""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import core
+from flax import linen as nn
+from jax.extend import core as extend_core
+
+from dynamical_jax import losses
+from dynamical_jax.gradients import shares
+from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
+
+
+class UnsupportedError(NotImplementedError):
+    """This model has no factored form here; the obvious engine does it.
+
+    Attributes:
+      module: the path of the layer in question.
+      why: what is the matter with it.
+    """
+
+    def __init__(self, module: str, why: str):
+        super().__init__(f"{module}: {why}")
+        self.module, self.why = module, why
+
+
+def norms_and_products(
+    apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
+) -> GradientTerms:
+    """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
+
+    Args:
+      apply: `model.apply`, in evaluation mode.
+      variables: with all parameters in `params`.
+      x: `[n, ...]` inputs.
+      labels: `[n]`, or None for pseudo-labels.
+      direction: a pytree like `variables["params"]`.
+
+    Raises:
+      UnsupportedError: if the model has no factored form here. Never a wrong answer.
+    """
+    variables, direction = core.unfreeze(dict(variables)), core.unfreeze(direction)
+    check_supported(apply, variables, x)
+
+    def loss(probe: Array) -> tuple[Array, Array]:
+        with _tapped(variables, direction, probe, []):
+            logits = apply(variables, x).logits
+        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
+        return jnp.sum(losses.cross_entropy(logits, targets)), targets
+
+    probe = jnp.zeros((len(x), 2), jax.tree.leaves(variables["params"])[0].dtype)
+    terms, targets = jax.grad(loss, has_aux=True)(probe)
+    return GradientTerms(terms[:, 0], terms[:, 1], targets)
+
+
+class Call(NamedTuple):
+    """A call of a layer with parameters: where, on what shape, how many leaves."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    num_parameters: int
+
+
+def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
+    """Raises `UnsupportedError` unless the shares add up to the whole gradient."""
+    params = variables["params"]
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    jax.eval_shape(apply, variables, x)  # The model's own errors come first.
+
+    def traced(n: int) -> tuple[Any, list[Call]]:
+        calls: list[Call] = []
+        batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+
+        def logits(params_: Any, batch_: Any) -> Array:
+            with _tapped(variables, params, jnp.zeros((n, 2)), calls):
+                return apply({**rest, "params": params_}, batch_).logits
+
+        return jax.make_jaxpr(logits)(params, batch).jaxpr, calls
+
+    n = len(x)
+    jaxpr, calls = traced(n)
+    # Layers have read their parameters from `variables`, so here none may be in use.
+    own = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
+    if own.intersection(variable for variable in used if not hasattr(variable, "val")):
+        raise UnsupportedError("the model", "parameters are used outside their own layer")
+    if sum(call.num_parameters for call in calls) != len(own):
+        called = {call.path for call in calls}
+        paths = [core_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        missing = ["/".join(path) for path in paths if path[:-1] not in called]
+        raise UnsupportedError("the model", f"no layer that is called owns {', '.join(missing)}")
+    # Of a layer's input only the first axis may follow the number of examples.
+    for call, other in zip(calls, traced(n + 1)[1], strict=True):
+        if call.shape[:1] != (n,) or other.shape != (n + 1, *call.shape[1:]):
+            raise UnsupportedError(
+                "/".join(call.path), "its input has not the examples on its first axis"
+            )
+
+
+def core_path(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns a path in a pytree of dictionaries as their keys."""
+    return tuple(entry.key for entry in path)
+
+
+def _tapped(
+    variables: Variables, direction: Params, probe: Array, calls: list[Call]
+) -> contextlib.AbstractContextManager[Any]:
+    """Within this context each layer with parameters feeds its share to `probe`.
+
+    Layers read their parameters from `variables` and not from those that the model is applied to,
+    so that `check_supported` can see any use besides.
+    """
+    running: list[tuple[str, ...]] = []  # The layer whose own forward pass is being traced.
+    outside = extend_core.get_opaque_trace_state(convention="flax")
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, context.module.path
+        own = _at(variables["params"], path)
+        names = shares.own_parameters(own)
+        if running or not names or context.method_name == "setup":
+            return call(*args, **kwargs)
+        name = "/".join(path) or type(module).__name__
+        why = _why_not(module, context.method_name, args, own, names)
+        if any(path == earlier.path for earlier in calls):
+            why = "it is called more than once"
+        # Under a raw `lax.scan` or `vmap` one call in Python may be many.
+        if extend_core.get_opaque_trace_state(convention="flax") != outside:
+            why = "it is called inside a JAX transformation"
+        if why is not None:
+            raise UnsupportedError(name, why)
+        calls.append(Call(path, args[0].shape, len(names)))
+
+        collections = {key: _at(tree, path) for key, tree in variables.items()}
+        running.append(path)
+        try:
+            layer = _freestanding(module, kwargs, name)
+            share_of = shares.SHARES.get(type(module), shares.formed_shares)
+            outputs = layer.apply(collections, args[0])
+            share = functools.partial(share_of, layer)
+            return _tap(share, collections, _at(direction, path), args[0], outputs, probe)
+        finally:
+            running.pop()
+
+    return nn.intercept_methods(intercept)
+
+
+def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[str]) -> str | None:
+    if method != "__call__":
+        return f"it is used through {method}"
+    if len(args) != 1 or not hasattr(args[0], "shape"):
+        return "it is called with other than one input"
+    if type(module) in shares.SHARES:
+        return shares.why_not(module, args[0].ndim)
+    if len(names) < len(own):
+        return f"{type(module).__name__} owns parameters beside further layers"
+    return None
+
+
+def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
+    """A copy of `module` without parent, with the options of the call as attributes."""
+    options = dict(kwargs)
+    if isinstance(module, nn.BatchNorm):
+        running = options.pop("use_running_average", None)
+        running = module.use_running_average if running is None else running
+        if running is not True:
+            raise UnsupportedError(name, "the statistics of the batch mix its examples")
+        module = module.clone(use_running_average=True, parent=None)
+    if any(value is not None for value in options.values()):
+        raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
+    return module.clone(parent=None, name=None)
+
+
+def _tap(
+    share: Any, variables: Variables, direction: Params, inputs: Array, outputs: Any, probe: Array
+) -> Any:
+    """The identity on `outputs`; the cotangent of the probe is the layer's share."""
+
+    @jax.custom_vjp
+    def tap(outputs: Any, probe: Any, variables: Any, direction: Any, inputs: Any) -> Any:
+        del probe, variables, direction, inputs
+        return outputs
+
+    def forward(outputs: Any, probe: Any, variables: Any, direction: Any, inputs: Any) -> Any:
+        del probe
+        return outputs, (variables, direction, inputs)
+
+    def backward(residuals: Any, cotangent: Any) -> Any:
+        terms = jnp.stack(share(*residuals, cotangent), axis=-1)
+        return cotangent, terms.astype(probe.dtype), None, None, None
+
+    tap.defvjp(forward, backward)
+    return tap(outputs, probe, variables, direction, inputs)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The subtree at `path`; empty where there is none."""
+    for key in path:
+        tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
+    return tree

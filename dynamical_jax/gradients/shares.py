@@ -1,0 +1,280 @@
+"""What one layer adds to ‖g_u‖² and g_u·v, from its input and the cotangent of its output.
+
+A kernel's gradient is aᵀe, with a `[T, d]` the patches of one example's input (for a dense layer
+its rows) and e `[T, p]` the cotangents at the T positions of the output. Two forms are exact:
+
+- *formed*: aᵀe is formed, T·d·p multiplications, for a few examples at a time;
+- *Gram*: ‖aᵀe‖² = ⟨aaᵀ, eeᵀ⟩ without it (Goodfellow, 2015, arXiv:1510.01799), and, a layer being
+  linear in its parameters, aᵀe·v = ⟨layer(x; v), e⟩.
+
+The cheaper is taken for each layer, as in mixed ghost clipping (Bu et al., 2022, arXiv:2205.10683).
+
+Each function takes (layer, variables, direction, inputs, cotangent): a Flax module without parent,
+its variables, its part of v, and arrays with the examples u on their first axis. It returns the
+layer's part of (‖g_u‖², g_u·v), each `[n]`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from dynamical_jax import convolution
+from dynamical_jax.types import Array
+
+Shares = tuple[Array, Array]
+
+# Elements of the gradients that are formed together and of the patches they are formed from: about
+# what a core's cache holds. Small layers are faster so than one example, or all, at a time.
+CHUNK_ELEMENTS = 2**19
+
+# A formed gradient is written and read back; per element that takes as long as so many
+# multiplications of a matrix product.
+COST_OF_FORMING = 32
+
+
+def dense_shares(
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of `nn.Dense`, for inputs `[n, ..., d]`."""
+    n, depth = inputs.shape[0], inputs.shape[-1]
+    window = convolution.make_window((1, 1), (1, 1))
+    kernel = direction["kernel"].reshape(1, 1, depth, -1)
+    images = inputs.reshape(n, -1, 1, depth)
+    e = cotangent.reshape(n, -1, 1, cotangent.shape[-1])
+    return _kernel_shares(layer, variables, kernel, direction, inputs, images, e, window, 1)
+
+
+def convolution_shares(
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of `nn.Conv`, for inputs `[n, length, c]` or `[n, height, width, c]`."""
+    rank = inputs.ndim - 2
+
+    def per_axis(value: Any) -> tuple[int, ...]:
+        return (value,) * rank if isinstance(value, int) else tuple(value or (1,) * rank)
+
+    kernel, strides = direction["kernel"], per_axis(layer.strides)
+    dilation = per_axis(layer.kernel_dilation)
+    padding = nn.linear.canonicalize_padding(layer.padding, rank)
+    if isinstance(padding, str):
+        sizes = zip(dilation, kernel.shape[:rank], strict=True)
+        extents = [spread * (size - 1) + 1 for spread, size in sizes]
+        padding = lax.padtype_to_pads(inputs.shape[1:-1], extents, strides, padding)
+    images, e = inputs, cotangent
+    if rank == 1:  # An image of height one.
+        images, e, kernel = images[:, None], e[:, None], kernel[None]
+        strides, dilation, padding = (1, *strides), (1, *dilation), [(0, 0), *padding]
+    image_size = images.shape[1:3]
+    window = convolution.make_window(image_size, kernel.shape[:2], strides, padding, dilation)
+    kernel, window = convolution.crop_kernel(image_size, kernel, window)
+    groups = layer.feature_group_count
+    return _kernel_shares(layer, variables, kernel, direction, inputs, images, e, window, groups)
+
+
+def normalization_shares(
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of a normalisation: per feature, sums of normalised input times e, and of e."""
+    n, features = inputs.shape[0], inputs.shape[-1]
+    off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
+    normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
+    e = cotangent.reshape(n, -1, features)
+    gradients = {
+        "scale": jnp.sum(normalized.reshape(e.shape) * e, axis=1),
+        "bias": jnp.sum(e, axis=1),
+    }
+    squared_norm = sum(jnp.sum(gradients[name] ** 2, axis=-1) for name in direction)
+    inner_product = sum(gradients[name] @ direction[name] for name in direction)
+    return squared_norm, inner_product
+
+
+def embedding_shares(
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'."""
+    n = inputs.shape[0]
+    tokens, e = inputs.reshape(n, -1), cotangent.reshape(n, -1, layer.features)
+    same = (tokens[:, :, None] == tokens[:, None, :]).astype(e.dtype)
+    squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
+    outputs = layer.apply({"params": direction}, inputs).reshape(e.shape)
+    return squared_norm, jnp.sum(outputs * e, axis=(1, 2))
+
+
+def formed_shares(
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of any layer, from the gradient of its parameters for one example after another."""
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def share(example: tuple[Array, Array]) -> Shares:
+        x, e = example
+        outputs = lambda params: layer.apply({**rest, "params": params}, x[None])
+        _, pullback = jax.vjp(outputs, variables["params"])
+        return _square_and_product(*pullback(e[None]), direction)
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(direction)) + math.prod(inputs.shape[1:])
+    return lax.map(share, (inputs, cotangent), batch_size=_chunk(size, len(inputs)))
+
+
+def _kernel_shares(
+    layer: nn.Module,
+    variables: Any,
+    kernel: Array,
+    direction: Any,
+    inputs: Array,
+    images: Array,
+    e: Array,
+    window: convolution.Window,
+    groups: int,
+) -> Shares:
+    """The cheaper form, for images `[n, h, w, c]` and e `[n, oh, ow, p]`."""
+    dtype = jax.tree.leaves(variables["params"])[0].dtype
+    images, e = images.astype(dtype), e.astype(dtype)
+    if forms_gradient(images.shape, e.shape, window, groups):
+        parts = {**direction, "kernel": _by_group(kernel, groups)}
+
+        def share(example: tuple[Array, Array]) -> Shares:
+            return _square_and_product(_formed(*example, parts, window, layer.precision), parts)
+
+        taps_and_channels = math.prod(window.size) * images.shape[-1]
+        size = taps_and_channels * (math.prod(e.shape[1:3]) + e.shape[-1] // groups)
+        return lax.map(share, (images, e), batch_size=_chunk(size, len(images)))
+
+    squared_norm = _gram_squared_norm(images, e, window, groups, layer.precision)
+    if "bias" in direction:
+        squared_norm += jnp.sum(jnp.sum(e, axis=(1, 2)) ** 2, axis=-1)
+    outputs = layer.apply({**variables, "params": direction}, inputs)
+    return squared_norm, jnp.sum(outputs.astype(dtype).reshape(e.shape) * e, axis=(1, 2, 3))
+
+
+def forms_gradient(
+    image_shape: tuple[int, ...],
+    e_shape: tuple[int, ...],
+    window: convolution.Window,
+    groups: int,
+) -> bool:
+    """Whether forming aᵀe costs less than its norm and its product with v without.
+
+    Multiplications per example and group, with d = taps × channels: forming takes T·d·p and the
+    writing of d·p elements; the other way takes T·d·p for the product with v, and for the norm
+    pixels²·channels and T²·(taps + p). T·d·p is on both sides.
+    """
+    taps, channels = math.prod(window.size), image_shape[3] // groups
+    positions, features = math.prod(e_shape[1:3]), e_shape[3] // groups
+    pixels = math.prod(image_shape[1:3])
+    forming = COST_OF_FORMING * taps * channels * features
+    return forming < pixels**2 * channels + positions**2 * (taps + features)
+
+
+def _chunk(elements: int, n: int) -> int:
+    return max(1, min(n, CHUNK_ELEMENTS // elements))
+
+
+def _square_and_product(gradient: Any, direction: Any) -> Shares:
+    pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    return sum(jnp.sum(g * g) for g, _ in pairs), sum(jnp.sum(g * v) for g, v in pairs)
+
+
+def _by_group(kernel: Array, groups: int) -> Array:
+    """Reorders a kernel `[kh, kw, c/groups, p]` to `[groups, p/groups, taps, c/groups]`."""
+    *taps, channels, features = kernel.shape
+    kernel = kernel.reshape(math.prod(taps), channels, groups, features // groups)
+    return kernel.transpose(2, 3, 0, 1)
+
+
+def _formed(
+    image: Array, e: Array, direction: Any, window: convolution.Window, precision: Any
+) -> dict[str, Array]:
+    """The gradient of one example, image `[h, w, c]` and e `[oh, ow, p]`, kernel by group."""
+    groups, _, taps, channels = direction["kernel"].shape
+    patches = convolution.image_patches(image[None], window).reshape(-1, taps, groups, channels)
+    e = e.reshape(len(patches), groups, -1)
+    gradient = {"kernel": jnp.einsum("tgp,tkgc->gpkc", e, patches, precision=precision)}
+    if "bias" in direction:
+        gradient["bias"] = jnp.sum(e, axis=0).reshape(-1)
+    return gradient
+
+
+def _gram_squared_norm(
+    images: Array, e: Array, window: convolution.Window, groups: int, precision: Any
+) -> Array:
+    """‖aᵀe‖² = ⟨aaᵀ, eeᵀ⟩ of each example, `[n]`, with no patches and no gradient.
+
+    aaᵀ of patches is the sum over taps of aaᵀ of the pixels, shifted along both axes: fewer
+    multiplications than from patches, by as many times as there are taps.
+    """
+    n, *out, p = e.shape
+    none = (0, 0, 0)
+    pads = [none, *((low, high, 0) for low, high in window.padding), none]
+    images = lax.pad(images, jnp.zeros((), images.dtype), pads)
+    _, h, w, c = images.shape
+    product = functools.partial(jnp.einsum, precision=precision)
+    pixels = images.reshape(n, h * w, groups, c // groups)
+    pixel_gram = product("nsgc,ntgc->ngst", pixels, pixels).reshape(n, groups, h, w, h, w)
+    patch_gram = 0
+    for i in range(window.size[0]):
+        for j in range(window.size[1]):
+            start = (i * window.dilation[0], j * window.dilation[1])
+            stop = tuple(
+                start[axis] + (out[axis] - 1) * window.stride[axis] + 1 for axis in range(2)
+            )
+            patch_gram += lax.slice(
+                pixel_gram,
+                (0, 0, *start, *start),
+                (n, groups, *stop, *stop),
+                (1, 1, *window.stride, *window.stride),
+            )
+    e = e.reshape(n, -1, groups, p // groups)
+    e_gram = product("nsgp,ntgp->ngst", e, e)
+    return jnp.sum(patch_gram.reshape(e_gram.shape) * e_gram, axis=(1, 2, 3))
+
+
+SHARES: dict[type[nn.Module], Callable[..., Shares]] = {
+    nn.Dense: dense_shares,
+    nn.Conv: convolution_shares,
+    nn.BatchNorm: normalization_shares,
+    nn.LayerNorm: normalization_shares,
+    nn.RMSNorm: normalization_shares,
+    nn.GroupNorm: normalization_shares,
+    nn.Embed: embedding_shares,
+}
+"""Layers of exactly these types; others that own parameters and no further layers are formed."""
+
+
+def why_not(layer: nn.Module, ndim: int) -> str | None:
+    """Returns why the form for this layer's type does not hold with its options, if it does not."""
+    if getattr(layer, "promote_dtype", nn.dtypes.promote_dtype) is not nn.dtypes.promote_dtype:
+        return "its promote_dtype may do anything"
+    if isinstance(layer, nn.Dense) and (layer.dot_general or layer.dot_general_cls):
+        return "its dot_general may do anything"
+    if isinstance(layer, nn.Conv):
+        rank = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
+        if layer.mask is not None:
+            return "its kernel is masked"
+        if rank not in (1, 2) or ndim != rank + 2:
+            return "its input is not [n, length, c] or [n, height, width, c]"
+        if any(dilation != 1 for dilation in jax.tree.leaves(layer.input_dilation)):
+            return "its input is dilated"
+        if layer.padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+            return f"its padding is {layer.padding}"
+    if isinstance(layer, nn.BatchNorm) and layer.axis not in (-1, ndim - 1):
+        return "its features are not the last axis"
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+        if getattr(layer, "feature_axes", -1) not in (-1, (-1,), ndim - 1, (ndim - 1,)):
+            return "its features are not the last axis"
+        if any(axis in (0, -ndim) for axis in jax.tree.leaves(layer.reduction_axes)):
+            return "its statistics mix examples"
+        if layer.axis_name is not None:
+            return "its statistics mix examples"
+    return None
+
+
+def own_parameters(tree: Any) -> list[str]:
+    """Returns the names of the parameters, not of the further layers, in a layer's `params`."""
+    return [name for name, value in tree.items() if not isinstance(value, Mapping)]
