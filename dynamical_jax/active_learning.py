@@ -127,7 +127,7 @@ class Experiment:
     training_config: training.TrainingConfig = training.TrainingConfig()  # noqa: RUF009
     seed: int = 0
     evaluate_every: int = 1
-    eval_batch_size: int = 512
+    eval_batch_size: int = 256
 
     def __post_init__(self):
         size = len(self.dataset.pool.y)

@@ -103,7 +103,7 @@ def fit(
     round_index: int = 0,
     *,
     capacity: int | None = None,
-    eval_batch_size: int = 512,
+    eval_batch_size: int = 256,
     on_epoch: OnEpoch = lambda epoch, variables, evaluation: None,
 ) -> Fit:
     """Trains `variables` on the labeled set until `config` says that it is fitted.
@@ -158,7 +158,7 @@ def fit(
 
 
 def evaluate(
-    apply: ApplyFn, variables: Variables, examples: Examples, batch_size: int = 512
+    apply: ApplyFn, variables: Variables, examples: Examples, batch_size: int = 256
 ) -> Evaluation:
     """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
     size = len(examples.y)

@@ -6,6 +6,7 @@ import toy
 
 import dynamical_jax as dj
 from dynamical_jax import gradients
+from dynamical_jax.gradients import scoring
 
 NAMES = list(toy.models())
 
@@ -95,7 +96,56 @@ def test_unknown_engine():
         gradients.norms_and_products(len, {}, np.zeros(1), None, engine="warp")
 
 
-def test_default_chunk_size_keeps_to_its_budget():
-    variables = {"params": {"w": np.zeros((1000, 1000), np.float32)}}  # 4 MB
-    assert gradients.default_chunk_size(variables, budget_bytes=41_000_000) == 10
-    assert gradients.default_chunk_size(variables, budget_bytes=1) == 1
+def test_chunk_size_follows_free_memory(monkeypatch):
+    apply, variables, (x, y) = setting("cnn", 64)
+    direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
+    sizes = []
+
+    def run(engine, free):
+        monkeypatch.setattr(scoring, "free_memory", lambda: free)
+        at = []
+        terms = gradients.norms_and_products(
+            apply,
+            variables,
+            x,
+            direction,
+            engine=engine,
+            on_progress=lambda done, total: at.append(done),
+        )
+        sizes.append(at[0])
+        return terms
+
+    ample = run("vmap", 2**40)
+    short = run("vmap", 10 * 2**20)
+    none = run("vmap", 1)
+    assert sizes[0] == 64
+    assert 1 < sizes[1] < 64
+    assert sizes[2] == 1
+    for terms in (short, none):
+        np.testing.assert_allclose(terms.squared_norm, ample.squared_norm, rtol=1e-5)
+
+
+def test_out_of_memory_halves_the_block(monkeypatch):
+    apply, variables, (x, y) = setting("cnn", 16)
+    direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
+    expected = gradients.norms_and_products(apply, variables, x, direction)
+    score_block, sizes = scoring._score_block, []
+
+    def limited(apply, engine, variables, block, direction):
+        sizes.append(len(block.x))
+        if len(block.x) > 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return score_block(apply, engine, variables, block, direction)
+
+    monkeypatch.setattr(scoring, "_score_block", limited)
+    terms = gradients.norms_and_products(apply, variables, x, direction, chunk_size=16)
+    assert sizes == [16, 8, 4, 4, 4, 4]
+    np.testing.assert_allclose(terms.squared_norm, expected.squared_norm, rtol=1e-5)
+    np.testing.assert_array_equal(terms.label, expected.label)
+
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(scoring, "_score_block", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        gradients.norms_and_products(apply, variables, x, direction, chunk_size=16)

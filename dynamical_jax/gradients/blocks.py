@@ -5,18 +5,24 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def blocks(size: int, block_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the positions of each block and how many of them, from the front, count.
+def block_at(start: int, block_size: int, size: int) -> tuple[np.ndarray, int]:
+    """Returns the positions of the block at `start` and how many of them, from the front, count.
 
-    Every block has exactly `block_size` positions; the last is filled up with repetitions of the
-    last position, which callers mask or cut off.
+    Every block has exactly `block_size` positions; the last of `size` rows is filled up with
+    repetitions of the last position, which callers mask or cut off.
 
-    >>> [(positions.tolist(), count) for positions, count in blocks(5, 3)]
-    [([0, 1, 2], 3), ([3, 4, 4], 2)]
+    >>> positions, count = block_at(3, 3, 5)
+    >>> positions.tolist(), count
+    ([3, 4, 4], 2)
     """
+    positions = np.arange(start, start + block_size)
+    return np.minimum(positions, size - 1), min(block_size, size - start)
+
+
+def blocks(size: int, block_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the blocks of `size` rows."""
     for start in range(0, size, block_size):
-        positions = np.arange(start, start + block_size)
-        yield np.minimum(positions, size - 1), min(block_size, size - start)
+        yield block_at(start, block_size, size)
 
 
 def bucketed(size: int, limit: int) -> int:

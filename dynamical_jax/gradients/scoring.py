@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import psutil
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
-from dynamical_jax.gradients.blocks import blocks, bucketed
+from dynamical_jax.gradients.blocks import block_at, bucketed
 from dynamical_jax.types import (
     ApplyFn,
     Examples,
@@ -26,6 +27,9 @@ ENGINES = {
 }
 """name → function of (apply, variables, x, labels, direction); all give the same numbers."""
 
+# On CPU and GPU larger blocks gain nothing more; smaller ones are taken where memory is short.
+LARGEST_CHUNK_SIZE = 256
+
 
 def norms_and_products(
     apply: ApplyFn,
@@ -38,7 +42,9 @@ def norms_and_products(
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> GradientTerms:
-    """Returns ‖g_u‖², g_u·v and the label used for every example u.
+    """Returns ‖g_u‖², g_u·v and the label used for every example u, in NumPy.
+
+    Memory does not grow with the number of examples, beyond the results.
 
     Args:
       apply: the model, `apply(variables, x) -> Outputs`.
@@ -48,7 +54,9 @@ def norms_and_products(
       labels: `[n]` the labels; pseudo-labels (the arg-max predictions, Eq. 10) if None.
       engine: a key of `ENGINES`; changes memory and speed, not the result. Where a model has no
         factored form, "vmap" takes its place, with a warning that says why.
-      chunk_size: how many examples at a time, likewise; by default what memory allows.
+      chunk_size: how many examples at a time, likewise. By default as many, up to
+        `LARGEST_CHUNK_SIZE`, as need no more than half of the free memory by the compiler's
+        account. Either is halved where memory runs out all the same.
       on_progress: called with (done, total) after each block.
 
     Raises:
@@ -56,38 +64,58 @@ def norms_and_products(
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
-    if chunk_size is None:
-        chunk_size = default_chunk_size(variables)
-    chunk_size = bucketed(len(x), chunk_size)
-    parts = []
-    for positions, count in blocks(len(x), chunk_size):
+
+    def arguments(positions: np.ndarray) -> tuple[Any, ...]:
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
+        return apply, ENGINES[engine], variables, block, direction
+
+    start, parts = 0, []
+    block_size = bucketed(len(x), chunk_size or LARGEST_CHUNK_SIZE)
+    while start < len(x):
+        positions, count = block_at(start, block_size, len(x))
         try:
-            terms = _score_block(apply, ENGINES[engine], variables, block, direction)
+            if start == 0 and chunk_size is None:
+                fitting = _fitting(block_size, *arguments(positions))
+                if fitting < block_size:
+                    block_size = fitting
+                    continue
+            terms = _score_block(*arguments(positions))
+            parts.append([np.asarray(term)[:count] for term in terms])
         except factored.UnsupportedError as error:
             warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
-            return norms_and_products(
-                apply,
-                variables,
-                x,
-                direction,
-                labels=labels,
-                engine="vmap",
-                chunk_size=chunk_size,
-                on_progress=on_progress,
-            )
-        parts.append([np.asarray(term)[:count] for term in terms])
-        on_progress(int(positions[0]) + count, len(x))
+            engine = "vmap"
+            continue
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or block_size == 1:
+                raise
+            block_size //= 2
+            continue
+        start += count
+        on_progress(start, len(x))
     if not parts:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
     return GradientTerms(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def default_chunk_size(variables: Variables, budget_bytes: int = 2**30) -> int:
-    """Returns how many per-example gradients fit in `budget_bytes`, between 1 and 256."""
-    leaves = jax.tree.leaves(variables["params"])
-    gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return max(1, min(256, budget_bytes // gradient_bytes))
+def _fitting(block_size: int, *arguments: Any) -> int:
+    """The block size if its program fits in half of the free memory, else a smaller guess.
+
+    The program that is compiled to be asked is the one that `_score_block` runs then.
+    """
+    needed = _score_block.lower(*arguments).compile().memory_analysis()
+    allowed = free_memory() // 2
+    if needed is None or needed.temp_size_in_bytes <= allowed:
+        return block_size
+    guess = max(1, block_size * allowed // needed.temp_size_in_bytes)
+    return min(block_size // 2 or 1, 1 << (guess.bit_length() - 1))
+
+
+def free_memory() -> int:
+    """Returns the bytes that are free on the default device."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return psutil.virtual_memory().available
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "engine"))

@@ -13,7 +13,7 @@ from dynamical_jax.types import ApplyFn, Array, Examples, Params, Variables
 
 
 def set_gradient(
-    apply: ApplyFn, variables: Variables, examples: Examples, chunk_size: int = 256
+    apply: ApplyFn, variables: Variables, examples: Examples, chunk_size: int = 128
 ) -> Params:
     """Returns g_S = Σ_{x∈S} ∇_θ ℓ(x, y), a pytree of parameters, accumulated block by block.
 

@@ -38,15 +38,17 @@ class Dynamical(Strategy):
 
     def score(self, key: Array, view: LearnerView, state: Any) -> Array:
         """Returns Δ({u}|S) of each unlabeled example u."""
-        chunk_size = self.chunk_size or gradients.default_chunk_size(view.variables)
-        grad_s = gradients.set_gradient(view.apply, view.variables, view.labeled, chunk_size)
+        # No more at a time than a training step takes, unless it is said.
+        grad_s = gradients.set_gradient(
+            view.apply, view.variables, view.labeled, self.chunk_size or 128
+        )
         terms = gradients.norms_and_products(
             view.apply,
             view.variables,
             view.unlabeled,
             grad_s,
             engine=self.engine,
-            chunk_size=chunk_size,
+            chunk_size=self.chunk_size,
             on_progress=view.on_progress,
         )
         return dynamics.change_of_training_dynamics(
