@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -130,6 +127,10 @@ class Experiment:
     eval_batch_size: int = 256
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
+        if self.evaluate_every < 0 or self.eval_batch_size < 1:
+            raise UserError("evaluate_every must be at least 0, eval_batch_size at least 1")
         size = len(self.dataset.pool.y)
         if self.budget.total > size:
             raise UserError(
@@ -137,14 +138,6 @@ class Experiment:
                 f"of {self.budget.batch_size} need {self.budget.total} images, but the pool of "
                 f"{self.dataset.name} has {size}"
             )
-
-    @functools.cached_property
-    def _images(self) -> jax.Array:
-        return jnp.asarray(self.dataset.pool.x)
-
-    @functools.cached_property
-    def _test(self) -> Examples:
-        return Examples(jnp.asarray(self.dataset.test.x), self.dataset.test.y)
 
     def init(self) -> State:
         """Returns the state before round 0: the initial set drawn, the weights initialised."""
@@ -170,13 +163,13 @@ class Experiment:
         rows = state.pool.labeled
         labeled = Examples(Rows(self.dataset.pool.x, rows), oracle(rows))
 
-        test_accuracies = []
+        tests: dict[int, training.Evaluation] = {}
 
         def on_epoch(epoch: int, variables: Variables, evaluation: training.Evaluation) -> None:
             reporter.epoch(epoch, evaluation)
             if self.evaluate_every and epoch % self.evaluate_every == 0:
                 with _timed(seconds, "evaluate"):
-                    test_accuracies.append(self._evaluate(variables).accuracy)
+                    tests[epoch] = self._evaluate(variables)
 
         with _timed(seconds, "train"):
             fit = training.fit(
@@ -191,36 +184,34 @@ class Experiment:
                 on_epoch=on_epoch,
             )
         seconds["train"] -= seconds["evaluate"]
-        with _timed(seconds, "evaluate"):
-            test = self._evaluate(fit.variables)
+        if fit.epochs not in tests:
+            with _timed(seconds, "evaluate"):
+                tests[fit.epochs] = self._evaluate(fit.variables)
 
         pool, strategy_state = state.pool, state.strategy_state
         query, scores = np.array([], np.int64), np.array([])
         if state.round_index < self.budget.num_rounds:
+            images = self.dataset.pool_images_on_device
             view = LearnerView(
                 self.model.apply,
                 fit.variables,
-                Examples(Rows(self._images, rows), labeled.y),
-                Rows(self._images, pool.unlabeled),
+                Examples(Rows(images, rows), labeled.y),
+                Rows(images, pool.unlabeled),
                 reporter.scored,
             )
             key = streams.key(self.seed, "strategy", state.round_index)
-            with _timed(seconds, "score"):
-                scored = self.strategy.score(key, view, strategy_state)
-                jax.block_until_ready(scored)
-            with _timed(seconds, "select"):
-                positions, scores, strategy_state = self.strategy.select(
-                    key, scored, self.budget.batch_size, strategy_state
-                )
-            pool, rows_of_query = pool.reveal(positions)
+            chosen = self.strategy.query(key, view, self.budget.batch_size, strategy_state)
+            seconds.update(chosen.seconds)
+            scores, strategy_state = chosen.scores, chosen.state
+            pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
         happened = Round(
             state.round_index,
             len(rows),
             fit.epochs,
             fit.labeled,
-            test,
-            max([test.accuracy, *test_accuracies]),
+            tests[fit.epochs],
+            max(test.accuracy for test in tests.values()),
             query,
             scores,
             dict(seconds),
@@ -235,7 +226,9 @@ class Experiment:
             yield happened
 
     def _evaluate(self, variables: Variables) -> training.Evaluation:
-        return training.evaluate(self.model.apply, variables, self._test, self.eval_batch_size)
+        return training.evaluate(
+            self.model.apply, variables, self.dataset.test_on_device, self.eval_batch_size
+        )
 
 
 @contextlib.contextmanager

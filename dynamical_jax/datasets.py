@@ -4,15 +4,17 @@
 constructor. Images are uint8 `[n, h, w, c]` and stay so until a model standardises them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from PIL import Image
@@ -23,6 +25,8 @@ from dynamical_jax.types import Examples
 # Caltech-101 has no test set of its own: this many images of each class are held out.
 TEST_IMAGES_PER_CLASS = 10
 CALTECH101_IMAGE_SIZE = 64
+# To be raised when decoding or resizing changes, so that older caches are not used.
+CACHE_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +58,18 @@ class Dataset:
             object.__setattr__(self, "index", np.arange(len(self.pool.y)))
         for part, examples in (("pool", self.pool), ("test", self.test)):
             _check_examples(f"{self.name}: {part}", examples, len(self.class_names))
-        if self.pool.x.shape[1:] != self.test.x.shape[1:]:
+        kinds = [(part.x.shape[1:], part.x.dtype.name) for part in (self.pool, self.test)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"{self.name}: pool images are {kinds[0]}, test images {kinds[1]}")
+        if np.shape(self.index) != self.pool.y.shape:
             raise UserError(
-                f"{self.name}: pool images have shape {self.pool.x.shape[1:]}, test images "
-                f"{self.test.x.shape[1:]}"
+                f"{self.name}: {len(self.pool.y)} images but an index of shape "
+                f"{np.shape(self.index)}"
             )
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        # Sums of channels over one image at a time of 64-bit integers or floats are exact enough
-        # and need no float copy of the pool.
+        # Summed over blocks of images, which needs no float copy of the pool.
         count, total, squares = 0, 0.0, 0.0
         for start in range(0, len(self.pool.x), 1024):
             block = np.asarray(self.pool.x[start : start + 1024], np.float64)
@@ -72,6 +78,16 @@ class Dataset:
             squares = squares + (block**2).sum(axis=0)
         mean = total / count
         return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+    @functools.cached_property
+    def pool_images_on_device(self) -> jax.Array:
+        """`pool.x`, copied to the default device once, whoever asks."""
+        return jnp.asarray(self.pool.x)
+
+    @functools.cached_property
+    def test_on_device(self) -> Examples:
+        """`test` with its images likewise."""
+        return Examples(jnp.asarray(self.test.x), self.test.y)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -164,9 +180,8 @@ def _load_tfds(
         image_size = image_size or CALTECH101_IMAGE_SIZE
     key = f"{name}-{builder.info.version}-{image_size or 'original'}"
     # Two copies of a data set may call themselves by one version: their sizes tell most apart.
-    source = (
-        f"{key} {[(s.name, s.num_examples, s.num_bytes) for s in builder.info.splits.values()]}"
-    )
+    sizes = [(split.num_examples, split.num_bytes) for split in builder.info.splits.values()]
+    source = f"{key} {sizes}, format {CACHE_FORMAT}"
     decode = functools.partial(_decode, builder, image_size)
     arrays = cached_arrays(cache_dir / f"{key}.npz", source, decode)
     train = Examples(arrays["train_x"], arrays["train_y"])
@@ -281,15 +296,19 @@ def cached_arrays(
             )
         return arrays
     arrays = make()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        with partial.open("wb") as file:
             np.savez(file, source=np.array(source), **arrays)
-        os.replace(file.name, path)
+        partial.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write the cache {path}: {error}; give another --cache_dir"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # There no more, unless something went wrong.
     return arrays
 
 

@@ -43,7 +43,7 @@ def initial_pool(size: int, initial_size: int, generator: np.random.Generator) -
 
 
 class Oracle:
-    """Knows the labels of the pool and gives those that were paid for.
+    """Knows the labels of the pool and gives those that it is asked for.
 
     Args:
       labels: `[n]` the label of every row of the pool.

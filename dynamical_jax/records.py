@@ -7,6 +7,7 @@ round ends. Tables and figures are made from these lines and nothing else.
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -65,7 +66,7 @@ def make(happened: Round, identity: Mapping[str, Any]) -> Record:
 @functools.cache
 def environment() -> Mapping[str, Any]:
     """Returns versions of packages, the device and the commit of the code."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     device = jax.devices()[0]
     return {
         "versions": {"python": platform.python_version(), **versions},
@@ -95,9 +96,12 @@ def create_directory(output_dir: str) -> pathlib.Path:
 
 
 def append(path: pathlib.Path, record: Record) -> None:
-    """Adds a line and sees to it that it is on disk."""
+    """Adds a line and sees to it that it is on disk.
+
+    JSON has no infinities: `gamma=inf` is written as the string "inf".
+    """
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -112,12 +116,21 @@ def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str,
     """Returns for each strategy, in order of appearance, its `value` in the rounds of all seeds.
 
     Rounds that not every seed of the strategy has reached are left out.
+
+    Raises:
+      UserError: if a round stands there twice, or seeds differ in their labels: such records are
+        of different settings and have no common curve.
     """
     by_strategy: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     labels: dict[str, dict[int, int]] = defaultdict(dict)
     for record in records:
-        by_strategy[record["strategy"]][record["seed"]][record["round"]] = record[value]
-        labels[record["strategy"]][record["round"]] = record["num_labeled"]
+        strategy, seed, index = record["strategy"], record["seed"], record["round"]
+        known = labels[strategy].setdefault(index, record["num_labeled"])
+        if index in by_strategy[strategy][seed] or known != record["num_labeled"]:
+            raise UserError(
+                f"records of {strategy}, seed {seed}, round {index} are of more than one setting"
+            )
+        by_strategy[strategy][seed][index] = record[value]
     result = {}
     for strategy, seeds in by_strategy.items():
         rounds = sorted(set.intersection(*(set(values) for values in seeds.values())))
@@ -142,16 +155,37 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
     return "\n".join(lines)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cell(mean: float, std: float) -> str:
     return f"{100 * mean:.2f}" + ("" if np.isnan(std) else f" ± {100 * std:.2f}")
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # Run from a checkout that is not installed.
+
+
 def _git_commit() -> str | None:
     """The commit of the checkout that this file is in, marked where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = pathlib.Path(__file__).parent
+    checkout = pathlib.Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
+            return None  # Installed somewhere below another project's checkout.
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()

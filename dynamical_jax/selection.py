@@ -1,6 +1,7 @@
 """Rules that turn scores into a query."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dynamical_jax.types import AnyArray
@@ -14,10 +15,10 @@ def top_b(scores: Float[AnyArray, "n"], batch_size: int) -> Int[Array, "b"]:
     Raises:
       ValueError: if `batch_size` exceeds the number of scores.
 
-    >>> import jax.numpy as jnp
     >>> top_b(jnp.array([1.0, 3.0, 2.0, 3.0]), 3)
     Array([1, 3, 2], dtype=int32)
     """
     if batch_size > len(scores):
         raise ValueError(f"cannot choose {batch_size} of {len(scores)}")
-    return jax.lax.top_k(scores, batch_size)[1]
+    # −0 and 0 are equal, but not to `top_k`.
+    return jax.lax.top_k(jnp.where(scores == 0, 0, scores), batch_size)[1]

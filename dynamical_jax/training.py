@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from dynamical_jax import losses, streams
 from dynamical_jax.errors import DivergedError, UserError
-from dynamical_jax.gradients.blocks import blocks, bucketed
+from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -42,7 +42,8 @@ class TrainingConfig:
     Attributes:
       optimizer: a key of `OPTIMIZERS`, made afresh in every round.
       learning_rate: its learning rate, at the start where the schedule is not constant.
-      schedule: "constant", or "cosine" from `learning_rate` to 0 over `max_epochs`.
+      schedule: "constant", or "cosine" from `learning_rate` towards 0, which it would reach
+        after `max_epochs`.
       batch_size: examples per step at most; an epoch's steps are of equal size to within one.
       weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
       target_accuracy: training stops at the end of the first epoch with at least this accuracy on
@@ -69,7 +70,7 @@ class TrainingConfig:
             )
         if self.batch_size < 1 or self.max_epochs < 1:
             raise UserError("the training batch size and max_epochs must be at least 1")
-        if not self.learning_rate > 0 or self.weight_decay < 0:
+        if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise UserError("the learning rate must be positive, weight decay not negative")
         if not 0 <= self.target_accuracy <= 1:
             raise UserError(f"target accuracy must be in [0, 1], got {self.target_accuracy}")
@@ -162,13 +163,13 @@ def evaluate(
 ) -> Evaluation:
     """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
     size = len(examples.y)
-    batch_size = bucketed(size, batch_size)
-    totals = np.zeros(2)
-    for positions, count in blocks(size, batch_size):
+
+    def totals(positions: np.ndarray, count: int) -> np.ndarray:
         block = Examples(examples.x[positions], examples.y[positions])
-        mask = np.arange(batch_size) < count
-        totals += np.asarray(_evaluate_block(apply, variables, block, mask), np.float64)
-    correct, loss = totals / size
+        mask = np.arange(len(positions)) < count
+        return np.asarray(_evaluate_block(apply, variables, block, mask), np.float64)
+
+    correct, loss = sum(map_blocks(totals, size, bucketed(size, batch_size))) / size
     return Evaluation(float(correct), float(loss))
 
 
@@ -198,12 +199,13 @@ def _epoch(
 ) -> tuple[Variables, Any, Array]:
     """Runs one epoch over the first `count` entries of `order`; returns the sum of step losses."""
     num_steps = (count + batch_size - 1) // batch_size
+    share, rest = jnp.divmod(count, num_steps)
 
     def step(index: Array, carry: tuple) -> tuple:
         variables, optimizer_state, total = carry
         # Equal shares rather than full batches and a rest: no step rests on a handful of examples.
-        start = index * count // num_steps
-        stop = (index + 1) * count // num_steps
+        start = index * share + jnp.minimum(index, rest)
+        stop = start + share + (index < rest)
         slots = start + jnp.arange(batch_size)
         rows = order[jnp.minimum(slots, len(order) - 1)]
         batch = Examples(buffer.x[rows], buffer.y[rows])
@@ -253,7 +255,10 @@ def batch_gradient(
 def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Gives every BatchNorm of any module the mask, so that models need not know of it."""
     if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-        kwargs = {**kwargs, "mask": mask.reshape(-1, *[1] * (args[0].ndim - 1))}
+        x = args[0] if args else kwargs["x"]
+        mask = mask.reshape(-1, *[1] * (x.ndim - 1))
+        own = kwargs.get("mask")
+        kwargs = {**kwargs, "mask": mask if own is None else mask & own}
     return call(*args, **kwargs)
 
 

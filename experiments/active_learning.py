@@ -72,7 +72,9 @@ SCHEDULE = flags.DEFINE_enum(
     "schedule", "constant", dj.training.SCHEDULES, "Of the learning rate, over --max_epochs."
 )
 TRAIN_BATCH_SIZE = flags.DEFINE_integer("train_batch_size", 128, "Images per training step.")
-WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.0, "Weight decay.")
+WEIGHT_DECAY = flags.DEFINE_float(
+    "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
+)
 TARGET_ACCURACY = flags.DEFINE_float(
     "target_accuracy", 0.99, "Train until this accuracy on the labeled set,"
 )
@@ -136,6 +138,7 @@ def run(argv: list[str]) -> None:
         for seed in range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
         for name, strategy in strategies.items()
     ]
+    dj.records.environment()  # What cannot be recorded should fail now and not after a round.
     experiments[0][1].init()  # The model may refuse images of this size.
     path = dj.records.create_directory(OUTPUT_DIR.value or f"runs/{dataset.name}-{MODEL.value}")
     play(experiments, path)

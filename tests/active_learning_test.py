@@ -103,6 +103,20 @@ def test_sizes_must_be_positive(field, size):
         dj.Budget(**{"initial_size": 1, "batch_size": 1, "num_rounds": 1, field: size})
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"seed": -1}, "seed must be between 0"),
+        ({"seed": 2**32}, "seed must be between 0"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
+        ({"eval_batch_size": 0}, "eval_batch_size at least 1"),
+    ],
+)
+def test_other_options_out_of_range(dataset, option, message):
+    with pytest.raises(dj.UserError, match=message):
+        experiment(dataset, **option)
+
+
 def test_budget_must_fit_the_pool(dataset):
     budget = dj.Budget(20, 20, 3)
     with pytest.raises(dj.UserError, match="need 80 images, but the pool of toy has 60"):

@@ -65,11 +65,17 @@ def make(x=None, y=None, **fields):
         (None, toy.labels(6) - 9, "labels must be integers from 0 to 2"),
         (None, toy.labels(6) * 1.0, "labels must be integers"),
         (toy.images(6)[:, :4], None, "test images"),
+        (toy.images(6) / np.float32(255), None, "test images"),
     ],
 )
 def test_arrays_that_do_not_fit(x, y, message):
     with pytest.raises(dj.UserError, match=message):
         make(x, y, class_names=("a", "b", "c"))
+
+
+def test_index_must_fit():
+    with pytest.raises(dj.UserError, match=r"6 images but an index of shape \(3,\)"):
+        make(class_names=("a", "b", "c"), index=np.arange(3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -116,12 +122,14 @@ class TestCache:
         with pytest.raises(dj.UserError, match="cannot write the cache"):
             self.load(tmp_path / "file" / "cache.npz")
 
-    def test_interrupted_writing_leaves_no_cache(self, tmp_path):
-        def interrupted():
+    def test_interrupted_writing_leaves_nothing(self, tmp_path, monkeypatch):
+        def interrupted(file, **arrays):
+            file.write(b"half of it")
             raise KeyboardInterrupt
 
+        monkeypatch.setattr(np, "savez", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            datasets.cached_arrays(tmp_path / "cache.npz", "source", interrupted)
+            self.load(tmp_path / "cache.npz")
         assert list(tmp_path.iterdir()) == []
 
 

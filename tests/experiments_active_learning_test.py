@@ -133,6 +133,12 @@ def test_divergence_keeps_what_was_done(run, tmp_path):
     assert read(tmp_path) == []
 
 
+def test_gamma_may_be_infinite(run, tmp_path):
+    status, _, _ = run(gamma=float("inf"), strategies=["dynamical"], num_seeds=1)
+    assert status is None
+    assert {record["flags"]["gamma"] for record in read(tmp_path)} == {"inf"}
+
+
 def test_help_names_every_choice():
     for name, registry in (
         ("dataset", dj.datasets.DATASETS),

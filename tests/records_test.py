@@ -42,6 +42,20 @@ def test_a_round_that_not_every_seed_reached_is_left_out():
     np.testing.assert_array_equal(records.curves(RECORDS[:3])["a"].num_labeled, [10])
 
 
+@pytest.mark.parametrize(
+    "other", [record("a", 0, 1, 0.3), {**record("a", 2, 1, 0.3), "num_labeled": 99}]
+)
+def test_records_of_two_settings_have_no_common_curve(other):
+    with pytest.raises(dj.UserError, match="are of more than one setting"):
+        records.curves([*RECORDS, other])
+
+
+def test_infinity_is_written_as_a_word(tmp_path):
+    path = records.create_directory(str(tmp_path))
+    records.append(path, {"flags": {"gamma": np.inf, "sizes": [1, np.nan]}})
+    assert records.read(path) == [{"flags": {"gamma": "inf", "sizes": [1, "nan"]}}]
+
+
 def test_table():
     assert records.table(RECORDS).splitlines() == [
         "labels               a               b",

@@ -14,6 +14,10 @@ def test_top_b_is_the_stable_sort_of_numpy():
         np.testing.assert_array_equal(chosen, expected[:batch_size])
 
 
+def test_signed_zeros_are_equal():
+    np.testing.assert_array_equal(selection.top_b(jnp.array([-0.0, 0.0, -0.0]), 3), [0, 1, 2])
+
+
 def test_top_b_of_too_few():
     with pytest.raises(ValueError, match="cannot choose 4 of 3"):
         selection.top_b(jnp.zeros(3), 4)

@@ -75,6 +75,23 @@ class TestContract:
             np.testing.assert_array_equal(query.positions, queries[0].positions)
 
 
+def test_score_and_select_draw_separately():
+    drawn = []
+
+    class Drawing(dj.strategies.Random):
+        def score(self, key, view, state):
+            drawn.append(jax.random.uniform(key))
+            return super().score(key, view, state)
+
+        def select(self, key, scored, batch_size, state):
+            drawn.append(jax.random.uniform(key))
+            return super().select(key, scored, batch_size, state)
+
+    query = Drawing().query(KEY, make_view(), 3)
+    assert drawn[0] != drawn[1]
+    assert set(query.seconds) == {"score", "select"}
+
+
 def test_no_labels_of_the_pool_can_be_reached():
     fields = {field.name for field in dataclasses.fields(dj.LearnerView)}
     assert fields == {"apply", "variables", "labeled", "unlabeled", "on_progress"}

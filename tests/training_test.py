@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from flax import linen as nn
 
 import dynamical_jax as dj
 from dynamical_jax import losses, training
@@ -37,6 +38,33 @@ def test_padding_changes_nothing():
     same(padded, (gradient, loss, statistics), rtol=1e-5, atol=1e-6)
     unmasked = step(dj.Examples(x, y), jnp.arange(8) < 8, jax.random.key(0))
     assert abs(unmasked[1] - loss) > 1e-3
+
+
+def test_masks_of_the_model_itself_are_kept():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            mask = (jnp.arange(len(x)) != 1).reshape(-1, 1)
+            x = nn.BatchNorm(use_running_average=not train)(x=x.reshape(len(x), -1), mask=mask)
+            return dj.Outputs(nn.Dense(3)(x), x)
+
+    model = toy.standardized(Masked())
+    variables = toy.variables(model)
+    x, y = toy.examples(6)
+    step = functools.partial(training.batch_gradient, model, variables)
+    _, _, statistics = step(dj.Examples(x, y), jnp.arange(6) < 4, jax.random.key(0))
+    mean = statistics["batch_stats"]["model"]["BatchNorm_0"]["mean"]
+    standard = (x.reshape(6, -1, 2) - np.array(toy.MEAN)) / np.array(toy.STD)
+    before = variables["batch_stats"]["model"]["BatchNorm_0"]["mean"]
+    counted = standard.reshape(6, -1)[[0, 2, 3]].mean(axis=0)
+    np.testing.assert_allclose(mean, 0.99 * before + 0.01 * counted, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_leaves_running_statistics():
+    model = toy.models()["batch_norm"]
+    variables = toy.variables(model)
+    _, after = model.apply(variables, toy.images(3), mutable=["batch_stats"])
+    same(after["batch_stats"], variables["batch_stats"])
 
 
 def test_running_variance_is_unbiased_as_in_pytorch():

@@ -10,9 +10,8 @@ Gradients are over all trainable parameters with the model in evaluation mode, w
 an example depends on that example alone.
 """
 
-from dynamical_jax.gradients.blocks import block_at as block_at
-from dynamical_jax.gradients.blocks import blocks as blocks
 from dynamical_jax.gradients.blocks import bucketed as bucketed
+from dynamical_jax.gradients.blocks import map_blocks as map_blocks
 from dynamical_jax.gradients.factored import UnsupportedError as UnsupportedError
 from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES

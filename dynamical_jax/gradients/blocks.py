@@ -1,8 +1,13 @@
 """Sets cut into blocks of one shape, so that one compiled program serves any set size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.types import OnProgress, ignore_progress
 
 
 def block_at(start: int, block_size: int, size: int) -> tuple[np.ndarray, int]:
@@ -19,10 +24,35 @@ def block_at(start: int, block_size: int, size: int) -> tuple[np.ndarray, int]:
     return np.minimum(positions, size - 1), min(block_size, size - start)
 
 
-def blocks(size: int, block_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the blocks of `size` rows."""
-    for start in range(0, size, block_size):
-        yield block_at(start, block_size, size)
+def map_blocks(
+    run: Callable[[np.ndarray, int], Any],
+    size: int,
+    block_size: int,
+    on_progress: OnProgress = ignore_progress,
+) -> list[Any]:
+    """Returns `run(positions, count)` of each block of `size` rows.
+
+    A block for which memory runs out is tried again at half the size, as are all after it.
+
+    Args:
+      run: called with a block as from `block_at`.
+      size: number of rows.
+      block_size: rows of a block.
+      on_progress: called with (done, total) after each block.
+    """
+    results, start = [], 0
+    while start < size:
+        positions, count = block_at(start, block_size, size)
+        try:
+            results.append(jax.block_until_ready(run(positions, count)))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or block_size == 1:
+                raise
+            block_size //= 2
+            continue
+        start += count
+        on_progress(start, size)
+    return results
 
 
 def bucketed(size: int, limit: int) -> int:
@@ -34,4 +64,6 @@ def bucketed(size: int, limit: int) -> int:
     >>> bucketed(5, 256), bucketed(200, 256), bucketed(5000, 256)
     (8, 256, 256)
     """
+    if limit < 1:
+        raise UserError(f"a block needs at least 1 example, got {limit}")
     return min(limit, 1 << max(size - 1, 0).bit_length())

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import psutil
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
-from dynamical_jax.gradients.blocks import block_at, bucketed
+from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
 from dynamical_jax.types import (
     ApplyFn,
     Examples,
@@ -69,49 +70,53 @@ def norms_and_products(
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
         return apply, ENGINES[engine], variables, block, direction
 
-    start, parts = 0, []
-    block_size = bucketed(len(x), chunk_size or LARGEST_CHUNK_SIZE)
-    while start < len(x):
-        positions, count = block_at(start, block_size, len(x))
-        try:
-            if start == 0 and chunk_size is None:
-                fitting = _fitting(block_size, *arguments(positions))
-                if fitting < block_size:
-                    block_size = fitting
-                    continue
-            terms = _score_block(*arguments(positions))
-            parts.append([np.asarray(term)[:count] for term in terms])
-        except factored.UnsupportedError as error:
-            warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
-            engine = "vmap"
-            continue
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or block_size == 1:
-                raise
-            block_size //= 2
-            continue
-        start += count
-        on_progress(start, len(x))
-    if not parts:
+    def score(positions: np.ndarray, count: int) -> list[np.ndarray]:
+        terms = _score_block(*arguments(positions))
+        return [np.asarray(term)[:count] for term in terms]
+
+    if len(x) == 0:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
+    block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
+    try:
+        if chunk_size is None:
+            block_size = _fitting(arguments, block_size, len(x))
+        parts = map_blocks(score, len(x), block_size, on_progress)
+    except factored.UnsupportedError as error:
+        warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
+        return norms_and_products(
+            apply,
+            variables,
+            x,
+            direction,
+            labels=labels,
+            engine="vmap",
+            chunk_size=chunk_size,
+            on_progress=on_progress,
+        )
     return GradientTerms(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _fitting(block_size: int, *arguments: Any) -> int:
-    """The block size if its program fits in half of the free memory, else a smaller guess.
+def _fitting(arguments: Callable[..., Any], block_size: int, size: int) -> int:
+    """The largest block, up to `block_size`, whose program needs at most half of the free memory.
 
     The program that is compiled to be asked is the one that `_score_block` runs then.
     """
-    needed = _score_block.lower(*arguments).compile().memory_analysis()
-    allowed = free_memory() // 2
-    if needed is None or needed.temp_size_in_bytes <= allowed:
-        return block_size
-    guess = max(1, block_size * allowed // needed.temp_size_in_bytes)
-    return min(block_size // 2 or 1, 1 << (guess.bit_length() - 1))
+    while block_size > 1:
+        positions, _ = block_at(0, block_size, size)
+        needed = _score_block.lower(*arguments(positions)).compile().memory_analysis()
+        allowed = free_memory() // 2
+        if needed is None or needed.temp_size_in_bytes <= allowed:
+            break
+        guess = max(1, block_size * allowed // needed.temp_size_in_bytes)
+        block_size = min(block_size // 2, 1 << (guess.bit_length() - 1))
+    return block_size
 
 
 def free_memory() -> int:
-    """Returns the bytes that are free on the default device."""
+    """Returns the bytes that are free on the first device.
+
+    Of a container's own limit the account of a CPU's memory knows nothing.
+    """
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

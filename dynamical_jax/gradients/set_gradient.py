@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynamical_jax import losses
-from dynamical_jax.gradients.blocks import blocks, bucketed
+from dynamical_jax.gradients.blocks import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Params, Variables
 
 
@@ -21,26 +21,34 @@ def set_gradient(
       apply: the model, `apply(variables, x) -> Outputs`.
       variables: its variables.
       examples: the set S.
-      chunk_size: how many examples at a time; changes memory and speed, not the result.
+      chunk_size: how many examples at a time, halved where memory runs out; changes memory and
+        speed, not the result.
     """
-    gradient = jax.tree.map(jnp.zeros_like, variables["params"])
     labels = np.asarray(examples.y)
-    chunk_size = bucketed(len(labels), chunk_size)
-    for positions, count in blocks(len(labels), chunk_size):
-        weights = np.arange(chunk_size) < count
+    block_size = bucketed(len(labels), chunk_size)
+    total = jax.tree.map(jnp.zeros_like, variables["params"])
+
+    def add(positions: np.ndarray, count: int) -> None:
+        nonlocal total
+        weights = np.arange(len(positions)) < count
         block = Examples(examples.x[positions], labels[positions])
-        gradient = _add_gradient(apply, gradient, variables, block, weights)
-    return gradient
+        total = _add(total, _block_gradient(apply, variables, block, weights))
+
+    map_blocks(add, len(labels), block_size)
+    return total
 
 
-@functools.partial(jax.jit, static_argnames="apply", donate_argnames="gradient")
-def _add_gradient(
-    apply: ApplyFn, gradient: Params, variables: Variables, block: Examples, weights: Any
-) -> Params:
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Params, gradient: Params) -> Params:
+    return jax.tree.map(jnp.add, total, gradient)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _block_gradient(apply: ApplyFn, variables: Variables, block: Examples, weights: Any) -> Params:
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def loss(params: Params) -> Array:
         logits = apply({"params": params, **rest}, block.x).logits
         return jnp.vdot(weights, losses.cross_entropy(logits, block.y))
 
-    return jax.tree.map(jnp.add, gradient, jax.grad(loss)(variables["params"]))
+    return jax.grad(loss)(variables["params"])

@@ -81,11 +81,16 @@ class BatchNorm(nn.BatchNorm):
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
         """Normalises x `[n, h, w, c]`; examples where `mask` is False count in no statistic."""
-        updates = self.is_mutable_collection("batch_stats") and not self.is_initializing()
+        averages = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        updates = self.is_mutable_collection("batch_stats") and not (
+            averages or self.is_initializing()
+        )
         before = self.get_variable("batch_stats", "var") if updates else None
         y = super().__call__(x, use_running_average, mask=mask)
         if updates:
-            count = x.size // x.shape[-1]
+            count = x.size // x.shape[self.axis]
             if mask is not None:
                 count = jnp.sum(mask) * (count // x.shape[0])
             kept = self.momentum * before

@@ -2,8 +2,12 @@
 
 import abc
 import dataclasses
+import time
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dynamical_jax import selection
@@ -48,11 +52,13 @@ class Query(NamedTuple):
       positions: `[b]` distinct positions in `view.unlabeled`.
       scores: `[b]` the strategy's score of each, the larger the rather chosen.
       state: the strategy's state, for its next query.
+      seconds: spent on "score" and "select".
     """
 
     positions: np.ndarray
     scores: np.ndarray
-    state: Any
+    state: Any = None
+    seconds: Mapping[str, float] = types.MappingProxyType({})
 
 
 class Strategy(abc.ABC):
@@ -98,7 +104,13 @@ class Strategy(abc.ABC):
         """
         check_batch_size(batch_size, view)
         state = self.init() if state is None else state
-        return self.select(key, self.score(key, view, state), batch_size, state)
+        key_score, key_select = jax.random.split(key)
+        start = time.perf_counter()
+        scored = jax.block_until_ready(self.score(key_score, view, state))
+        middle = time.perf_counter()
+        query = self.select(key_select, scored, batch_size, state)
+        seconds = {"score": middle - start, "select": time.perf_counter() - middle}
+        return query._replace(seconds=seconds)
 
 
 def check_batch_size(batch_size: int, view: LearnerView) -> None:

@@ -38,7 +38,7 @@ class Dynamical(Strategy):
 
     def score(self, key: Array, view: LearnerView, state: Any) -> Array:
         """Returns Δ({u}|S) of each unlabeled example u."""
-        # No more at a time than a training step takes, unless it is said.
+        # A batch gradient needs less memory than scoring; 128 is what training takes at a time.
         grad_s = gradients.set_gradient(
             view.apply, view.variables, view.labeled, self.chunk_size or 128
         )
