@@ -11,9 +11,9 @@ layers have one probe in common, so its cotangent is the sum over layers.
 
 Never silently wrong. What the shares do not cover raises `UnsupportedError`: a layer called twice
 (‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
-transformations), normalisation by the statistics of the batch, a layer whose input has not the
-examples, and them only, on its first axis. What cannot be seen from outside is required, as by any
-per-example gradient: away from layers, the model treats examples independently.
+transformations), normalisation by the statistics of the batch, a layer whose input and output have
+not the examples, and them only, on their first axis. What cannot be seen from outside is required,
+as by any per-example gradient: away from layers, the model treats examples independently.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import core
+from flax import core, errors
 from flax import linen as nn
 from jax.extend import core as extend_core
 
@@ -60,7 +60,8 @@ def norms_and_products(
     Raises:
       UnsupportedError: if the model has no factored form here. Never a wrong answer.
     """
-    variables, direction = core.unfreeze(dict(variables)), core.unfreeze(direction)
+    variables = core.unfreeze(nn.unbox(dict(variables)))
+    direction = core.unfreeze(nn.unbox(direction))
     check_supported(apply, variables, x)
 
     def loss(probe: Array) -> tuple[Array, Array]:
@@ -75,10 +76,10 @@ def norms_and_products(
 
 
 class Call(NamedTuple):
-    """A call of a layer with parameters: where, on what shape, how many leaves."""
+    """A call of a layer with parameters: where, shapes of input and outputs, how many leaves."""
 
     path: tuple[str, ...]
-    shape: tuple[int, ...]
+    shapes: list[tuple[int, ...]]
     num_parameters: int
 
 
@@ -106,21 +107,19 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     if own.intersection(variable for variable in used if not hasattr(variable, "val")):
         raise UnsupportedError("the model", "parameters are used outside their own layer")
     if sum(call.num_parameters for call in calls) != len(own):
-        called = {call.path for call in calls}
-        paths = [core_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        missing = ["/".join(path) for path in paths if path[:-1] not in called]
-        raise UnsupportedError("the model", f"no layer that is called owns {', '.join(missing)}")
-    # Of a layer's input only the first axis may follow the number of examples.
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        called = tuple("/".join(call.path) + "/" for call in calls)
+        missing = ", ".join(path for path in paths if not path.startswith(called))
+        raise UnsupportedError("the model", f"no layer that is called owns {missing}")
+    # Of a layer's arrays only the first axis may follow the number of examples.
     for call, other in zip(calls, traced(n + 1)[1], strict=True):
-        if call.shape[:1] != (n,) or other.shape != (n + 1, *call.shape[1:]):
-            raise UnsupportedError(
-                "/".join(call.path), "its input has not the examples on its first axis"
-            )
-
-
-def core_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns a path in a pytree of dictionaries as their keys."""
-    return tuple(entry.key for entry in path)
+        for shape, other_shape in zip(call.shapes, other.shapes, strict=True):
+            if shape[:1] != (n,) or other_shape != (n + 1, *shape[1:]):
+                raise UnsupportedError(
+                    "/".join(call.path) or "the model",
+                    "its input or output has not the examples on its first axis",
+                )
 
 
 def _tapped(
@@ -149,14 +148,22 @@ def _tapped(
             why = "it is called inside a JAX transformation"
         if why is not None:
             raise UnsupportedError(name, why)
-        calls.append(Call(path, args[0].shape, len(names)))
 
         collections = {key: _at(tree, path) for key, tree in variables.items()}
         running.append(path)
         try:
             layer = _freestanding(module, kwargs, name)
             share_of = shares.SHARES.get(type(module), shares.formed_shares)
-            outputs = layer.apply(collections, args[0])
+            try:
+                outputs = layer.apply(collections, args[0])
+            except errors.FlaxError as error:  # It is not all that it uses: a module from outside.
+                raise UnsupportedError(name, "it cannot be applied by itself") from error
+            leaves = jax.tree.leaves(outputs)
+            if not all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves):
+                raise UnsupportedError(name, "its output is not floating point")
+            shapes = [leaf.shape for leaf in (args[0], *leaves)]
+            own_leaves = jax.tree.leaves([own[parameter] for parameter in names])
+            calls.append(Call(path, shapes, len(own_leaves)))
             share = functools.partial(share_of, layer)
             return _tap(share, collections, _at(direction, path), args[0], outputs, probe)
         finally:
@@ -186,7 +193,8 @@ def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
         if running is not True:
             raise UnsupportedError(name, "the statistics of the batch mix its examples")
         module = module.clone(use_running_average=True, parent=None)
-    if any(value is not None for value in options.values()):
+    # None is the default of every option of the layers known here; of others it may be a value.
+    if any(value is not None or type(module) not in shares.SHARES for value in options.values()):
         raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
     return module.clone(parent=None, name=None)
 

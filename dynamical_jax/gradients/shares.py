@@ -99,7 +99,9 @@ def embedding_shares(
 ) -> Shares:
     """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'."""
     n = inputs.shape[0]
-    tokens, e = inputs.reshape(n, -1), cotangent.reshape(n, -1, layer.features)
+    # Tokens below zero count from the end, as indices do.
+    tokens = inputs.reshape(n, -1).astype(jnp.int32) % layer.num_embeddings
+    e = cotangent.reshape(n, -1, layer.features)
     same = (tokens[:, :, None] == tokens[:, None, :]).astype(e.dtype)
     squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
     outputs = layer.apply({"params": direction}, inputs).reshape(e.shape)
@@ -107,16 +109,16 @@ def embedding_shares(
 
 
 def formed_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Any
 ) -> Shares:
     """Shares of any layer, from the gradient of its parameters for one example after another."""
     rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def share(example: tuple[Array, Array]) -> Shares:
-        x, e = example
-        outputs = lambda params: layer.apply({**rest, "params": params}, x[None])
+    def share(example: tuple[Array, Any]) -> Shares:
+        x, e = jax.tree.map(lambda leaf: leaf[None], example)
+        outputs = lambda params: layer.apply({**rest, "params": params}, x)
         _, pullback = jax.vjp(outputs, variables["params"])
-        return _square_and_product(*pullback(e[None]), direction)
+        return _square_and_product(*pullback(e), direction)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(direction)) + math.prod(inputs.shape[1:])
     return lax.map(share, (inputs, cotangent), batch_size=_chunk(size, len(inputs)))
@@ -247,6 +249,9 @@ SHARES: dict[type[nn.Module], Callable[..., Shares]] = {
 """Layers of exactly these types; others that own parameters and no further layers are formed."""
 
 
+CONVOLUTIONS = (None, lax.conv_general_dilated, convolution.conv_general_dilated)
+
+
 def why_not(layer: nn.Module, ndim: int) -> str | None:
     """Returns why the form for this layer's type does not hold with its options, if it does not."""
     if getattr(layer, "promote_dtype", nn.dtypes.promote_dtype) is not nn.dtypes.promote_dtype:
@@ -255,6 +260,8 @@ def why_not(layer: nn.Module, ndim: int) -> str | None:
         return "its dot_general may do anything"
     if isinstance(layer, nn.Conv):
         rank = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
+        if layer.conv_general_dilated not in CONVOLUTIONS or layer.conv_general_dilated_cls:
+            return "its conv_general_dilated may do anything"
         if layer.mask is not None:
             return "its kernel is masked"
         if rank not in (1, 2) or ndim != rank + 2:

@@ -1,0 +1,697 @@
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from flax import linen as nn
+from jax import lax
+
+import dynamical_jax as dj
+from dynamical_jax import gradients
+from dynamical_jax.gradients import factored, per_example, shares
+from dynamical_jax.models import layers
+
+NUM_EXAMPLES = 5
+
+
+def model_of(function):
+    """A model from the body of its call."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            outputs = function(self, x)
+            outputs = outputs.reshape(outputs.shape[0], -1)
+            return dj.Outputs(outputs, outputs)
+
+    return Model()
+
+
+def alone(layer):
+    return model_of(lambda self, x: layer.clone(parent=self)(x))
+
+
+def draw(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(jnp.result_type(float))
+
+
+def images(height=9, width=7, channels=4):
+    return draw((NUM_EXAMPLES, height, width, channels))
+
+
+def rows():
+    return draw((NUM_EXAMPLES, 4))
+
+
+def drawn(tree, seed):
+    """A tree of these shapes: kernels that keep the scale, positive variances."""
+    generator = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        z = generator.normal(size=shape.shape) / np.sqrt(max(1, np.prod(shape.shape[:-1])))
+        z = z**2 + 0.5 if "var" in jax.tree_util.keystr(path) else z
+        return z.astype(jnp.result_type(float))  # Modules draw float32 in any case.
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def variables_and_direction(model, x):
+    shapes = dict(jax.eval_shape(model.init, jax.random.key(0), x))
+    variables = drawn({name: shapes[name] for name in shapes if name != "intermediates"}, seed=1)
+    return variables, drawn(variables["params"], seed=2)
+
+
+def tolerance():
+    return 1e-10 if jax.config.jax_enable_x64 else 1e-5
+
+
+def assert_close(terms, expected, direction, tolerance):
+    """‖g_u‖² relative to itself, g_u·v to ‖g_u‖‖v‖, its size without cancellation."""
+    np.testing.assert_allclose(terms.squared_norm, expected.squared_norm, rtol=tolerance)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(direction)))
+    error = np.abs(terms.inner_product - expected.inner_product)
+    bound = tolerance * norm * np.sqrt(expected.squared_norm)
+    assert np.all(error <= bound), error / bound
+    np.testing.assert_array_equal(terms.label, expected.label)
+
+
+def with_form(formed):
+    """The factored engine, with the gradients of kernels formed or not whatever the rule says."""
+
+    def engine(*arguments):
+        with mock.patch.object(shares, "forms_gradient", return_value=formed):
+            return factored.norms_and_products(*arguments)
+
+    return engine
+
+
+BOTH_FORMS = (with_form(True), with_form(False))
+
+
+def terms_of(model, engines, *arguments):
+    """The terms by each engine, as one program: that compiles faster than several."""
+    return toy.jit(lambda *a: [engine(model.apply, *a) for engine in engines])(*arguments)
+
+
+def check(model, x, labels=None, engines=(factored.norms_and_products,)):
+    """Terms by these engines against those of `vmap(grad)`."""
+    variables, direction = variables_and_direction(model, x)
+    engines = (*engines, per_example.norms_and_products)
+    *several, expected = terms_of(model, engines, variables, x, labels, direction)
+    assert np.all(expected.squared_norm > 0)
+    for terms in several:
+        assert_close(terms, expected, direction, tolerance())
+
+
+# --- Layers, option by option ---
+
+CONVOLUTIONS = {
+    "3x3": {},
+    "no bias": {"use_bias": False},
+    "1x1, strides": {"kernel_size": (1, 1), "strides": 2},
+    "valid": {"kernel_size": (3, 2), "padding": "VALID"},
+    "lower case": {"padding": "same"},
+    "same_lower": {"kernel_size": (4, 2), "padding": "SAME_LOWER"},
+    "strides": {"strides": (2, 3)},
+    "lists": {"kernel_size": [3, 2], "strides": [2, 1], "padding": [1, (0, 2)]},
+    "one-sided": {"padding": ((0, 2), (3, 1)), "strides": 2},
+    "dilation": {"kernel_size": (3, 2), "kernel_dilation": (2, 3)},
+    "dilation, strides": {"kernel_dilation": 2, "strides": 2, "padding": 2},
+    "groups": {"feature_group_count": 2},
+    "depthwise": {"feature_group_count": 4, "strides": 2},
+    "ours": {"conv_general_dilated": dj.convolution.conv_general_dilated},
+}
+SMALL_MAPS = {
+    "whole map": {"kernel_size": (3, 2), "padding": "VALID"},
+    "larger than map": {"kernel_size": (7, 5), "strides": (2, 1)},
+}
+SEQUENCES = {
+    "3": {"kernel_size": (3,)},
+    "int": {"kernel_size": 4, "padding": "SAME_LOWER"},
+    "dilation, strides": {"kernel_size": (3,), "strides": 2, "kernel_dilation": 2, "padding": 1},
+}
+
+
+def conv(**options):
+    return nn.Conv(**{"features": 8, "kernel_size": (3, 3), **options})
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution(options):
+    check(alone(conv(**options)), images(), engines=BOTH_FORMS)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", SMALL_MAPS.values(), ids=SMALL_MAPS)
+def test_convolution_of_small_maps(options):
+    check(alone(conv(**options)), images(3, 2), engines=BOTH_FORMS)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", SEQUENCES.values(), ids=SEQUENCES)
+def test_convolution_of_sequences(options):
+    check(alone(conv(**options)), images()[:, :, 0], engines=BOTH_FORMS)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (6, 4), (3, 2, 4)], ids=str)
+def test_dense(shape, use_bias):
+    layer = nn.Dense(6, use_bias=use_bias)
+    check(alone(layer), draw((NUM_EXAMPLES, *shape)), engines=BOTH_FORMS)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 2000, 2**30])
+def test_how_many_are_formed_together_changes_nothing(chunk_elements, monkeypatch):
+    monkeypatch.setattr(shares, "CHUNK_ELEMENTS", chunk_elements)
+    check(model_of(lambda self, x: nn.PReLU()(conv(features=6)(x))), images(), engines=BOTH_FORMS)
+
+
+NORMALIZATIONS = {
+    "batch": nn.BatchNorm(use_running_average=True),
+    "batch, no scale": nn.BatchNorm(use_running_average=True, use_scale=False),
+    "batch, no bias": nn.BatchNorm(use_running_average=True, use_bias=False, axis=3),
+    "ours": layers.BatchNorm(use_running_average=True),
+    "layer": nn.LayerNorm(),
+    "layer, no bias": nn.LayerNorm(use_bias=False, use_fast_variance=False),
+    "layer, all axes": nn.LayerNorm(reduction_axes=(1, 2, 3)),
+    "root mean square": nn.RMSNorm(),
+    "group": nn.GroupNorm(2),
+    "group, no scale": nn.GroupNorm(2, use_scale=False),
+    "group of one": nn.GroupNorm(num_groups=None, group_size=1),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("layer", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_normalization(layer):
+    check(alone(layer), images(3, 2))
+
+
+@pytest.mark.usefixtures("float64")
+def test_embedding_of_repeated_tokens():
+    tokens = np.random.default_rng(0).integers(-3, 4, (NUM_EXAMPLES, 3, 3))  # −1 is the last.
+    check(alone(nn.Embed(7, 4)), tokens)
+    check(alone(nn.Embed(300, 4)), np.abs(tokens).astype(np.uint8))
+
+
+# --- Layers of other types, which are formed ---
+
+
+class Scaled(nn.Module):
+    """A layer of one's own, with parameters made in `setup`, one of them a list."""
+
+    def setup(self):
+        self.scale = self.param("scale", nn.initializers.ones, (4,))
+        self.pair = self.param("pair", lambda key: [jnp.zeros((4,)), jnp.ones((4, 3))])
+
+    def __call__(self, x):
+        shape = (1,) * (x.ndim - 1) + (4,)
+        return (x * self.scale.reshape(shape) + self.pair[0].reshape(shape)) @ self.pair[1]
+
+
+class Activation(nn.Module):
+    def __call__(self, x):
+        return nn.tanh(x)
+
+
+class Pair(nn.Module):
+    """Owns parameters, holds a layer without, and returns two arrays."""
+
+    activation: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", nn.initializers.ones, (4, 3))
+        return self.activation(y), y**2
+
+
+class Overridden(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(x) * x[..., :1]
+
+
+LAYERS = {
+    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(1, 3)), images),
+    "Einsum": (nn.Einsum((4, 3), "...d,dp->...p"), rows),
+    "ConvTranspose": (nn.ConvTranspose(3, (3, 2), strides=(2, 1)), images),
+    "ConvLocal": (nn.ConvLocal(3, (3, 2)), images),
+    "InstanceNorm": (nn.InstanceNorm(), images),
+    "PReLU": (nn.PReLU(), rows),
+    "of one's own": (Scaled(), images),
+    "a subclass of a known one": (Overridden(3), images),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("layer", "inputs"), LAYERS.values(), ids=LAYERS)
+def test_layers_of_other_types(layer, inputs):
+    check(alone(layer), inputs())
+
+
+class Linear(nn.Module):
+    """A model that is one layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        return dj.Outputs(x @ self.param("kernel", nn.initializers.ones, (4, 3)), x)
+
+
+# --- Uses of layers that are covered ---
+
+
+class Encoder(nn.Module):
+    def setup(self):
+        self.layer = nn.Dense(3)
+
+    def encode(self, x):
+        return self.layer(x)
+
+
+def used_twice(self, x):
+    y = nn.tanh(nn.Dense(4)(x))
+    return y * y + nn.Dense(4)(y) + y
+
+
+def attention(self, x):
+    tokens = jnp.stack([x, jnp.sin(x), x**2], axis=1)
+    return nn.MultiHeadDotProductAttention(2)(tokens, jnp.cos(tokens), deterministic=True)
+
+
+def shares_scope(self, x):
+    """Low-rank adaptation as its authors write it in Flax."""
+
+    class LowRank(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(3)
+            nn.share_scope(self, layer)
+            a = self.param("a", nn.initializers.ones, (4, 2))
+            return layer(x) + x @ a @ self.param("b", nn.initializers.ones, (2, 3))
+
+    return LowRank()(x)
+
+
+def partitioned(self, x):
+    init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    return nn.Dense(3, kernel_init=init)(x)
+
+
+COVERED = {
+    "two outputs": lambda self, x: sum(Pair(Activation())(nn.Dense(4)(x))),
+    "output used twice": used_twice,
+    "output not used": lambda self, x: (nn.Dense(2, name="idle")(x), nn.Dense(3)(x))[1],
+    "gradient stopped": lambda self, x: nn.Dense(3)(x) + lax.stop_gradient(nn.Dense(3)(x)),
+    "constant input": lambda self, x: nn.Dense(4)(jnp.ones((len(x), 2))) * x,
+    "dropout": lambda self, x: nn.Dense(3)(nn.Dropout(0.5, deterministic=True)(nn.Dense(4)(x))),
+    "Sequential": lambda self, x: nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)])(x),
+    "method of a container": lambda self, x: Encoder().encode(x),
+    "attention": attention,
+    "recurrent cell": lambda self, x: nn.LSTMCell(4)((x, jnp.sin(x)), x)[1],
+    "BatchNorm told when called": lambda self, x: nn.BatchNorm()(x, use_running_average=True),
+    "no mask": lambda self, x: nn.LayerNorm()(x, mask=None),
+    "shared scope": shares_scope,
+    "partitioned": partitioned,
+}
+
+
+@pytest.mark.parametrize("function", COVERED.values(), ids=COVERED)
+def test_uses_that_are_covered(function):
+    check(model_of(function), rows())
+
+
+@pytest.mark.parametrize("labels", [None, np.array([2, 1, 0, 0, 2])], ids=["pseudo", "given"])
+def test_labels(labels):
+    check(Linear(), rows(), labels)
+
+
+def test_saturated_examples():
+    model = alone(nn.Dense(4))
+    x = rows() * np.float32([[0.1], [1], [10], [1e6], [1]])
+    variables, direction = variables_and_direction(model, x)
+    engines = (factored.norms_and_products, per_example.norms_and_products)
+    terms, expected = terms_of(model, engines, variables, x, None, direction)
+    assert terms.squared_norm[3] == terms.inner_product[3] == 0  # σ(f) is the label exactly.
+    assert_close(terms, expected, direction, 1e-5)
+
+
+# --- Refusals ---
+
+
+def shared(self, x):
+    layer = nn.Dense(4, name="layer")
+    return layer(nn.tanh(layer(x)))
+
+
+def tied(self, x):
+    layer = nn.Dense(4)
+    return layer(x) @ layer.variables["params"]["kernel"]
+
+
+def raw(transformation):
+    def function(self, x):
+        layer = nn.Dense(4, name="layer")
+        return layer(x) if self.is_initializing() else transformation(layer, x)
+
+    return function
+
+
+def scanned(self, x):
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, carry, x):
+            carry = nn.tanh(nn.Dense(4, name="layer")(carry + x))
+            return carry, carry
+
+    axes = {"in_axes": 1, "out_axes": 1}
+    cell = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, **axes)
+    return cell(name="cell")(jnp.zeros_like(x), jnp.stack([x, x], axis=1))[1]
+
+
+def vmapped(self, x):
+    axes = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+    return nn.vmap(nn.Dense, **axes)(3, name="layer")(x)
+
+
+def applied_inside(self, x):
+    inner = nn.Dense(3, parent=None)
+    params = self.param("inner", lambda key: inner.init(key, x)["params"])
+    return inner.apply({"params": params}, x)
+
+
+class Gated(nn.Module):
+    """Owns a parameter, and calls a layer that somebody else owns."""
+
+    gate: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.gate(x) * self.param("scale", nn.initializers.ones, (3,)).reshape(1, 3)
+
+
+class WithOption(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale=2.0):
+        y = x @ self.param("kernel", nn.initializers.ones, (4, 3))
+        return y if scale is None else scale * y
+
+
+class Own(nn.Module):
+    """A layer with a free form."""
+
+    function: object
+    shape: tuple = (4, 3)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x, self.param("kernel", nn.initializers.ones, self.shape))
+
+
+def two_inputs(self, x):
+    class Product(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            return x @ self.param("kernel", nn.initializers.ones, (4, 4)) * y
+
+    return Product(name="layer")(x, x)
+
+
+def attends(self, x):
+    embed = nn.Embed(4, 4, name="layer")
+    return embed.attend(x) + (0 * embed(jnp.argmax(x, -1)) if self.is_initializing() else 0)
+
+
+def merged(self, x):
+    return nn.Dense(4, name="layer")(jnp.concatenate([x, x**2], 1).reshape(-1, 4))[: len(x)]
+
+
+def across(self, x):  # As many positions as examples.
+    return nn.Dense(4, name="layer")(jnp.stack([x * i for i in range(1, 6)])).sum(axis=0)
+
+
+def transposing(self, x):
+    tokens = jnp.stack([x * i for i in range(1, 6)], axis=1)
+    turned = Own(lambda x, w: nn.tanh(x @ w).swapaxes(0, 1), name="layer")(tokens)
+    return turned.swapaxes(0, 1)
+
+
+def with_indices(self, x):
+    y, index = Own(lambda x, w: (x @ w, jnp.argmax(x @ w, -1)), name="layer")(x)
+    return y * (1 + index[:, None])
+
+
+def positions(self, x):
+    tokens = jnp.stack([x] * NUM_EXAMPLES, axis=1)
+    place = nn.Embed(NUM_EXAMPLES, 4, name="layer")(jnp.arange(NUM_EXAMPLES))
+    return nn.tanh(tokens + place[None])
+
+
+def not_called(self, x):
+    return nn.Dense(3)(x) + (nn.Dense(1, name="idle")(x) if self.is_initializing() else 0)
+
+
+def doubled(lhs, rhs, *arguments, **options):
+    return 2 * lax.conv_general_dilated(lhs, rhs, *arguments, **options)
+
+
+def conv_layer(**options):
+    options = {"features": 3, "kernel_size": (3, 3), "name": "layer", **options}
+    return lambda self, x: nn.Conv(**options)(x.reshape(-1, 2, 2, 1))
+
+
+first_axis = "the examples on its first axis"
+inside = "called inside a JAX transformation"
+anything = "may do anything"
+REFUSED = {
+    "called twice": (shared, "layer: it is called more than once"),
+    "tied": (tied, "the model: parameters are used outside their own layer"),
+    "applied inside": (applied_inside, "the model: parameters are used outside their own layer"),
+    "not called": (not_called, "the model: no layer that is called owns idle/bias, idle/kernel"),
+    "other method": (attends, "layer: it is used through attend"),
+    "own parameter": (
+        lambda self, x: nn.Dense(3)(x) * self.param("gain", nn.initializers.ones, (1, 3)),
+        "Model: Model owns parameters beside further layers",
+    ),
+    "layer from outside": (
+        lambda self, x: Gated(nn.Dense(3), name="layer")(x),
+        "layer: it cannot be applied by itself",
+    ),
+    "weight norm": (lambda self, x: nn.WeightNorm(nn.Dense(3))(x), "it cannot be applied by"),
+    "lifted scan": (scanned, f"cell/layer: it is {inside}"),
+    "lifted vmap": (vmapped, f"layer: it is {inside}"),
+    "lifted jit": (lambda self, x: nn.jit(nn.Dense)(3, name="layer")(x), f"layer: it is {inside}"),
+    "lifted remat": (lambda self, x: nn.remat(nn.Dense)(3, name="layer")(x), inside),
+    "RNN": (lambda self, x: nn.RNN(nn.LSTMCell(4))(x[:, None]), inside),
+    "raw scan": (
+        raw(lambda layer, x: lax.scan(lambda c, _: (layer(c), None), x, None, length=3)[0]),
+        f"layer: it is {inside}",
+    ),
+    "raw vmap": (raw(lambda layer, x: jax.vmap(layer)(x)), inside),
+    "raw remat": (raw(lambda layer, x: jax.checkpoint(lambda x: layer(x))(x)), inside),
+    "raw grad": (raw(lambda layer, x: jax.grad(lambda x: jnp.sum(layer(x) ** 2))(x)), inside),
+    "input by name": (lambda self, x: nn.Dense(3)(inputs=x), "called with other than one input"),
+    "two inputs": (two_inputs, "layer: it is called with other than one input"),
+    "option": (lambda self, x: WithOption()(x, scale=3.0), "it is called with scale"),
+    "option None": (lambda self, x: WithOption()(x, scale=None), "it is called with scale"),
+    "masked norm": (
+        lambda self, x: nn.LayerNorm()(x, mask=jnp.array([[True, True, False, True]])),
+        "it is called with mask",
+    ),
+    "examples merged with another axis": (
+        merged,
+        f"layer: its input or output has not {first_axis}",
+    ),
+    "examples on the second axis": (across, first_axis),
+    "layer that turns its axes": (transposing, first_axis),
+    "layer with one output for all": (
+        lambda self, x: nn.Dense(3)(x) * Own(lambda x, w: jnp.sum(w**2), name="layer")(x),
+        first_axis,
+    ),
+    "input without examples": (positions, first_axis),
+    "output of integers": (with_indices, "layer: its output is not floating point"),
+    "norm over the batch": (
+        lambda self, x: nn.LayerNorm(reduction_axes=(0, 1))(x),
+        "its statistics mix examples",
+    ),
+    "norm of other features": (
+        lambda self, x: nn.LayerNorm(feature_axes=(1, 2))(x.reshape(-1, 2, 2)),
+        "its features are not the last axis",
+    ),
+    "batch norm of other features": (
+        lambda self, x: nn.BatchNorm(True, axis=1)(x.reshape(-1, 2, 2)),
+        "its features are not the last axis",
+    ),
+    "dot_general": (lambda self, x: nn.Dense(3, dot_general=lax.dot_general)(x), anything),
+    "promote_dtype": (lambda self, x: nn.Dense(3, promote_dtype=lambda *a, **_: a)(x), anything),
+    "another convolution": (conv_layer(conv_general_dilated=doubled), anything),
+    "masked kernel": (conv_layer(mask=jnp.ones((3, 3, 1, 3))), "layer: its kernel is masked"),
+    "circular": (conv_layer(padding="CIRCULAR"), "layer: its padding is CIRCULAR"),
+    "reflect": (conv_layer(padding="REFLECT"), "layer: its padding is REFLECT"),
+    "dilated input": (conv_layer(input_dilation=2, padding=2), "layer: its input is dilated"),
+    "two axes of examples": (conv_layer(kernel_size=(3,)), "layer: its input is not"),
+    "3-D": (
+        lambda self, x: conv_layer(kernel_size=(2, 2, 2))(self, x.reshape(-1, 1, 2, 2, 1)),
+        "layer: its input is not",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_covered_is_refused(function, message):
+    model, x = model_of(function), jnp.asarray(rows())
+    variables, direction = variables_and_direction(model, x)
+    with pytest.raises(gradients.UnsupportedError) as raised:
+        factored.norms_and_products(model.apply, variables, x, None, direction)
+    assert message in str(raised.value)
+    assert str(raised.value) == f"{raised.value.module}: {raised.value.why}"
+
+
+def test_the_statistics_of_the_batch_are_refused():
+    for batch_norm in (nn.BatchNorm, layers.BatchNorm):
+        model, x = alone(batch_norm(use_running_average=False, name="layer")), rows()
+        variables, direction = variables_and_direction(model, x)
+        apply = lambda *a, model=model: model.apply(*a, mutable=["batch_stats"])[0]
+        with pytest.raises(gradients.UnsupportedError, match="layer: the statistics of the batch"):
+            factored.norms_and_products(apply, variables, jnp.asarray(x), None, direction)
+
+
+def test_a_compiled_model_is_refused_also_once_it_has_been_traced():
+    model, x = alone(nn.Dense(3)), jnp.asarray(rows())
+    variables, direction = variables_and_direction(model, x)
+    apply = jax.jit(model.apply)
+    for _ in range(2):
+        with pytest.raises(gradients.UnsupportedError):
+            factored.norms_and_products(apply, variables, x, None, direction)
+        apply(variables, x)
+
+
+def test_errors_of_the_model_are_its_own():
+    model = alone(nn.Dense(3))
+    variables, direction = variables_and_direction(model, rows())
+    with pytest.raises(Exception, match="kernel"):
+        factored.norms_and_products(model.apply, variables, draw((5, 9)), None, direction)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("called twice", "layer: it is called more than once"),
+        ("own parameter", "Model: Model owns parameters beside further layers"),
+        ("lifted scan", "cell/layer: it is called inside a JAX transformation"),
+    ],
+)
+def test_what_is_refused_is_done_by_vmap_with_a_warning(name, why):
+    model, x = model_of(REFUSED[name][0]), rows()
+    variables, direction = variables_and_direction(model, x)
+    seen = []
+    with pytest.warns(UserWarning, match=f"no factored gradients .{why}.; using vmap") as record:
+        terms = gradients.norms_and_products(
+            model.apply,
+            variables,
+            x,
+            direction,
+            chunk_size=2,
+            on_progress=lambda *at: seen.append(at),
+        )
+    assert len(record) == 1
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    expected = toy.jit(functools.partial(per_example.norms_and_products, model.apply))(
+        variables, x, None, direction
+    )
+    assert_close(terms, expected, direction, 1e-5)
+
+
+# --- Whole models ---
+
+MODELS = {
+    "cnn, 8x8": (dj.models.CNN(10), (8, 8, 8, 1)),
+    "cnn, 32x32": (dj.models.CNN(10), (8, 32, 32, 3)),
+    "resnet18": (dj.models.ResNet18(10), (3, 32, 32, 3)),
+    "resnet18, cifar stem": (dj.models.ResNet18(10, stem="cifar"), (3, 16, 16, 3)),
+    "vgg11": (dj.models.VGG11(10), (2, 32, 32, 3)),
+}
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+def trained(model, variables, x, y):
+    """The variables after three steps of training, statistics of BatchNorm included."""
+    mask, key = jnp.ones(len(y), bool), jax.random.key(0)
+
+    def step(_, variables):
+        gradient, _, statistics = dj.training.batch_gradient(
+            model, variables, dj.Examples(x, y), mask, key
+        )
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
+        return {**statistics, "params": params}
+
+    return toy.jit(lambda variables: lax.fori_loop(0, 3, step, variables))(variables)
+
+
+def initialized(shapes):
+    """Normal kernels, scales and variances of one, all else zero."""
+
+    def leaf(path, shape):
+        if any(name in jax.tree_util.keystr(path) for name in ("scale", "var")):
+            return np.ones(shape.shape, np.float32)
+        fan_in = np.prod(shape.shape[:-1])
+        return np.float32(np.sqrt(2 / fan_in) * (shape.ndim > 1)) * draw(shape.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@functools.cache
+def setting(name):
+    """A model, its variables at initialisation, a batch, a direction, both engines in one."""
+    module, shape = MODELS[name]
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 256, shape, dtype=np.uint8)
+    y = generator.integers(0, 10, shape[0])
+    model = dj.models.Standardized(module, (128.0,) * shape[3], (70.0,) * shape[3])
+    variables = initialized(dict(jax.eval_shape(model.init, jax.random.key(0), x)))
+    direction = drawn(variables["params"], seed=2)
+    both = toy.jit(lambda *a: [engine(model.apply, *a) for engine in gradients.ENGINES.values()])
+    return model, variables, x, y, direction, both
+
+
+@pytest.mark.parametrize("name", [*list(MODELS)[:-1], slow("vgg11")])
+def test_models_at_initialization_and_with_any_values(name):
+    _, variables, x, y, direction, both = setting(name)
+    for values in (variables, drawn(variables, seed=1)):
+        assert_close(*both(values, x, y, direction), direction, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cnn, 8x8", "resnet18", slow("resnet18, cifar stem"), slow("vgg11")],
+)
+def test_models_after_training(name):
+    model, variables, x, y, direction, both = setting(name)
+    assert_close(*both(trained(model, variables, x, y), x, y, direction), direction, 1e-5)
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize(
+    ("module", "n"),
+    [(dj.models.VGG11(10), 128), (dj.models.ResNet18(10), 128)],
+    ids=["vgg11", "resnet18"],
+)
+def test_no_array_of_batch_times_parameters(module, n):
+    """Of the program as compiled, which is not run: VGG-11 takes 99 GiB by `vmap(grad)`."""
+    x = jax.ShapeDtypeStruct((n, 32, 32, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    params = variables["params"]
+    function = toy.jit(functools.partial(factored.norms_and_products, module.apply))
+    compiled = function.lower(variables, x, labels, params).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < 2**30
+    assert temporary < n * sum(leaf.size for leaf in jax.tree.leaves(params))  # A quarter of it.
