@@ -80,6 +80,8 @@ def conv_general_dilated(
 ) -> Array:
     """Equals `jax.lax.conv_general_dilated` up to rounding, on CPU in the fastest form known.
 
+    That is for finite images; a pixel that is not may spread further than with `lax`.
+
     Args:
       lhs: images; `[n, height, width, c]` to be lowered differently.
       rhs: kernel; `[kernel_height, kernel_width, c, features]` likewise.
@@ -104,6 +106,7 @@ def conv_general_dilated(
         _is_nhwc(lhs, rhs, dimension_numbers)
         and options.get("feature_group_count", 1) == options.get("batch_group_count", 1) == 1
         and all(dilation == 1 for dilation in lhs_dilation or ())
+        and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
         and 0 not in lhs.shape
     )
@@ -281,7 +284,7 @@ def max_pool(
     strides: Sequence[int] | None = None,
     padding: Any = "VALID",
 ) -> Array:
-    """Equals `flax.linen.max_pool` of `[n, h, w, c]`, with a gradient that is fast on CPU.
+    """Equals `flax.linen.max_pool` of floats `[n, h, w, c]`, with a gradient fast on CPU.
 
     The values and the gradient are the same: where several inputs of a window are largest, the
     first in row-major order receives the cotangent, as with `lax`'s select-and-scatter and in

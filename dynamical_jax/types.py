@@ -43,7 +43,8 @@ ApplyFn = Callable[..., Outputs]
 """`model.apply` of a Flax Linen module: a pure function of variables and inputs.
 
 Called as `apply(variables, x)` it must be in evaluation mode, where every row of the outputs is a
-function of the same row of the inputs alone; training calls `apply(variables, x, train=True, …)`.
+function of the same row of the inputs alone, and rows keep their places throughout. Training calls
+`apply(variables, x, train=True, …)`.
 """
 
 

@@ -83,7 +83,7 @@ def with_form(formed):
 
     def engine(*arguments):
         with mock.patch.object(shares, "forms_gradient", return_value=formed):
-            return factored.norms_and_products(*arguments)
+            return factored.gradient_terms(*arguments)
 
     return engine
 
@@ -96,10 +96,10 @@ def terms_of(model, engines, *arguments):
     return toy.jit(lambda *a: [engine(model.apply, *a) for engine in engines])(*arguments)
 
 
-def check(model, x, labels=None, engines=(factored.norms_and_products,)):
+def check(model, x, labels=None, engines=(factored.gradient_terms,)):
     """Terms by these engines against those of `vmap(grad)`."""
     variables, direction = variables_and_direction(model, x)
-    engines = (*engines, per_example.norms_and_products)
+    engines = (*engines, per_example.gradient_terms)
     *several, expected = terms_of(model, engines, variables, x, labels, direction)
     assert np.all(expected.squared_norm > 0)
     for terms in several:
@@ -333,7 +333,7 @@ def test_saturated_examples():
     model = alone(nn.Dense(4))
     x = rows() * np.float32([[0.1], [1], [10], [1e6], [1]])
     variables, direction = variables_and_direction(model, x)
-    engines = (factored.norms_and_products, per_example.norms_and_products)
+    engines = (factored.gradient_terms, per_example.gradient_terms)
     terms, expected = terms_of(model, engines, variables, x, None, direction)
     assert terms.squared_norm[3] == terms.inner_product[3] == 0  # σ(f) is the label exactly.
     assert_close(terms, expected, direction, 1e-5)
@@ -545,7 +545,7 @@ def test_what_is_not_covered_is_refused(function, message):
     model, x = model_of(function), jnp.asarray(rows())
     variables, direction = variables_and_direction(model, x)
     with pytest.raises(gradients.UnsupportedError) as raised:
-        factored.norms_and_products(model.apply, variables, x, None, direction)
+        factored.gradient_terms(model.apply, variables, x, None, direction)
     assert message in str(raised.value)
     assert str(raised.value) == f"{raised.value.module}: {raised.value.why}"
 
@@ -556,7 +556,7 @@ def test_the_statistics_of_the_batch_are_refused():
         variables, direction = variables_and_direction(model, x)
         apply = lambda *a, model=model: model.apply(*a, mutable=["batch_stats"])[0]
         with pytest.raises(gradients.UnsupportedError, match="layer: the statistics of the batch"):
-            factored.norms_and_products(apply, variables, jnp.asarray(x), None, direction)
+            factored.gradient_terms(apply, variables, jnp.asarray(x), None, direction)
 
 
 def test_a_compiled_model_is_refused_also_once_it_has_been_traced():
@@ -565,15 +565,34 @@ def test_a_compiled_model_is_refused_also_once_it_has_been_traced():
     apply = jax.jit(model.apply)
     for _ in range(2):
         with pytest.raises(gradients.UnsupportedError):
-            factored.norms_and_products(apply, variables, x, None, direction)
+            factored.gradient_terms(apply, variables, x, None, direction)
         apply(variables, x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda params: {**params, "a": params["b"], "b": params["a"]},
+        lambda params: {**params, "b": jax.tree.map(jnp.ones_like, params["b"])},
+    ],
+    ids=["swapped", "overridden"],
+)
+def test_variables_that_apply_changes_are_refused(change):
+    model = model_of(lambda self, x: nn.Dense(4, name="b")(nn.tanh(nn.Dense(4, name="a")(x))))
+    x = jnp.asarray(rows())
+    variables, direction = variables_and_direction(model, x)
+    apply = lambda variables, x: model.apply({"params": change(variables["params"])}, x)
+    with pytest.raises(
+        gradients.UnsupportedError, match=r"[ab]: it is applied with other variables"
+    ):
+        factored.gradient_terms(apply, variables, x, None, direction)
 
 
 def test_errors_of_the_model_are_its_own():
     model = alone(nn.Dense(3))
     variables, direction = variables_and_direction(model, rows())
     with pytest.raises(Exception, match="kernel"):
-        factored.norms_and_products(model.apply, variables, draw((5, 9)), None, direction)
+        factored.gradient_terms(model.apply, variables, draw((5, 9)), None, direction)
 
 
 @pytest.mark.parametrize(
@@ -599,7 +618,7 @@ def test_what_is_refused_is_done_by_vmap_with_a_warning(name, why):
         )
     assert len(record) == 1
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    expected = toy.jit(functools.partial(per_example.norms_and_products, model.apply))(
+    expected = toy.jit(functools.partial(per_example.gradient_terms, model.apply))(
         variables, x, None, direction
     )
     assert_close(terms, expected, direction, 1e-5)
@@ -690,7 +709,7 @@ def test_no_array_of_batch_times_parameters(module, n):
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     params = variables["params"]
-    function = toy.jit(functools.partial(factored.norms_and_products, module.apply))
+    function = toy.jit(functools.partial(factored.gradient_terms, module.apply))
     compiled = function.lower(variables, x, labels, params).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2**30

@@ -1,7 +1,7 @@
 """Our models against PyTorch's, with the same weights.
 
-The PyTorch modules below are built from the published descriptions of the tutorial's network,
-ResNet-18 and VGG-11; their state dictionaries have torchvision's names.
+The PyTorch modules, which the benchmarks use as well, are built from the published descriptions of
+the tutorial's network, ResNet-18 and VGG-11.
 """
 
 import jax
@@ -13,81 +13,17 @@ import dynamical_jax as dj
 from dynamical_jax import training
 
 torch = pytest.importorskip("torch", reason="parity is checked where PyTorch is installed")
+torch_models = pytest.importorskip("benchmarks.torch_models")
 nn = torch.nn
 
-
-def torch_cnn():
-    return nn.Sequential(
-        *(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
-    )
-
-
-class TorchBlock(nn.Module):
-    def __init__(self, before, features, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, features, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(features)
-        self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(features)
-        self.downsample = None
-        if stride != 1 or before != features:
-            shortcut = nn.Conv2d(before, features, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(features))
-
-    def forward(self, x):
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class TorchResNet18(nn.Module):
-    def __init__(self, stem):
-        super().__init__()
-        self.stem = stem
-        kernel, stride, pad = (7, 2, 3) if stem == "imagenet" else (3, 1, 1)
-        self.conv1 = nn.Conv2d(3, 64, kernel, stride, pad, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        before = 64
-        for stage, features in enumerate((64, 128, 256, 512)):
-            stride = 1 if stage == 0 else 2
-            blocks = TorchBlock(before, features, stride), TorchBlock(features, features, 1)
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            before = features
-        self.fc = nn.Linear(512, 10)
-
-    def forward(self, x):
-        x = torch.relu(self.bn1(self.conv1(x)))
-        if self.stem == "imagenet":
-            x = nn.functional.max_pool2d(x, 3, 2, 1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(x.mean(dim=(2, 3)))
-
-
-def torch_vgg11():
-    layers, before = [], 3
-    for features in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
-        if features == "pool":
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers += [nn.Conv2d(before, features, 3, padding=1), nn.ReLU()]
-            before = features
-    return nn.Sequential(
-        *layers,
-        nn.AdaptiveAvgPool2d(7),
-        nn.Flatten(),
-        *(nn.Linear(25088, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU()),
-        nn.Linear(4096, 10),
-    )
-
-
 MODELS = {
-    "cnn": (torch_cnn, dj.models.CNN(10)),
-    "resnet18-imagenet": (lambda: TorchResNet18("imagenet"), dj.models.ResNet18(10)),
-    "resnet18-cifar": (lambda: TorchResNet18("cifar"), dj.models.ResNet18(10, stem="cifar")),
-    "vgg11": (torch_vgg11, dj.models.VGG11(10, dropout=0.0)),
+    "cnn": (torch_models.cnn, dj.models.CNN(10)),
+    "resnet18-imagenet": (torch_models.ResNet18, dj.models.ResNet18(10)),
+    "resnet18-cifar": (
+        lambda: torch_models.ResNet18("cifar"),
+        dj.models.ResNet18(10, stem="cifar"),
+    ),
+    "vgg11": (lambda: torch_models.vgg11(dropout=0.0), dj.models.VGG11(10, dropout=0.0)),
 }
 # A module → the map [c, h, w] that PyTorch flattens before its first dense layer.
 FLATTENED = {"cnn": (16, 5, 5), "vgg11": (512, 7, 7)}

@@ -13,7 +13,8 @@ Never silently wrong. What the shares do not cover raises `UnsupportedError`: a 
 (‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
 transformations), normalisation by the statistics of the batch, a layer whose input and output have
 not the examples, and them only, on their first axis. What cannot be seen from outside is required,
-as by any per-example gradient: away from layers, the model treats examples independently.
+as by any per-example gradient: away from layers, the model treats examples independently and leaves
+them in their order.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ class UnsupportedError(NotImplementedError):
         self.module, self.why = module, why
 
 
-def norms_and_products(
+def gradient_terms(
     apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
 ) -> GradientTerms:
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
@@ -70,7 +71,8 @@ def norms_and_products(
         targets = jnp.argmax(logits, axis=-1) if labels is None else labels
         return jnp.sum(losses.cross_entropy(logits, targets)), targets
 
-    probe = jnp.zeros((len(x), 2), jax.tree.leaves(variables["params"])[0].dtype)
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
+    probe = jnp.zeros((len(x), 2), dtype)
     terms, targets = jax.grad(loss, has_aux=True)(probe)
     return GradientTerms(terms[:, 0], terms[:, 1], targets)
 
@@ -86,23 +88,24 @@ class Call(NamedTuple):
 def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     """Raises `UnsupportedError` unless the shares add up to the whole gradient."""
     params = variables["params"]
-    rest = {name: value for name, value in variables.items() if name != "params"}
     jax.eval_shape(apply, variables, x)  # The model's own errors come first.
 
     def traced(n: int) -> tuple[Any, list[Call]]:
         calls: list[Call] = []
         batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        def logits(params_: Any, batch_: Any) -> Array:
-            with _tapped(variables, params, jnp.zeros((n, 2)), calls):
-                return apply({**rest, "params": params_}, batch_).logits
+        def logits(given: Any, batch: Any) -> Array:
+            with _tapped(variables, params, jnp.zeros((n, 2)), calls, given):
+                return apply(given, batch).logits
 
-        return jax.make_jaxpr(logits)(params, batch).jaxpr, calls
+        return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 
     n = len(x)
     jaxpr, calls = traced(n)
     # Layers have read their parameters from `variables`, so here none may be in use.
-    own = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+    given = zip(paths, jaxpr.invars, strict=False)
+    own = {variable for path, variable in given if path[0].key == "params"}
     used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
     if own.intersection(variable for variable in used if not hasattr(variable, "val")):
         raise UnsupportedError("the model", "parameters are used outside their own layer")
@@ -123,12 +126,17 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
 
 
 def _tapped(
-    variables: Variables, direction: Params, probe: Array, calls: list[Call]
+    variables: Variables,
+    direction: Params,
+    probe: Array,
+    calls: list[Call],
+    given: Variables | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
     """Within this context each layer with parameters feeds its share to `probe`.
 
     Layers read their parameters from `variables` and not from those that the model is applied to,
-    so that `check_supported` can see any use besides.
+    so that `check_supported` can see any use besides. It also says what is `given` to the model,
+    to see that each layer would have read its own part of that.
     """
     running: list[tuple[str, ...]] = []  # The layer whose own forward pass is being traced.
     outside = extend_core.get_opaque_trace_state(convention="flax")
@@ -141,6 +149,8 @@ def _tapped(
             return call(*args, **kwargs)
         name = "/".join(path) or type(module).__name__
         why = _why_not(module, context.method_name, args, own, names)
+        if given is not None and not _reads_its_own(module, given):
+            why = "it is applied with other variables than its own"
         if any(path == earlier.path for earlier in calls):
             why = "it is called more than once"
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
@@ -170,6 +180,17 @@ def _tapped(
             running.pop()
 
     return nn.intercept_methods(intercept)
+
+
+def _reads_its_own(module: nn.Module, given: Variables) -> bool:
+    for collection, tree in given.items():
+        for name, value in _at(tree, module.path).items():
+            if not isinstance(value, Mapping):
+                read = jax.tree.leaves(module.get_variable(collection, name))
+                own = jax.tree.leaves(value)
+                if len(read) != len(own) or any(a is not b for a, b in zip(read, own, strict=True)):
+                    return False
+    return True
 
 
 def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[str]) -> str | None:

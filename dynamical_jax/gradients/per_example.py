@@ -28,7 +28,7 @@ def per_example_gradients(
     return jax.vmap(jax.grad(loss), (None, 0, 0))(variables["params"], x, labels)
 
 
-def norms_and_products(
+def gradient_terms(
     apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
 ) -> GradientTerms:
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.

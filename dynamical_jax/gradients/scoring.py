@@ -23,8 +23,8 @@ from dynamical_jax.types import (
 )
 
 ENGINES = {
-    "factored": factored.norms_and_products,
-    "vmap": per_example.norms_and_products,
+    "factored": factored.gradient_terms,
+    "vmap": per_example.gradient_terms,
 }
 """name → function of (apply, variables, x, labels, direction); all give the same numbers."""
 

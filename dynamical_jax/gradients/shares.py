@@ -136,7 +136,7 @@ def _kernel_shares(
     groups: int,
 ) -> Shares:
     """The cheaper form, for images `[n, h, w, c]` and e `[n, oh, ow, p]`."""
-    dtype = jax.tree.leaves(variables["params"])[0].dtype
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
         parts = {**direction, "kernel": _by_group(kernel, groups)}

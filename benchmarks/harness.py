@@ -1,0 +1,368 @@
+"""What the benchmark programs share: contenders that take turns, and what is made of their times.
+
+Each contender has a process of its own. JAX and PyTorch in one process disturb each other: the
+threads of one wait actively for work, and the other becomes 4 to 25 times slower. In processes
+that wait passively, and work in turn, each has the machine to itself.
+
+Times move with the load of the machine, ratios hardly: they are taken between turns of the same
+repetition, and the median over repetitions is reported with the smallest and the largest.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+import dynamical_jax as dj
+from benchmarks.task import Task
+
+DEFAULT_BATCH_SIZES = {
+    "cnn": (128, 512),
+    "resnet18": (128,),
+    "resnet18-cifar": (32,),
+    "vgg11": (128,),
+}
+PEERS = ("torch", "backpack-for-pytorch")
+PRECISIONS = ("default", "float32", "tensorfloat32")
+ROOT = pathlib.Path(__file__).parent.parent
+
+MODELS = flags.DEFINE_list(
+    "models", None, f"Some of {', '.join(DEFAULT_BATCH_SIZES)}; by default all that make sense."
+)
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", None, "Images at a time; by default what suits each model."
+)
+REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Turns of each contender.")
+CONTENDERS = flags.DEFINE_list("contenders", None, "Some of those printed; by default all.")
+MATMUL_PRECISION = flags.DEFINE_enum(
+    "matmul_precision",
+    "default",
+    PRECISIONS,
+    "Of matrix products on a GPU; default: each framework's own (JAX: TensorFloat-32; PyTorch: "
+    "TensorFloat-32 in convolutions only). CPUs compute in float32 in any case.",
+)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results, overwritten.")
+
+
+class LeftOutError(Exception):
+    """A contender cannot do its work here; the message says why."""
+
+
+class Ratio(NamedTuple):
+    """Times of one contender over those of another: median, smallest and largest."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.smallest:.2f}–{self.largest:.2f})"
+
+
+class Settings(NamedTuple):
+    """The flags that all programs have, checked."""
+
+    tasks: Sequence[Task]
+    contenders: Mapping[str, str]
+    repetitions: int
+
+
+def main(argv: list[str], run: Callable[[], None]) -> int | None:
+    """Calls `run`; returns the exit status. A user's error is one line."""
+    try:
+        if len(argv) > 1:
+            raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --models=cnn")
+        # JAX would take most of a GPU for this process, which computes nothing.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        run()
+    except dj.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return None
+
+
+def settings(
+    contenders: Mapping[str, str], batch_sizes: Mapping[str, Sequence[int | None]]
+) -> Settings:
+    """Returns what the flags ask for.
+
+    Args:
+      contenders: the program's, name → function as `benchmarks.worker` takes it.
+      batch_sizes: model → batch sizes by default.
+
+    Raises:
+      UserError: if a flag has a value that makes no sense.
+    """
+    models = list(batch_sizes) if MODELS.value is None else MODELS.value
+    names = list(contenders) if CONTENDERS.value is None else CONTENDERS.value
+    _check_names("model", models, batch_sizes)
+    _check_names("contender", names, contenders)
+    given = None if BATCH_SIZES.value is None else positive("batch_sizes", BATCH_SIZES.value)
+    if REPETITIONS.value < 1:
+        raise dj.UserError(f"repetitions must be at least 1, got {REPETITIONS.value}")
+    device = jax.default_backend()
+    tasks = [
+        Task(model, size, None, MATMUL_PRECISION.value, "cpu" if device == "cpu" else "gpu")
+        for model in models
+        for size in given or batch_sizes[model]
+    ]
+    return Settings(tasks, {name: contenders[name] for name in names}, REPETITIONS.value)
+
+
+def positive(flag: str, values: Sequence[str]) -> list[int]:
+    """Returns the numbers that a list flag holds.
+
+    Raises:
+      UserError: if there are none, or others than positive whole ones.
+    """
+    if not values or not all(value.isdecimal() and int(value) for value in values):
+        raise dj.UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
+    return [int(value) for value in values]
+
+
+def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in known:
+            raise dj.UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}")
+    if not names:
+        raise dj.UserError(f"no {kind} given; choose from {', '.join(known)}")
+
+
+class Worker:
+    """A contender in its own process."""
+
+    def __init__(self, contender: str, task: Task, environment: Mapping[str, str]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", contender, json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+
+    def ask(self, request: str) -> Any:
+        """Returns what the worker replies to "warm_up", "turn" or "peak".
+
+        Raises:
+          LeftOutError: if it cannot.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            print(request, file=self._process.stdin, flush=True)
+        reply = self._process.stdout.readline()
+        if not reply:
+            raise LeftOutError(f"its process ended with status {self._process.wait()}")
+        reply = json.loads(reply)
+        if "error" in reply:
+            raise LeftOutError(reply["error"])
+        return reply["value"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def worker_environment() -> Iterator[dict[str, str]]:
+    """Yields environment variables for workers: idle threads sleep, and programs are kept.
+
+    Memory is measured in fresh processes that find their programs compiled, because compilation
+    takes more memory than most of the programs.
+    """
+    with tempfile.TemporaryDirectory() as compiled:
+        yield {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            # Several workers share an accelerator.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            # XLA warns of each program that it reads from the cache.
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
+
+
+def compare(
+    task: Task, contenders: Mapping[str, str], repetitions: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns milliseconds and peak memory of each contender, and who was left out, as JSON."""
+    left_out: dict[str, str] = {}
+    with others_share() as others:
+        seconds = take_turns(task, contenders, repetitions, environment, left_out)
+    rows = {}
+    for name, turns in seconds.items():
+        with closing_worker(contenders[name], task, environment) as worker:
+            rows[name] = {
+                "milliseconds": [round(1e3 * turn, 3) for turn in turns],
+                "peak_mib": round(run_alone(worker)[1] / 2**20, 1),
+            }
+    return {
+        "model": task.model,
+        "batch_size": task.batch_size,
+        "contenders": rows,
+        "others_share": others(),
+        "left_out": left_out,
+    }
+
+
+def take_turns(
+    task: Task,
+    contenders: Mapping[str, str],
+    repetitions: int,
+    environment: Mapping[str, str],
+    left_out: dict[str, str],
+) -> dict[str, list[float]]:
+    """Returns for each contender the seconds of its turns; notes in `left_out` who has none."""
+    workers: dict[str, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for name, contender in contenders.items():
+            worker = stack.enter_context(closing_worker(contender, task, environment))
+            try:
+                worker.ask("warm_up")
+                workers[name] = worker
+            except LeftOutError as error:
+                left_out[name] = str(error)
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(repetitions):
+            for name, worker in workers.items():
+                seconds[name].append(worker.ask("turn"))
+    return seconds
+
+
+@contextlib.contextmanager
+def others_share() -> Iterator[Callable[[], float | None]]:
+    """Yields a function that returns afterwards which share of the cores other programs took.
+
+    Where they took much of it ratios, too, are not to be trusted. None where it cannot be told.
+    """
+    before = _busy_and_own()
+    yield lambda: share
+    after = _busy_and_own()
+    share = None
+    if before and after:
+        wall, busy, own = np.subtract(after, before)
+        share = round(max(0.0, float(busy - own)) / (wall * os.cpu_count()), 3)
+
+
+def _busy_and_own() -> tuple[float, float, float] | None:
+    """Seconds: of the clock, of work of all cores, of work of this process and ended workers."""
+    try:
+        cpu = pathlib.Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts_and_stolen = map(int, cpu)
+    busy = (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy, sum(os.times()[:4])
+
+
+@contextlib.contextmanager
+def closing_worker(contender: str, task: Task, environment: Mapping[str, str]) -> Iterator[Worker]:
+    """Yields a worker that is closed in the end."""
+    worker = Worker(contender, task, environment)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def run_alone(worker: Worker) -> tuple[float, int]:
+    """Returns the seconds of one turn of a fresh worker and the most bytes it took."""
+    worker.ask("warm_up")
+    return worker.ask("turn"), worker.ask("peak")
+
+
+def ratio(row: Mapping[str, Any], other: Mapping[str, Any]) -> Ratio:
+    """Returns how many times longer than `other` the contender of `row` took, turn by turn."""
+    ratios = np.divide(row["milliseconds"], other["milliseconds"])
+    return Ratio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
+
+
+def table(case: Mapping[str, Any], reference: str) -> str:
+    """Returns the table of a case: milliseconds, ratio to the reference, memory."""
+    rows = case["contenders"]
+    title = f"{case['model']}, {case['batch_size']} images"
+    lines = [f"{title:28}{'ms':>10}{f'/ {reference} (range)':>30}{'peak MiB':>12}"]
+    for name, row in rows.items():
+        times = str(ratio(row, rows[reference])) if reference in rows else ""
+        median = np.median(row["milliseconds"])
+        lines.append(f"  {name:26}{median:10.1f}{times:>30}{row['peak_mib']:12.0f}")
+    lines += [f"  {name}: left out ({why})" for name, why in case["left_out"].items()]
+    if (case["others_share"] or 0) > 0.05:
+        lines.append(f"  other programs took {case['others_share']:.0%} of the cores meanwhile")
+    return "\n".join(lines)
+
+
+class Report:
+    """The results so far, in a JSON file if one is asked for."""
+
+    def __init__(self, program: str):
+        self._results = {
+            "command": shlex.join(["python", "-m", f"benchmarks.{program}", *sys.argv[1:]]),
+            "machine": {"cpu": _cpu_name(), "cores": num_cores(), "system": platform.platform()},
+            **dj.records.environment(),
+            "matmul_precision": MATMUL_PRECISION.value,
+            "cases": [],
+        }
+        self._results["versions"] = {**self._results["versions"], **_peer_versions()}
+        self._write()
+
+    def head(self) -> str:
+        """Returns what was measured on, in a line."""
+        versions = self._results["versions"]
+        named = [f"{name} {versions[name]}" for name in ("jax", *PEERS) if name in versions]
+        machine = f"{self._results['device']}; {_cpu_name()}, {num_cores()} cores"
+        return f"{machine}; {', '.join(named)}; precision of products: {MATMUL_PRECISION.value}"
+
+    def add(self, case: Mapping[str, Any]) -> None:
+        """Adds results, and writes all that there are: a long run may be interrupted."""
+        self._results["cases"].append(case)
+        self._write()
+
+    def _write(self) -> None:
+        if OUTPUT.value is None:
+            return
+        path = pathlib.Path(OUTPUT.value)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise dj.UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def _peer_versions() -> dict[str, str]:
+    versions = {}
+    for name in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def num_cores() -> int:
+    """Returns how many cores this process, and so its workers, may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""Does memory stay bounded? Scores whole pools through `gradients.norms_and_products`.
+
+  python -m benchmarks.pool --pool_sizes=5000,49500
+
+About 6 minutes on two cores. Prints for each model and pool size the seconds and the most memory
+taken beyond parameters and images, in a process of its own that finds its program compiled.
+--batch_sizes is the number of images in a block; by default the library chooses.
+"""
+
+from typing import Any
+
+from absl import app, flags, logging
+
+from benchmarks import harness
+from benchmarks.task import Task
+
+POOL_SIZES = flags.DEFINE_list("pool_sizes", ["5000", "49500"], "Images in each pool.")
+
+CONTENDERS = {"factored": "jax_contenders.pool"}
+BLOCK_SIZES = {"cnn": (None,), "resnet18": (None,)}
+
+
+def main(argv: list[str]) -> int | None:
+    """Scores the pools that the flags describe; returns the exit status."""
+    return harness.main(argv, run)
+
+
+def run() -> None:
+    """Checks the flags, then scores each pool with each model."""
+    sizes = harness.positive("pool_sizes", POOL_SIZES.value)
+    tasks, contenders, _ = harness.settings(CONTENDERS, BLOCK_SIZES)
+    report = harness.Report("pool")
+    print(report.head())
+    print(f"\n{'':28}{'seconds':>10}{'ms / image':>12}{'peak MiB':>12}")
+    (contender,) = contenders.values()
+    with harness.worker_environment() as environment:
+        for task in (task._replace(pool_size=size) for task in tasks for size in sizes):
+            case = score(contender, task, environment)
+            report.add(case)
+            per_image = 1e3 * case["seconds"] / task.pool_size
+            title = f"{task.model}, {task.pool_size} images"
+            numbers = f"{case['seconds']:10.1f}{per_image:12.3f}{case['peak_mib']:12.0f}"
+            print(f"{title:28}{numbers}", flush=True)
+
+
+def score(contender: str, task: Task, environment: dict[str, str]) -> dict[str, Any]:
+    """Returns seconds and peak memory of one pool."""
+    with harness.closing_worker(contender, task, environment) as worker:
+        worker.ask("warm_up")  # Compiles for the worker that is measured.
+    with harness.closing_worker(contender, task, environment) as worker:
+        seconds, peak = harness.run_alone(worker)
+    return {**task._asdict(), "seconds": round(seconds, 3), "peak_mib": round(peak / 2**20, 1)}
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
+    app.run(main)

@@ -1,0 +1,61 @@
+"""How fast is scoring? ‖g_u‖² and g_u·g_S of a batch, against other ways to get them.
+
+  python -m benchmarks.scoring
+
+About 12 minutes on two cores, 8 GB of memory. The rivals: `pip install torch backpack-for-pytorch`.
+Prints for each model and batch size a row for each contender: the median of its turns, its time
+over that of `factored` (median and range over turns), and the most memory it took beyond parameters
+and images, in a process of its own that finds its program compiled. The contenders:
+
+- factored: this library, all of the batch at a time;
+- forward_backward: the gradient of the summed loss alone, in evaluation mode;
+- vmap: `vmap(jax.grad)`, with 1 GiB of gradients at a time;
+- torch_forward_backward: the same as forward_backward, if PyTorch is installed;
+- torch_loop: a backward pass for one image after another;
+- torch_vmap, backpack: `torch.func.vmap` of `grad`, and `BatchGrad` if BackPACK is installed, with
+  1 GiB of gradients at a time; more or less makes them neither faster nor slower.
+
+What takes its images in several parts is timed on one part (8 images in torch_loop; elsewhere 1 GiB
+of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the time is scaled to the batch; the
+memory is that of one part. For fewer cores: `taskset -c 0 python -m benchmarks.scoring`.
+"""
+
+from absl import app, logging
+
+from benchmarks import harness
+
+CONTENDERS = {
+    "factored": "jax_contenders.factored",
+    "forward_backward": "jax_contenders.forward_backward",
+    "vmap": "jax_contenders.vmap",
+    "torch_forward_backward": "torch_contenders.forward_backward",
+    "torch_loop": "torch_contenders.loop",
+    "torch_vmap": "torch_contenders.vmap",
+    "backpack": "torch_contenders.backpack",
+}
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the comparison that the flags describe; returns the exit status."""
+    return harness.main(argv, run)
+
+
+def run() -> None:
+    """Checks the flags, then compares the contenders for each model and batch size."""
+    tasks, contenders, repetitions = harness.settings(CONTENDERS, harness.DEFAULT_BATCH_SIZES)
+    report = harness.Report("scoring")
+    print(report.head())
+    with harness.worker_environment() as environment:
+        for task in tasks:
+            case = harness.compare(task, contenders, repetitions, environment)
+            report.add(case)
+            print("\n" + harness.table(case, "factored"), flush=True)
+            rows = case["contenders"]
+            if {"factored", "forward_backward"} <= set(rows):
+                against = harness.ratio(rows["factored"], rows["forward_backward"])
+                print(f"  factored / forward_backward: {against}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
+    app.run(main)

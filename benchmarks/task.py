@@ -1,0 +1,51 @@
+"""What a contender is asked to do and what it answers; imports neither JAX nor PyTorch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+IMAGE_SHAPE = (32, 32, 3)
+NUM_CLASSES = 10
+# uint8 images are standardised with these.
+MEAN, STD = 127.5, 64.0
+
+STEPS = 4
+"""Training steps in one call: an epoch of so many minibatches."""
+
+CHUNK_BYTES = 2**30
+"""Per-example gradients that `vmap`, here and in PyTorch, may form at a time."""
+
+
+class Task(NamedTuple):
+    """What to do.
+
+    Attributes:
+      model: a key of `MODELS`, of `jax_contenders` and `torch_contenders` alike.
+      batch_size: images in a batch; None for what the library chooses.
+      pool_size: images in the pool, where there is one.
+      precision: of matrix products; "default" for each framework's own.
+      device: "cpu" or "gpu".
+    """
+
+    model: str
+    batch_size: int | None
+    pool_size: int | None = None
+    precision: str = "default"
+    device: str = "cpu"
+
+
+class Work(NamedTuple):
+    """How to do it, once parameters and images are there and before anything is compiled.
+
+    Attributes:
+      call: does a part of the work, and waits until it is done; returns the results.
+      calls: how many calls the whole work would take: 5⅓ where a call scores 24 of 128 images, ¼
+        where it is an epoch and the work is one of its four steps.
+      warm_up: to be called first where `call` itself would take too long.
+      device_memory: returns (bytes in use, most bytes in use so far) of an accelerator; None where
+        the memory is the process's.
+    """
+
+    call: Callable[[], Any]
+    calls: float
+    warm_up: Callable[[], Any] | None = None
+    device_memory: Callable[[], tuple[int, int]] | None = None

@@ -1,0 +1,115 @@
+"""The binary, run as a user runs it, and the contenders themselves."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import harness, jax_contenders, scoring
+from benchmarks.task import Task
+
+TASK = Task("cnn", 3)
+
+
+def test_rows_and_file(run_benchmark, tmp_path):
+    path = tmp_path / "results" / "scoring.json"
+    contenders = ["factored", "forward_backward"]
+    status, output, errors = run_benchmark(
+        scoring, models=["cnn"], batch_sizes=["3"], contenders=contenders, output=str(path)
+    )
+    assert (status, errors) == (None, "")
+    assert "cnn, 3 images" in output
+    assert "factored / forward_backward: " in output
+    results = json.loads(path.read_text())
+    assert results["command"].startswith("python -m benchmarks.scoring")
+    assert set(results["machine"]) == {"cpu", "cores", "system"}
+    assert set(results) >= {"versions", "device", "git_commit", "matmul_precision"}
+    (case,) = results["cases"]
+    assert list(case["contenders"]) == contenders
+    for row in case["contenders"].values():
+        assert len(row["milliseconds"]) == 1
+        assert row["milliseconds"][0] > 0
+        assert row["peak_mib"] > 0
+    assert case["left_out"] == {}
+
+
+def test_without_pytorch(run_benchmark, tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, output, _ = run_benchmark(
+        scoring, models=["cnn"], batch_sizes=["3"], contenders=["torch_vmap"]
+    )
+    assert status is None
+    assert "torch_vmap: left out (ModuleNotFoundError: No module named 'torch')" in output
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"models": ["alexnet"]}, "unknown model 'alexnet'; choose from cnn, resnet18"),
+        ({"models": []}, "no model given; choose from cnn"),
+        ({"contenders": ["jax"]}, "unknown contender 'jax'; choose from factored, forward"),
+        ({"batch_sizes": ["12", "x"]}, "batch_sizes must be positive whole numbers, got '12,x'"),
+        ({"batch_sizes": ["0"]}, "batch_sizes must be positive whole numbers, got '0'"),
+        ({"batch_sizes": []}, "batch_sizes must be positive whole numbers, got ''"),
+        ({"repetitions": 0}, "repetitions must be at least 1, got 0"),
+        ({"output": "/dev/null/results.json"}, "cannot write to /dev/null/results.json: "),
+    ],
+)
+def test_bad_flags_are_one_line(run_benchmark, values, message):
+    status, output, errors = run_benchmark(scoring, **values)
+    assert (status, output) == (1, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+def test_unexpected_argument(run_benchmark):
+    status, _, errors = run_benchmark(scoring, "models=cnn")
+    assert status == 1
+    assert "unexpected argument 'models=cnn'" in errors
+
+
+def test_a_worker_that_dies_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    left_out = {}
+    contenders = {"torch_vmap": "torch_contenders.vmap"}
+    assert harness.take_turns(TASK, contenders, 1, {}, left_out) == {}
+    assert left_out == {"torch_vmap": "its process ended with status -9"}
+
+
+def test_ratios_are_taken_turn_by_turn():
+    ratio = harness.ratio({"milliseconds": [2.0, 9.0, 4.0]}, {"milliseconds": [1.0, 3.0, 2.0]})
+    assert ratio == (2.0, 2.0, 3.0)
+    assert str(ratio) == "2.00 (2.00–3.00)"
+
+
+def test_engines_agree():
+    factored, vmap = (make(TASK).call() for make in (jax_contenders.factored, jax_contenders.vmap))
+    np.testing.assert_allclose(factored.squared_norm, vmap.squared_norm, rtol=1e-4)
+    np.testing.assert_allclose(
+        factored.inner_product, vmap.inner_product, rtol=1e-4, atol=1e-4 * np.max(vmap.squared_norm)
+    )
+
+
+def test_pytorch_contenders_agree_with_one_gradient_at_a_time():
+    torch = pytest.importorskip("torch", reason="its contenders run where PyTorch is installed")
+    from benchmarks import torch_contenders
+
+    model = torch_contenders._model(TASK).eval()
+    direction = torch_contenders._direction(model)
+    expected = []
+    for image in torch_contenders._images(model, 3):
+        logits = model(image[None])
+        loss = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        norm = sum(float(g.square().sum()) for g in gradient)
+        product = sum(float((g * v).sum()) for g, v in zip(gradient, direction, strict=True))
+        expected.append((norm, product))
+    installed = importlib.util.find_spec("backpack") is not None
+    for name in ("vmap", "loop", *(["backpack"] if installed else [])):
+        terms = getattr(torch_contenders, name)(TASK).call()
+        actual = np.stack([np.asarray(term.detach()) for term in terms], axis=1)
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
