@@ -64,6 +64,7 @@ class Round:
       test: evaluation on the test set after the last epoch.
       best_test_accuracy: the best over the epochs of this round at which the test set was looked
         at. Nothing is decided by it; some published tables report it.
+      initial: `[M]` in round 0 the initial set, as `Dataset.index`; empty in the others.
       query: `[b]` what was queried, as `Dataset.index`; empty in the last round.
       query_scores: `[b]` the strategy's scores of these.
       seconds: spent on "train", "evaluate", "score" and "select".
@@ -75,6 +76,7 @@ class Round:
     labeled: training.Evaluation
     test: training.Evaluation
     best_test_accuracy: float
+    initial: np.ndarray
     query: np.ndarray
     query_scores: np.ndarray
     seconds: dict[str, float]
@@ -212,6 +214,7 @@ class Experiment:
             fit.labeled,
             tests[fit.epochs],
             max(test.accuracy for test in tests.values()),
+            self.dataset.index[rows if state.round_index == 0 else rows[:0]],
             query,
             scores,
             dict(seconds),

@@ -55,6 +55,7 @@ def make(happened: Round, identity: Mapping[str, Any]) -> Record:
         "train_accuracy": happened.labeled.accuracy,
         "train_loss": happened.labeled.loss,
         "epochs": happened.epochs,
+        "initial": happened.initial.tolist(),
         "query": happened.query.tolist(),
         "query_score_mean": float(np.mean(scores)) if len(scores) else None,
         "query_score_max": float(np.max(scores)) if len(scores) else None,
@@ -93,6 +94,12 @@ def create_directory(output_dir: str) -> pathlib.Path:
     except OSError as error:
         raise UserError(f"cannot write to {output_dir}: {error.strerror}") from error
     return path
+
+
+def remove_if_empty(path: pathlib.Path) -> None:
+    """Removes the file of a run of which no round ended."""
+    if path.stat().st_size == 0:
+        path.unlink()
 
 
 def append(path: pathlib.Path, record: Record) -> None:

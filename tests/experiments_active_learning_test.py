@@ -48,6 +48,7 @@ def test_records_table_and_picture(run, tmp_path):
     for record in rounds:
         assert record["num_labeled"] == 10 + 5 * record["round"]
         assert len(record["query"]) == (5 if record["round"] < 2 else 0)
+        assert len(record["initial"]) == (0 if record["round"] else 10)
         assert record["flags"]["max_epochs"] == 2
         assert record["dataset"] == "digits"
         assert set(record["seconds"]) >= {"train", "evaluate"}
@@ -87,6 +88,8 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
         ({"strategies": []}, "no strategy given; choose from dynamical"),
+        ({"strategies": ["random", "random"]}, "a strategy is given twice: random,random"),
+        ({"cache_dir": "/proc/none"}, "cannot write to /proc/none/compiled"),
         ({"initial_size": 0}, "initial_size must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
@@ -130,7 +133,24 @@ def test_divergence_keeps_what_was_done(run, tmp_path):
     assert status == 1
     assert "training diverged" in errors
     assert errors.count("\n") == 1
-    assert read(tmp_path) == []
+    # Nothing was done, so nothing is in the way of another try.
+    assert run(num_seeds=1, num_rounds=1)[0] is None
+
+
+def test_interruption_is_one_line_and_keeps_what_was_done(run, tmp_path, monkeypatch):
+    step, played = dj.Experiment.step, []
+
+    def interrupted(self, *arguments):
+        if len(played) == 2:
+            raise KeyboardInterrupt
+        played.append(self)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(dj.Experiment, "step", interrupted)
+    status, _, errors = run()
+    assert status == 130
+    assert errors == "interrupted; the rounds that had ended are recorded\n"
+    assert len(read(tmp_path)) == 2
 
 
 def test_gamma_may_be_infinite(run, tmp_path):

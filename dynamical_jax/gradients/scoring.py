@@ -70,9 +70,15 @@ def norms_and_products(
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
         return apply, ENGINES[engine], variables, block, direction
 
-    def score(positions: np.ndarray, count: int) -> list[np.ndarray]:
+    columns: list[np.ndarray] = []
+
+    def score(positions: np.ndarray, count: int) -> None:
         terms = _score_block(*arguments(positions))
-        return [np.asarray(term)[:count] for term in terms]
+        if not columns:
+            columns.extend(np.empty(len(x), term.dtype) for term in terms)
+        for column, term in zip(columns, terms, strict=True):
+            # Copied: a view would keep the block's buffer, and with it memory that grows with n.
+            column[positions[:count]] = np.asarray(term)[:count]
 
     if len(x) == 0:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
@@ -80,7 +86,7 @@ def norms_and_products(
     try:
         if chunk_size is None:
             block_size = _fitting(arguments, block_size, len(x))
-        parts = map_blocks(score, len(x), block_size, on_progress)
+        map_blocks(score, len(x), block_size, on_progress)
     except factored.UnsupportedError as error:
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
         return norms_and_products(
@@ -93,7 +99,7 @@ def norms_and_products(
             chunk_size=chunk_size,
             on_progress=on_progress,
         )
-    return GradientTerms(*map(np.concatenate, zip(*parts, strict=True)))
+    return GradientTerms(*columns)
 
 
 def _fitting(arguments: Callable[..., Any], block_size: int, size: int) -> int:
