@@ -127,6 +127,7 @@ def fit(
     count = len(labeled.y)
     capacity = max(capacity or count, count)
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
+    fitted = Examples(buffer.x, labeled.y)  # Evaluated from the buffer: nothing is copied again.
     optimizer = _optimizer(config.optimizer, config.weight_decay)
     variables = jax.tree.map(jnp.copy, variables)  # The epochs donate theirs.
     optimizer_state = jax.jit(optimizer.init)(variables["params"])
@@ -146,7 +147,7 @@ def fit(
             count,
             key,
         )
-        evaluation = evaluate(model.apply, variables, labeled, eval_batch_size)
+        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
         if not (math.isfinite(loss) and math.isfinite(evaluation.loss)):
             raise DivergedError(
                 f"training diverged: the loss of epoch {epoch} is not finite; a learning rate "
