@@ -1,4 +1,6 @@
-"""Rules that turn scores into a query."""
+"""Rules that turn scores or points into a query. Everything here is deterministic given its key."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,122 @@ def top_b(scores: Float[AnyArray, "n"], batch_size: int) -> Int[Array, "b"]:
     >>> top_b(jnp.array([1.0, 3.0, 2.0, 3.0]), 3)
     Array([1, 3, 2], dtype=int32)
     """
-    if batch_size > len(scores):
-        raise ValueError(f"cannot choose {batch_size} of {len(scores)}")
+    _check_batch_size(batch_size, len(scores))
     # −0 and 0 are equal, but not to `top_k`.
     return jax.lax.top_k(jnp.where(scores == 0, 0, scores), batch_size)[1]
+
+
+def farthest_first(
+    points: Float[AnyArray, "n d"], centers: Float[AnyArray, "m d"], batch_size: int
+) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """Returns a farthest-first traversal (k-center greedy) and the distance of each when chosen.
+
+    One after the other, the point farthest from all centers and all points chosen before (Sener &
+    Savarese, 2018). Without centers it starts from the point nearest the mean, whose distance is
+    reported as 0. The distance to the nearest is all that is kept: memory is O((n + m) d).
+
+    Guaranteed: no position twice, and of equal distances the lower position first.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of points.
+
+    >>> farthest_first(jnp.array([[0.0], [1.0], [5.0]]), jnp.array([[0.0]]), 2)
+    (Array([2, 1], dtype=int32), Array([5., 1.], dtype=float32))
+    """
+    _check_batch_size(batch_size, len(points))
+    points, centers = jnp.asarray(points), jnp.asarray(centers)
+    if len(centers):
+        return _farthest_first(points, _to_nearest(points, centers), batch_size)
+    first = jnp.argmin(_squared_distances(points, jnp.mean(points, axis=0)))
+    nearest = _squared_distances(points, points[first]).at[first].set(-1)
+    chosen, distances = _farthest_first(points, nearest, batch_size - 1)
+    return jnp.append(first, chosen), jnp.append(0.0, distances)
+
+
+def k_means_plus_plus(
+    key: Array,
+    left: Float[AnyArray, "n k"],
+    right: Float[AnyArray, "n d"],
+    batch_size: int,
+) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """Returns a k-means++ seeding of the points left_i ⊗ right_i, and the distance of each.
+
+    The first is the point of largest norm (Ash et al., 2020); each next one is drawn with
+    probability proportional to D², the squared distance to the nearest chosen one, uniformly among
+    the rest where every D² is 0. The products are never formed: memory is O(n (k + d)). Distances
+    are to the nearest chosen before, and of the first its norm.
+
+    Guaranteed: no position twice.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of points.
+    """
+    _check_batch_size(batch_size, len(left))
+    return _k_means_plus_plus(key, jnp.asarray(left), jnp.asarray(right), batch_size)
+
+
+def _check_batch_size(batch_size: int, size: int) -> None:
+    if batch_size > size:
+        raise ValueError(f"cannot choose {batch_size} of {size}")
+
+
+def _squared_distances(points: Array, center: Array) -> Array:
+    # By differences and not by products: the distance of a point to its like is exactly 0.
+    return jnp.sum((points - center[None]) ** 2, axis=-1)
+
+
+@jax.jit
+def _to_nearest(points: Array, centers: Array) -> Array:
+    """The squared distance of each point to the nearest center, one center after the other."""
+
+    def nearer(least: Array, center: Array) -> tuple[Array, None]:
+        return jnp.minimum(least, _squared_distances(points, center)), None
+
+    start = jnp.full(len(points), jnp.inf, points.dtype)
+    return jax.lax.scan(nearer, start, centers)[0]
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Array, Array]:
+    """Goes on from squared distances to the nearest, which are −1 at points already chosen."""
+
+    def step(nearest: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        chosen = jnp.argmax(nearest)
+        squared = nearest[chosen]
+        # The minimum leaves −1 as it is: no point is chosen again.
+        nearest = jnp.minimum(nearest, _squared_distances(points, points[chosen]))
+        return nearest.at[chosen].set(-1), (chosen, squared)
+
+    _, (chosen, squared) = jax.lax.scan(step, nearest, length=batch_size)
+    return chosen, jnp.sqrt(squared)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _k_means_plus_plus(
+    key: Array, left: Array, right: Array, batch_size: int
+) -> tuple[Array, Array]:
+    left_norm, right_norm = (jnp.sum(part**2, axis=-1) for part in (left, right))
+
+    def to_chosen(chosen: Array) -> Array:
+        # ‖a⊗h − b⊗g‖² = ‖(a−b)⊗h + b⊗(h−g)‖²: of equal points exactly 0, whatever their norms.
+        moved_left, moved_right = left - left[chosen][None], right - right[chosen][None]
+        squared = (
+            jnp.sum(moved_left**2, axis=-1) * right_norm
+            + left_norm[chosen] * jnp.sum(moved_right**2, axis=-1)
+            + 2 * (moved_left * left[chosen][None]).sum(-1) * (moved_right * right).sum(-1)
+        )
+        return jnp.maximum(squared, 0)  # Rounding may go below.
+
+    def step(carry: tuple[Array, Array], key: Array) -> tuple:
+        nearest, taken = carry
+        weights = jnp.where(taken, 0, nearest)
+        weights = jnp.where(jnp.any(weights > 0), weights, ~taken)
+        drawn = jax.random.categorical(key, jnp.log(weights))
+        chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(nearest))
+        distance = jnp.sqrt(nearest[chosen])
+        # Before the first there is no center: norms are no distances to a point at the origin.
+        nearest = jnp.minimum(jnp.where(jnp.any(taken), nearest, jnp.inf), to_chosen(chosen))
+        return (nearest, taken.at[chosen].set(True)), (chosen, distance)
+
+    start = (left_norm * right_norm, jnp.zeros(len(left), bool))
+    return jax.lax.scan(step, start, jax.random.split(key, batch_size))[1]

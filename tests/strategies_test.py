@@ -99,16 +99,17 @@ def test_no_labels_of_the_pool_can_be_reached():
 
 def test_unknown_strategy_lists_the_choices():
     with pytest.raises(
-        dj.UserError, match="unknown strategy 'best'; choose from dynamical, random"
+        dj.UserError, match="unknown strategy 'best'; choose from dynamical, random, confidence"
     ):
         strategies.create("best")
 
 
-def test_non_finite_scores_are_refused():
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
+def test_a_non_finite_input_is_no_query(name):
     x = toy.images(20).astype(np.float32)
     x[3] = np.nan
-    with pytest.raises(dj.UserError, match="1 of 20 scores are not finite"):
-        dj.STRATEGIES["dynamical"]().query(KEY, make_view(unlabeled=x), 5)
+    with pytest.raises(dj.UserError, match=r"1 of 20 .* not finite"):
+        dj.STRATEGIES[name]().query(KEY, make_view(unlabeled=x), 5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, math.inf])
@@ -148,3 +149,138 @@ def test_random_is_uniform():
     chosen = [strategy.query(jax.random.key(i), view, 1).positions[0] for i in range(200)]
     counts = np.bincount(chosen, minlength=5)
     assert ((counts - 40) ** 2 / 40).sum() < 18.5  # the 99.9 % point of chi-square with 4 degrees
+
+
+def linear_view(logits, labeled=0, **fields):
+    """A view of a learner whose logits, and embedding, are its inputs."""
+    logits = np.asarray(logits, np.float32)
+    return dj.LearnerView(
+        **{
+            "apply": identity,
+            "variables": {},
+            "labeled": dj.Examples(logits[:labeled], np.zeros(labeled, np.int32)),
+            "unlabeled": logits,
+            **fields,
+        }
+    )
+
+
+def identity(variables, x):
+    return dj.Outputs(x, x)
+
+
+LOGITS = np.random.default_rng(0).normal(size=(300, 6)) * np.geomspace(0.1, 100, 300)[:, None]
+
+
+def probabilities(logits):
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.sort(shifted / shifted.sum(axis=1, keepdims=True), axis=1)[:, ::-1]
+
+
+UNCERTAINTIES = {
+    "confidence": lambda p: -np.log(p[:, 0]),
+    "margin": lambda p: p[:, 1] - p[:, 0],
+    "entropy": lambda p: -np.sum(p * np.log(np.maximum(p, 1e-300)), axis=1),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAINTIES)
+class TestUncertainty:
+    def test_against_probabilities_in_float64(self, name):
+        expected = UNCERTAINTIES[name](probabilities(LOGITS.astype(np.float32).astype(np.float64)))
+        query = dj.STRATEGIES[name]().query(KEY, linear_view(LOGITS), 100)
+        np.testing.assert_allclose(query.scores, np.sort(expected)[::-1][:100], rtol=1e-4)
+        np.testing.assert_allclose(expected[query.positions], query.scores, rtol=1e-4)
+
+    def test_certain_examples_are_finite_and_last(self, name):
+        logits = np.array([[1e30, 0, 0], [0, 1, 0], [0, -1e4, 1e4], [0, 0, 0]])
+        query = dj.STRATEGIES[name]().query(KEY, linear_view(logits), 4)
+        assert query.positions.tolist()[:2] == [3, 1]
+        assert np.isfinite(query.scores).all()
+
+
+def test_coreset_is_farthest_first_from_the_labeled_set():
+    view = linear_view(LOGITS[40:], labeled=0)
+    view = dataclasses.replace(view, labeled=dj.Examples(LOGITS[:40], np.zeros(40, np.int32)))
+    query = dj.STRATEGIES["coreset"]().query(KEY, view, 30)
+    taken, expected = list(range(40)), []
+    for _ in range(30):
+        distance = np.linalg.norm(LOGITS[:, None] - LOGITS[taken][None], axis=-1).min(axis=1)
+        taken.append(int(np.argmax(distance)))
+        expected.append(taken[-1] - 40)
+    np.testing.assert_array_equal(query.positions, expected)
+
+
+def test_coreset_without_labels_ends():
+    query = dj.STRATEGIES["coreset"]().query(KEY, linear_view(LOGITS, labeled=0), 300)
+    assert len(np.unique(query.positions)) == 300
+    center = np.linalg.norm(LOGITS - LOGITS.mean(axis=0), axis=1)
+    assert query.positions[0] == np.argmin(center)
+
+
+def test_badge_seeds_with_gradients_of_the_last_layer():
+    # The gradient of the loss at the pseudo-label in the last layer's kernel, by autodiff.
+    model = toy.models()["cnn"]
+    view = make_view()
+    factors = strategies.Badge().score(KEY, view, None)
+    labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
+    each = gradients.per_example_gradients(model.apply, view.variables, view.unlabeled, labels)
+    (last,) = [
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(each)
+        if leaf.shape[1:] == (factors.embedding.shape[1], toy.NUM_CLASSES)
+    ]
+    formed = np.einsum("nk,nd->ndk", factors.residual, factors.embedding)
+    np.testing.assert_allclose(formed, last, rtol=1e-4, atol=1e-5)
+
+
+class TestALBL:
+    def test_two_rounds_by_hand(self):
+        strategy = strategies.ALBL()
+        state = strategy.init()
+        np.testing.assert_allclose(strategy.probabilities(state), [0.5, 0.5])
+        # K = 2, p_min = 0.05, √(ln(2/0.1)/2) = 1.22387. Arm 0 was right on 0.8 of its query:
+        # gains 0.025 (0.8/0.5 + 1.22387/0.5) = 0.101194 and 0.025 · 1.22387/0.5 = 0.061194.
+        state = strategy.rewarded(state._replace(arm=np.array(0)), 0.8)
+        np.testing.assert_allclose(state.weights, [0.101194, 0.061194], atol=1e-6)
+        # p_0 = 0.9 / (1 + e^−0.04) + 0.05 = 0.508999. Then arm 1, right on half of its query:
+        # gains 0.025 · 1.22387/0.508999 and 0.025 (0.5 + 1.22387) / 0.491001.
+        np.testing.assert_allclose(strategy.probabilities(state), [0.508999, 0.491001], atol=1e-6)
+        state = strategy.rewarded(state._replace(arm=np.array(1)), 0.5)
+        np.testing.assert_allclose(state.weights, [0.161305, 0.148967], atol=1e-5)
+
+    def test_each_query_is_that_of_one_arm(self):
+        view = make_view()
+        arms = {name: dj.STRATEGIES[name]() for name in ("coreset", "confidence")}
+        alone = [set(arm.query(KEY, view, 6).positions.tolist()) for arm in arms.values()]
+        assert alone[0] != alone[1]
+        drawn = []
+        for seed in range(12):
+            query = strategies.ALBL(arms).query(jax.random.key(seed), view, 6)
+            assert set(query.positions.tolist()) == alone[query.state.arm]
+            drawn.append(int(query.state.arm))
+        assert set(drawn) == {0, 1}
+
+    def test_reward_is_accuracy_on_the_last_query(self):
+        # Of five labeled examples the last four were the query; the learner is right on three.
+        labeled = dj.Examples(
+            np.eye(3, dtype=np.float32)[[0, 0, 1, 2, 2]], np.array([1, 0, 1, 2, 0])
+        )
+        view = linear_view(LOGITS[:20, :3], labeled=0)
+        view = dataclasses.replace(view, labeled=labeled)
+        strategy = strategies.ALBL()
+        state = strategy.init()._replace(arm=np.array(1), batch_size=np.array(4))
+        query = strategy.query(KEY, view, 4, state)
+        np.testing.assert_array_equal(query.state.weights, strategy.rewarded(state, 0.75).weights)
+        assert query.state.batch_size == 4
+
+    def test_no_arm_dies_out(self):
+        strategy = strategies.ALBL()
+        state = strategy.init()._replace(weights=np.array([0.0, -1e6]))
+        np.testing.assert_allclose(strategy.probabilities(state), [0.95, 0.05])
+
+    def test_bad_options(self):
+        with pytest.raises(dj.UserError, match=r"between 0 and 1/2, got 0\.6"):
+            strategies.ALBL(minimum_probability=0.6)
+        with pytest.raises(dj.UserError, match="cannot keep a state"):
+            strategies.ALBL({"albl": strategies.ALBL()})

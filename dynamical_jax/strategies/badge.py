@@ -1,0 +1,36 @@
+"""BADGE: k-means++ seeding on gradients of the last layer (Ash et al., 2020)."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dynamical_jax import losses, selection
+from dynamical_jax.strategies.base import LearnerView, Query, Strategy
+from dynamical_jax.strategies.predictions import predict
+from dynamical_jax.types import Array
+
+
+class Factors(NamedTuple):
+    """The last layer's gradients (p − e_ŷ) ⊗ h: residuals `[n, K]` and embeddings `[n, d]`."""
+
+    residual: Array
+    embedding: Array
+
+
+class Badge(Strategy):
+    """Chooses examples of large and diverse gradients of the last layer at their pseudo-labels.
+
+    The K·d numbers of a gradient are never formed, so memory is n (K + d): a hundred classes are as
+    good as ten.
+    """
+
+    def score(self, key: Array, view: LearnerView, state: Any) -> Factors:
+        """Returns the factors of the gradients."""
+        logits, embedding = predict(view, view.unlabeled, view.on_progress)
+        return Factors(losses.residual(logits, jnp.argmax(logits, axis=-1)), embedding)
+
+    def select(self, key: Array, scored: Factors, batch_size: int, state: Any) -> Query:
+        """Returns the seeding; scores are distances to the nearest when chosen."""
+        positions, distances = selection.k_means_plus_plus(key, *scored, batch_size)
+        return Query(np.asarray(positions), np.asarray(distances), state)

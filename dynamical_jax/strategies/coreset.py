@@ -1,0 +1,33 @@
+"""Coreset: k-center greedy on embeddings (Sener & Savarese, 2018)."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamical_jax import selection
+from dynamical_jax.strategies.base import LearnerView, Query, Strategy
+from dynamical_jax.strategies.predictions import predict
+from dynamical_jax.types import Array
+
+
+class Embeddings(NamedTuple):
+    """Penultimate features of U `[n, d]` and S `[m, d]`, in evaluation mode."""
+
+    unlabeled: Array
+    labeled: Array
+
+
+class Coreset(Strategy):
+    """Chooses, one after the other, the example farthest from all that are labeled or chosen."""
+
+    def score(self, key: Array, view: LearnerView, state: Any) -> Embeddings:
+        """Returns the embeddings of U and S."""
+        unlabeled = predict(view, view.unlabeled, view.on_progress).embedding
+        if len(view.labeled.y) == 0:
+            return Embeddings(unlabeled, unlabeled[:0])
+        return Embeddings(unlabeled, predict(view, view.labeled.x).embedding)
+
+    def select(self, key: Array, scored: Embeddings, batch_size: int, state: Any) -> Query:
+        """Returns the farthest-first traversal; scores are distances when chosen."""
+        positions, distances = selection.farthest_first(*scored, batch_size)
+        return Query(np.asarray(positions), np.asarray(distances), state)

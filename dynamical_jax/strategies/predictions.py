@@ -1,0 +1,45 @@
+"""Logits and embeddings of a set, for strategies that need no gradients."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.gradients import bucketed, map_blocks
+from dynamical_jax.strategies.base import LearnerView
+from dynamical_jax.types import ApplyFn, OnProgress, Outputs, Variables, ignore_progress
+
+CHUNK_SIZE = 256
+
+
+def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress) -> Outputs:
+    """Returns the model's outputs for x `[n, ...]`, n > 0, computed block by block.
+
+    Raises:
+      UserError: if an output is not finite.
+    """
+
+    def run(positions: np.ndarray, count: int) -> Outputs:
+        outputs = _outputs(view.apply, view.variables, x[positions])
+        return Outputs(*(part[:count] for part in outputs))
+
+    size = len(x)
+    parts = map_blocks(run, size, bucketed(size, CHUNK_SIZE), on_progress)
+    outputs = Outputs(*map(jnp.concatenate, zip(*parts, strict=True)))
+    # A NaN would win or lose every comparison without a word.
+    of_each = [jnp.all(jnp.isfinite(part), axis=-1) for part in outputs]
+    finite = np.logical_and(*of_each)
+    if not finite.all():
+        raise UserError(
+            f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "
+            "diverged or an input is not finite"
+        )
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _outputs(apply: ApplyFn, variables: Variables, x: Any) -> Outputs:
+    return apply(variables, x)
