@@ -10,6 +10,8 @@ for happened in experiment.run():
 """
 
 from dynamical_jax import active_learning as active_learning
+from dynamical_jax import checkpoints as checkpoints
+from dynamical_jax import comparison as comparison
 from dynamical_jax import datasets as datasets
 from dynamical_jax import dynamics as dynamics
 from dynamical_jax import errors as errors
@@ -20,6 +22,7 @@ from dynamical_jax import plotting as plotting
 from dynamical_jax import pool as pool
 from dynamical_jax import progress as progress
 from dynamical_jax import records as records
+from dynamical_jax import run_directory as run_directory
 from dynamical_jax import selection as selection
 from dynamical_jax import strategies as strategies
 from dynamical_jax import streams as streams

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,13 +43,38 @@ class Budget:
         return self.initial_size + self.num_rounds * self.batch_size
 
 
+class Underway(NamedTuple):
+    """What a round in the middle of its training depends on besides `State`'s other fields.
+
+    Attributes:
+      epoch: epochs done.
+      optimizer_state: the optimiser's.
+      best_test_accuracy: the best so far; 0 if the test set was not looked at.
+      seconds: spent so far, as in `Round`.
+    """
+
+    epoch: int
+    optimizer_state: Any
+    best_test_accuracy: float
+    seconds: dict[str, float]
+
+
 class State(NamedTuple):
-    """All that a round depends on besides the experiment itself."""
+    """All that a round depends on besides the experiment itself.
+
+    Attributes:
+      round_index: the round to play.
+      pool: S and U.
+      variables: the model's.
+      strategy_state: what the strategy carries from query to query.
+      underway: None before the round; else how far its training got.
+    """
 
     round_index: int
     pool: Pool
     variables: Variables
     strategy_state: Any
+    underway: Underway | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +92,8 @@ class Round:
       initial: `[M]` in round 0 the initial set, as `Dataset.index`; empty in the others.
       query: `[b]` what was queried, as `Dataset.index`; empty in the last round.
       query_scores: `[b]` the strategy's scores of these.
-      seconds: spent on "train", "evaluate", "score" and "select".
+      seconds: spent on "train", "evaluate", "score" and "select", and on "checkpoint" if a state
+        was saved in the middle of training.
     """
 
     round_index: int
@@ -152,31 +178,56 @@ class Experiment:
         variables = models.init(self.model, key, self.dataset.pool.x)
         return State(0, pool, variables, self.strategy.init())
 
-    def step(self, state: State, reporter: Reporter = SILENT) -> tuple[State, Round]:
+    def step(
+        self,
+        state: State,
+        reporter: Reporter = SILENT,
+        save: Callable[[State], None] | None = None,
+    ) -> tuple[State, Round]:
         """Plays one round: trains on S, evaluates, and unless it is the last queries labels.
+
+        Args:
+          state: where to begin, between rounds or within one; its arrays are used up.
+          reporter: is told how the round goes on.
+          save: called after each epoch with a state from which `step` returns the same round, bit
+            for bit, times aside. Must not keep its arrays, whose memory is reused.
 
         Raises:
           DivergedError: if training does.
           UserError: if scores are not finite.
         """
         reporter.begin(state.round_index)
-        oracle = Oracle(self.dataset.pool.y)
-        seconds: dict[str, float] = defaultdict(float)
+        underway = state.underway or Underway(0, None, 0.0, {})
+        watch = _Stopwatch(underway.seconds)
         rows = state.pool.labeled
-        labeled = Examples(Rows(self.dataset.pool.x, rows), oracle(rows))
+        labeled = Examples(Rows(self.dataset.pool.x, rows), Oracle(self.dataset.pool.y)(rows))
+        best, test, tested_at = underway.best_test_accuracy, None, 0
 
-        tests: dict[int, training.Evaluation] = {}
+        def look_at_test(epoch: int, variables: Variables) -> None:
+            nonlocal best, test, tested_at
+            with watch("evaluate"):
+                test = training.evaluate(
+                    self.model.apply, variables, self.dataset.test_on_device, self.eval_batch_size
+                )
+            best, tested_at = max(best, test.accuracy), epoch
 
-        def on_epoch(epoch: int, variables: Variables, evaluation: training.Evaluation) -> None:
+        def on_epoch(progress: training.Progress, evaluation: training.Evaluation) -> None:
+            epoch, variables, optimizer_state = progress
             reporter.epoch(epoch, evaluation)
             if self.evaluate_every and epoch % self.evaluate_every == 0:
-                with _timed(seconds, "evaluate"):
-                    tests[epoch] = self._evaluate(variables)
+                look_at_test(epoch, variables)
+            if save is not None:
+                with watch("checkpoint"):
+                    so_far = Underway(epoch, optimizer_state, best, dict(watch.seconds))
+                    save(state._replace(variables=variables, underway=so_far))
 
-        with _timed(seconds, "train"):
+        start = state.variables
+        if underway.epoch:
+            start = training.Progress(underway.epoch, state.variables, underway.optimizer_state)
+        with watch("train"):
             fit = training.fit(
                 self.model,
-                state.variables,
+                start,
                 labeled,
                 self.training_config,
                 self.seed,
@@ -185,10 +236,8 @@ class Experiment:
                 eval_batch_size=self.eval_batch_size,
                 on_epoch=on_epoch,
             )
-        seconds["train"] -= seconds["evaluate"]
-        if fit.epochs not in tests:
-            with _timed(seconds, "evaluate"):
-                tests[fit.epochs] = self._evaluate(fit.variables)
+        if tested_at != fit.epochs:
+            look_at_test(fit.epochs, fit.variables)
 
         pool, strategy_state = state.pool, state.strategy_state
         query, scores = np.array([], np.int64), np.array([])
@@ -203,7 +252,7 @@ class Experiment:
             )
             key = streams.key(self.seed, "strategy", state.round_index)
             chosen = self.strategy.query(key, view, self.budget.batch_size, strategy_state)
-            seconds.update(chosen.seconds)
+            watch.seconds.update(chosen.seconds)
             scores, strategy_state = chosen.scores, chosen.state
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
@@ -212,12 +261,12 @@ class Experiment:
             len(rows),
             fit.epochs,
             fit.labeled,
-            tests[fit.epochs],
-            max(test.accuracy for test in tests.values()),
+            test,
+            best,
             self.dataset.index[rows if state.round_index == 0 else rows[:0]],
             query,
             scores,
-            dict(seconds),
+            dict(watch.seconds),
         )
         return State(state.round_index + 1, pool, fit.variables, strategy_state), happened
 
@@ -228,14 +277,25 @@ class Experiment:
             state, happened = self.step(state, reporter)
             yield happened
 
-    def _evaluate(self, variables: Variables) -> training.Evaluation:
-        return training.evaluate(
-            self.model.apply, variables, self.dataset.test_on_device, self.eval_batch_size
-        )
 
+class _Stopwatch:
+    """Seconds by part; while an inner part runs, the outer one stands still."""
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - start
+    def __init__(self, seconds: Mapping[str, float]):
+        self.seconds: dict[str, float] = defaultdict(float, seconds)
+        self._part, self._since = None, 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        outer = self._switch(part)
+        try:
+            yield
+        finally:
+            self._switch(outer)
+
+    def _switch(self, part: str | None) -> str | None:
+        last, now = self._part, time.perf_counter()
+        if last is not None:
+            self.seconds[last] += now - self._since
+        self._part, self._since = part, now
+        return last

@@ -7,25 +7,33 @@ from dynamical_jax.training import Evaluation
 
 
 class Bar(Reporter):
-    """A reporter for `active_learning.Experiment.run`.
+    """A reporter for `active_learning.Experiment`.
 
-    Args:
-      name: what runs.
-      num_rounds: how many queries there will be.
-      max_epochs: after how many epochs training stops at the latest.
+    Attributes:
+      status: shown at the end of the bar; of the comparison as a whole.
     """
 
-    def __init__(self, name: str, num_rounds: int, max_epochs: int):
-        self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
+    def __init__(self):
         # disable=None: off where standard error is no terminal.
         self._bar = tqdm.tqdm(disable=None, leave=False, dynamic_ncols=True)
-        self._total = None
+        self.status = ""
 
     def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+
+    def start(self, name: str, num_rounds: int, max_epochs: int) -> None:
+        """Starts the bar of a run.
+
+        Args:
+          name: what runs.
+          num_rounds: how many queries there will be.
+          max_epochs: after how many epochs training stops at the latest.
+        """
+        self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
+        self._total = None
 
     def begin(self, round_index: int) -> None:
         """Starts the bar of a round."""
@@ -34,8 +42,8 @@ class Bar(Reporter):
 
     def epoch(self, epoch: int, evaluation: Evaluation) -> None:
         """Shows how far training is, with loss and accuracy on the labeled set."""
-        self._show("training", epoch, self._max_epochs)
-        self._bar.set_postfix_str(f"loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.1%}")
+        labeled = f"loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.1%}"
+        self._show("training", epoch, self._max_epochs, labeled)
 
     def scored(self, done: int, total: int) -> None:
         """Shows how much of the pool is scored."""
@@ -45,11 +53,12 @@ class Bar(Reporter):
         """Prints a line to standard output without breaking the bar."""
         self._bar.write(line)
 
-    def _show(self, part: str, done: int, total: int) -> None:
+    def _show(self, part: str, done: int, total: int, detail: str = "") -> None:
         if self._bar.disable:
             return
         if (part, total) != self._total:
             self._total = (part, total)
             self._bar.reset(total)
             self._bar.set_description_str(f"{self._round}, {part}")
+        self._bar.set_postfix_str("; ".join(filter(None, (detail, self.status))), refresh=False)
         self._bar.update(done - self._bar.n)

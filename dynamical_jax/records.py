@@ -13,7 +13,7 @@ import pathlib
 import platform
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,47 +76,49 @@ def environment() -> Mapping[str, Any]:
     }
 
 
-def create_directory(output_dir: str) -> pathlib.Path:
-    """Returns the path of the records in a new or empty directory.
-
-    Raises:
-      UserError: if it holds another run or cannot be written to.
-    """
-    path = pathlib.Path(output_dir) / FILE_NAME
-    if path.exists():
-        raise UserError(
-            f"{output_dir} holds a run already ({FILE_NAME}): give another --output_dir, or "
-            "remove it"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from error
-    return path
-
-
-def remove_if_empty(path: pathlib.Path) -> None:
-    """Removes the file of a run of which no round ended."""
-    if path.stat().st_size == 0:
-        path.unlink()
-
-
 def append(path: pathlib.Path, record: Record) -> None:
     """Adds a line and sees to it that it is on disk.
 
     JSON has no infinities: `gamma=inf` is written as the string "inf".
     """
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(path: pathlib.Path) -> list[Record]:
-    """Returns the records of a file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """Returns the records of a file; a last line without an end is no record.
+
+    Raises:
+      UserError: if there is no such file, or a line of it is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    result = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            result.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is not a record ({error})") from error
+    return result
+
+
+def as_read(record: Record) -> Record:
+    """Returns a record as `read` will give it."""
+    return json.loads(json.dumps(finite(record)))
+
+
+def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
+    """Removes a last line that was not written to its end; returns the records."""
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        say(f"{path}: the last line was not finished: dropped")
+        os.truncate(path, whole)
+    return read(path)
 
 
 def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
@@ -162,11 +164,22 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
     return "\n".join(lines)
 
 
-def _finite(value: Any) -> Any:
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is there wholly or not at all, and on disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Returns a value as JSON can hold it: infinities and NaN as strings."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -91,13 +91,28 @@ class Fit(NamedTuple):
     labeled: Evaluation
 
 
-OnEpoch = Callable[[int, Variables, Evaluation], None]
-"""Called after each epoch with (epochs so far, variables, evaluation on the labeled set)."""
+class Progress(NamedTuple):
+    """Where training stands: all that the epochs to come depend on besides `fit`'s arguments."""
+
+    epoch: int
+    variables: Variables
+    optimizer_state: Any
+
+
+OnEpoch = Callable[[Progress, Evaluation], None]
+"""Called after each epoch with where training stands and the evaluation on the labeled set."""
+
+
+def begin(variables: Variables, config: TrainingConfig) -> Progress:
+    """Returns where training stands before its first epoch. `variables` are copied."""
+    optimizer = _optimizer(config.optimizer, config.weight_decay)
+    variables = jax.tree.map(jnp.copy, dict(variables))
+    return Progress(0, variables, jax.jit(optimizer.init)(variables["params"]))
 
 
 def fit(
     model: nn.Module,
-    variables: Variables,
+    start: Variables | Progress,
     labeled: Examples,
     config: TrainingConfig,
     seed: int,
@@ -105,13 +120,15 @@ def fit(
     *,
     capacity: int | None = None,
     eval_batch_size: int = 256,
-    on_epoch: OnEpoch = lambda epoch, variables, evaluation: None,
+    on_epoch: OnEpoch = lambda progress, evaluation: None,
 ) -> Fit:
-    """Trains `variables` on the labeled set until `config` says that it is fitted.
+    """Trains a model on the labeled set until `config` says that it is fitted.
 
     Args:
       model: a module `(x, train) -> Outputs`.
-      variables: where to start; left as they are.
+      start: variables to start from, which are left as they are; or the progress of an earlier
+        call with the same arguments, which is used up: then the fit is what that one would have
+        been, bit for bit.
       labeled: the labeled set S, on the host.
       config: optimiser, stopping rule and so on.
       seed: with `round_index`, determines the order of examples and the dropout masks.
@@ -119,7 +136,7 @@ def fit(
       capacity: rows of the device's buffer. Calls with equal capacity share one compiled program;
         changes no result.
       eval_batch_size: examples at a time in evaluation, likewise.
-      on_epoch: called after each epoch; must not keep the variables, whose memory is reused.
+      on_epoch: called after each epoch; must not keep arrays, whose memory is reused.
 
     Raises:
       DivergedError: if a loss is not finite.
@@ -129,10 +146,14 @@ def fit(
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
     fitted = Examples(buffer.x, labeled.y)  # Evaluated from the buffer: nothing is copied again.
     optimizer = _optimizer(config.optimizer, config.weight_decay)
-    variables = jax.tree.map(jnp.copy, variables)  # The epochs donate theirs.
-    optimizer_state = jax.jit(optimizer.init)(variables["params"])
+    # `begin` copies the variables, since the epochs donate theirs.
+    progress = start if isinstance(start, Progress) else begin(start, config)
+    epoch, variables, optimizer_state = progress
     evaluation = None
-    for epoch in range(1, config.max_epochs + 1):
+    if epoch:  # Training may have been interrupted just before it would have stopped.
+        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
+    while epoch < config.max_epochs and not _is_fitted(evaluation, config):
+        epoch += 1
         order = streams.generator(seed, "order", round_index, epoch).permutation(count)
         key = streams.key(seed, "dropout", round_index, epoch)
         optimizer_state.hyperparams["learning_rate"] = jnp.asarray(_learning_rate(config, epoch))
@@ -153,10 +174,12 @@ def fit(
                 f"training diverged: the loss of epoch {epoch} is not finite; a learning rate "
                 f"below {config.learning_rate:g} may help"
             )
-        on_epoch(epoch, variables, evaluation)
-        if evaluation.accuracy >= config.target_accuracy:
-            break
+        on_epoch(Progress(epoch, variables, optimizer_state), evaluation)
     return Fit(variables, epoch, evaluation)
+
+
+def _is_fitted(evaluation: Evaluation | None, config: TrainingConfig) -> bool:
+    return evaluation is not None and evaluation.accuracy >= config.target_accuracy
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import dynamical_jax as dj
-from experiments import active_learning
+from experiments import active_learning, common
 
 SMALL = {
     "initial_size": 10,
@@ -87,6 +87,7 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from digits, cifar10"),
         ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
+        ({"preset": "table10"}, "unknown preset 'table10'; choose from table2, table3"),
         ({"strategies": []}, "no strategy given; choose from dynamical"),
         ({"strategies": ["random", "random"]}, "a strategy is given twice: random,random"),
         ({"cache_dir": "/proc/none"}, "cannot write to /proc/none/compiled"),
@@ -122,22 +123,60 @@ def test_unexpected_argument(run):
 def test_output_directory_of_another_run(run, tmp_path):
     run()
     before = read(tmp_path)
-    status, _, errors = run(num_seeds=1)
+    status, _, errors = run(num_seeds=1, learning_rate=0.01)
     assert status == 1
-    assert "holds a run already" in errors
+    assert (
+        "made with other flags (--learning_rate=0.001 there and 0.01 here, --num_seeds=" in errors
+    )
     assert read(tmp_path) == before
 
 
-def test_divergence_keeps_what_was_done(run, tmp_path):
+def test_the_same_command_again_plays_nothing_again(run, tmp_path):
+    _, first, _ = run()
+    before = read(tmp_path)
+    status, output, _ = run(chunk_size=7)  # Changes no result.
+    assert status is None
+    assert "round" not in output.partition("test accuracy (%)")[0]
+    assert output.partition("test accuracy (%)")[2] == first.partition("test accuracy (%)")[2]
+    assert read(tmp_path) == before
+
+
+def test_a_failing_run_does_not_stop_the_others(run, tmp_path, monkeypatch):
+    score = dj.strategies.Dynamical.score
+
+    def fails_once(self, key, view, state):
+        if len(view.labeled.y) == 15:
+            raise FloatingPointError("weights fell over\nbadly")
+        return score(self, key, view, state)
+
+    monkeypatch.setattr(dj.strategies.Dynamical, "score", fails_once)
+    status, output, errors = run()
+    assert status == 1
+    assert errors.splitlines() == [
+        "error: dynamical, seed 0: FloatingPointError: weights fell over",
+        "error: dynamical, seed 1: FloatingPointError: weights fell over",
+        "error: 2 of 4 runs failed; the same command tries these again",
+    ]
+    assert "[1/4] dynamical, seed 0 failed: FloatingPointError" in output
+    assert "Traceback" in (tmp_path / "run" / "errors.log").read_text()
+    kept = [(record["strategy"], record["seed"]) for record in read(tmp_path)]
+    assert [kept.count((name, 1)) for name in ("dynamical", "random")] == [1, 3]
+    assert (tmp_path / "run" / "accuracy.png").exists()
+
+    monkeypatch.setattr(dj.strategies.Dynamical, "score", score)
+    status, output, errors = run()
+    assert (status, errors) == (None, "")
+    assert len(read(tmp_path)) == 12
+
+
+def test_divergence_leaves_the_directory_to_other_flags(run):
     status, _, errors = run(learning_rate=1e30, optimizer="sgd")
     assert status == 1
-    assert "training diverged" in errors
-    assert errors.count("\n") == 1
-    # Nothing was done, so nothing is in the way of another try.
+    assert errors.count("training diverged") == 4
     assert run(num_seeds=1, num_rounds=1)[0] is None
 
 
-def test_interruption_is_one_line_and_keeps_what_was_done(run, tmp_path, monkeypatch):
+def test_interruption_is_one_line_and_can_be_continued(run, tmp_path, monkeypatch):
     step, played = dj.Experiment.step, []
 
     def interrupted(self, *arguments):
@@ -149,8 +188,28 @@ def test_interruption_is_one_line_and_keeps_what_was_done(run, tmp_path, monkeyp
     monkeypatch.setattr(dj.Experiment, "step", interrupted)
     status, _, errors = run()
     assert status == 130
-    assert errors == "interrupted; the rounds that had ended are recorded\n"
+    assert errors == "interrupted; the same command continues from here\n"
     assert len(read(tmp_path)) == 2
+    monkeypatch.setattr(dj.Experiment, "step", step)
+    assert run()[0] is None
+    assert len(read(tmp_path)) == 12
+
+
+def test_presets_are_the_papers_settings_and_flags_prevail(run, monkeypatch):
+    seen = {}
+
+    def compare(arms, module, default_dir):
+        seen.update(arms)
+        seen["dataset"] = common.DATASET.value
+        return []
+
+    monkeypatch.setattr(common, "compare", compare)
+    with flagsaver.flagsaver():
+        flags.FLAGS(["binary", "--preset=table5", "--num_rounds=3"])
+        assert active_learning.main(["binary"]) is None
+    assert list(seen) == [*dj.STRATEGIES, "dataset"]
+    assert {budget for _, budget in list(seen.values())[:-1]} == {dj.Budget(500, 1000, 3)}
+    assert seen["dataset"] == "cifar10"
 
 
 def test_gamma_may_be_infinite(run, tmp_path):

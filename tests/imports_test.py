@@ -21,7 +21,8 @@ LAYERS = (
     # the algorithm, and what is made of it
     {"active_learning"},
     {"records", "progress"},
-    {"plotting"},
+    {"plotting", "checkpoints", "run_directory"},
+    {"comparison"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -51,7 +51,7 @@ def test_records_of_two_settings_have_no_common_curve(other):
 
 
 def test_infinity_is_written_as_a_word(tmp_path):
-    path = records.create_directory(str(tmp_path))
+    path = tmp_path / records.FILE_NAME
     records.append(path, {"flags": {"gamma": np.inf, "sizes": [1, np.nan]}})
     assert records.read(path) == [{"flags": {"gamma": "inf", "sizes": [1, "nan"]}}]
 
@@ -65,23 +65,36 @@ def test_table():
 
 
 def test_append_and_read(tmp_path):
-    path = records.create_directory(str(tmp_path / "new" / "run"))
+    path = tmp_path / records.FILE_NAME
     for line in RECORDS:
         records.append(path, line)
     assert records.read(path) == RECORDS
     assert len(path.read_text().splitlines()) == len(RECORDS)
 
 
-def test_another_run_is_not_overwritten(tmp_path):
-    records.append(records.create_directory(str(tmp_path)), RECORDS[0])
-    with pytest.raises(dj.UserError, match="holds a run already"):
-        records.create_directory(str(tmp_path))
+def test_a_torn_last_line_is_dropped(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    for line in RECORDS[:2]:
+        records.append(path, line)
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write('{"strategy": "a", "se')
+    assert records.read(path) == RECORDS[:2]
+    said = []
+    assert records.mend(path, said.append) == RECORDS[:2]
+    assert said == [f"{path}: the last line was not finished: dropped"]
+    assert path.read_bytes() == whole
+    assert records.mend(path, said.append) == RECORDS[:2]
+    assert len(said) == 1
 
 
-def test_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(dj.UserError, match="cannot write to"):
-        records.create_directory(str(tmp_path / "file" / "run"))
+def test_what_is_no_record_is_named(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    with pytest.raises(dj.UserError, match=r"cannot read .* No such file"):
+        records.read(path)
+    path.write_text("{}\nlabels: 5\n{}\n")
+    with pytest.raises(dj.UserError, match=r"line 2 of .* is not a record"):
+        records.read(path)
 
 
 def test_environment_is_json():

@@ -145,8 +145,8 @@ def test_fit_leaves_its_input_and_stops_when_fitted(dataset):
     )
     same(variables, before)
     assert fit.labeled.accuracy >= 0.9
-    assert [epoch for epoch, _, _ in epochs] == list(range(1, fit.epochs + 1))
-    assert all(evaluation.accuracy < 0.9 for _, _, evaluation in epochs[:-1])
+    assert [progress.epoch for progress, _ in epochs] == list(range(1, fit.epochs + 1))
+    assert all(evaluation.accuracy < 0.9 for _, evaluation in epochs[:-1])
     assert fit.epochs < 60
 
 

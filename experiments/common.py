@@ -1,0 +1,226 @@
+"""What the binaries share: flags, and the way from them to a directory of records."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from absl import flags
+
+import dynamical_jax as dj
+from experiments import paper
+
+PRESET = flags.DEFINE_string(
+    "preset",
+    None,
+    "Settings of one of the paper's tables; other flags given beside it prevail.",
+)
+DATASET = flags.DEFINE_string("dataset", "digits", f"One of {', '.join(dj.datasets.DATASETS)}.")
+MODEL = flags.DEFINE_string("model", "cnn", f"One of {', '.join(dj.models.MODELS)}.")
+INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "Labels of the initial set.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
+NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How often labels are queried.")
+NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Repetitions, with seeds from --first_seed on.")
+FIRST_SEED = flags.DEFINE_integer(
+    "first_seed", 0, "First seed; seeds can so be spread over machines.", lower_bound=0
+)
+OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Where records and picture go; by default a directory below runs/."
+)
+CHECKPOINT_EVERY = flags.DEFINE_integer(
+    "checkpoint_every",
+    20,
+    "Epochs of training between checkpoints, from which the same command continues.",
+    lower_bound=1,
+)
+
+ENGINE = flags.DEFINE_enum(
+    "engine", "factored", list(dj.gradients.ENGINES), "dynamical: how gradients are computed."
+)
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size", None, "dynamical: images scored at a time; by default what memory allows."
+)
+
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Resize images to this side; by default their own (caltech101: 64)."
+)
+STEM = flags.DEFINE_enum(
+    "stem", "imagenet", dj.models.STEMS, "resnet18: torchvision's stem or CIFAR's."
+)
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps data; else TFDS_DATA_DIR.")
+DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS download and prepare missing data.")
+CACHE_DIR = flags.DEFINE_string(
+    "cache_dir",
+    None,
+    "Where decoded data and compiled programs are kept between runs; by default "
+    "~/.cache/dynamical_jax.",
+)
+
+OPTIMIZER = flags.DEFINE_enum(
+    "optimizer", "adam", list(dj.training.OPTIMIZERS), "Made afresh in every round."
+)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Learning rate.")
+SCHEDULE = flags.DEFINE_enum(
+    "schedule", "constant", dj.training.SCHEDULES, "Of the learning rate, over --max_epochs."
+)
+TRAIN_BATCH_SIZE = flags.DEFINE_integer("train_batch_size", 128, "Images per training step.")
+WEIGHT_DECAY = flags.DEFINE_float(
+    "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
+)
+TARGET_ACCURACY = flags.DEFINE_float(
+    "target_accuracy", 0.99, "Training stops at this accuracy on the labeled set."
+)
+MAX_EPOCHS = flags.DEFINE_integer(
+    "max_epochs", 200, "Training stops after so many epochs in any case."
+)
+EVALUATE_EVERY = flags.DEFINE_integer(
+    "evaluate_every",
+    1,
+    "Epochs between looks at the test set, for best_test_accuracy in the records; 0: look only "
+    "after the last epoch, which saves time.",
+    lower_bound=0,
+)
+
+# Flags that change no result: a directory may be continued with others.
+CIRCUMSTANCES = {
+    "preset",
+    "output_dir",
+    "checkpoint_every",
+    "chunk_size",
+    "data_dir",
+    "download",
+    "cache_dir",
+}
+
+
+def run_main(run: Callable[[], list[str]], argv: list[str]) -> int | None:
+    """Runs a binary; returns the exit status. What can be explained is one line, no traceback.
+
+    Args:
+      run: does the work; returns a line for each part that failed.
+      argv: what is left of the command line.
+    """
+    try:
+        if len(argv) > 1:
+            raise dj.UserError(
+                f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10"
+            )
+        failures = run()
+    except dj.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else None
+
+
+def apply_preset(names: Iterable[str]) -> None:
+    """Gives flags that were not given the values of the table that `--preset` names.
+
+    Args:
+      names: of the tables among which this binary can choose.
+    """
+    if PRESET.value is None:
+        return
+    names = list(names)
+    if PRESET.value not in names:
+        raise dj.UserError(f"unknown preset {PRESET.value!r}; choose from {', '.join(names)}")
+    table = paper.tables()[PRESET.value]
+    for name, value in table.flags.items():
+        if flags.FLAGS[name].using_default_value:
+            flags.FLAGS[name].value = value
+
+
+def compare(
+    arms: Mapping[str, tuple[dj.strategies.Strategy, dj.Budget]], module: Any, default_dir: str
+) -> list[str]:
+    """Plays every arm with every seed, and writes records, table and picture.
+
+    Args:
+      arms: by name, what is compared.
+      module: the binary; its key flags are recorded.
+      default_dir: name of the directory below runs/, in which {dataset} and {model} are replaced.
+
+    Returns:
+      A line for each run that failed.
+    """
+    if NUM_SEEDS.value < 1:
+        raise dj.UserError(f"num_seeds must be at least 1, got {NUM_SEEDS.value}")
+    training = dj.TrainingConfig(
+        optimizer=OPTIMIZER.value,
+        learning_rate=LEARNING_RATE.value,
+        schedule=SCHEDULE.value,
+        batch_size=TRAIN_BATCH_SIZE.value,
+        weight_decay=WEIGHT_DECAY.value,
+        target_accuracy=TARGET_ACCURACY.value,
+        max_epochs=MAX_EPOCHS.value,
+    )
+    dj.models.check_name(MODEL.value)
+    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
+    keep_compiled_programs(cache_dir)
+    dataset = dj.datasets.load(
+        DATASET.value,
+        image_size=IMAGE_SIZE.value,
+        data_dir=DATA_DIR.value,
+        cache_dir=cache_dir,
+        download=DOWNLOAD.value,
+    )
+    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
+    model = dj.models.create(MODEL.value, dataset, **options)
+    used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    identity = {
+        "dataset": dataset.name,
+        "dataset_version": dataset.version,
+        "model": MODEL.value,
+        "flags": used,
+    }
+    runs = [
+        dj.comparison.Run(
+            name,
+            dj.Experiment(dataset, model, strategy, budget, training, seed, EVALUATE_EVERY.value),
+            identity,
+        )
+        for seed in range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
+        for name, (strategy, budget) in arms.items()
+    ]
+    dj.records.environment()  # What cannot be recorded should fail now and not after a round.
+    runs[0].experiment.init()  # The model may refuse images of this size.
+    output_dir = OUTPUT_DIR.value or os.path.join(
+        "runs", default_dir.format(dataset=dataset.name, model=MODEL.value)
+    )
+    decisive = {name: value for name, value in used.items() if name not in CIRCUMSTANCES}
+    with dj.run_directory.opened(output_dir, decisive) as directory:
+        failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
+        summarize(directory.rounds)
+    if failures:
+        failures.append(
+            f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
+        )
+    return failures
+
+
+def keep_compiled_programs(cache_dir: str) -> None:
+    """Lets JAX keep compiled programs between processes."""
+    compiled = os.path.join(cache_dir, "compiled")
+    try:
+        os.makedirs(compiled, exist_ok=True)
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {compiled}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def summarize(path: pathlib.Path) -> None:
+    """Prints the table of all records so far and draws their picture."""
+    rounds = dj.records.read(path)
+    if not rounds:
+        return
+    picture = path.with_name("accuracy.png")
+    dj.plotting.accuracy(rounds, picture)
+    table = dj.records.table(rounds)
+    print(f"\ntest accuracy (%) on {rounds[0]['dataset']}\n{table}\n\n{path}\n{picture}")

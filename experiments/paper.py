@@ -1,0 +1,55 @@
+"""The paper's tables, as settings to run and numbers to compare with."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import dynamical_jax as dj
+
+
+class Table(NamedTuple):
+    """A table of the paper, test accuracies in percent.
+
+    Attributes:
+      name: as in `--preset`.
+      flags: those that make its setting, beside the protocol's, which are the defaults.
+      mean: of each strategy, one number for each round; in Table 1 of each way to spend the
+        budget, one number.
+      std: likewise, over five runs; Table 1 has none.
+    """
+
+    name: str
+    flags: Mapping[str, Any]
+    mean: Mapping[str, Any]
+    std: Mapping[str, Any]
+
+
+@functools.cache
+def tables() -> dict[str, Table]:
+    """Returns all tables by name."""
+    return {
+        name: Table(name, table["flags"], table["mean"], table.get("std", {}))
+        for name, table in _file()["tables"].items()
+    }
+
+
+def table_of(record: dj.records.Record) -> Table | None:
+    """Returns the table whose setting a record has, whatever its seeds and number of rounds."""
+    flags = record["flags"]
+    for table in tables().values():
+        setting = {**_file()["protocol"], **table.flags}
+        setting.pop("num_rounds", None)
+        # A binary that has no such flag (γ where γ is what varies) cannot differ in it.
+        if all(flags.get(name, value) == value for name, value in setting.items()) and (
+            ("budget" in flags) == ("budget" in setting)
+        ):
+            return table
+    return None
+
+
+@functools.cache
+def _file() -> dict[str, Any]:
+    path = pathlib.Path(__file__).with_name("paper.json")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,54 @@
+"""Is it better to ask often for few labels, or once for many, as in Table 1?
+
+Spends one budget of labels on dynamicAL in R queries of b = budget / R each, for several R.
+
+  python -m experiments.query_rounds --preset=table1-cifar10-cnn
+
+Records, resuming and the report are those of experiments.active_learning.
+"""
+
+import sys
+
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import common, paper
+
+BUDGET = flags.DEFINE_integer("budget", 120, "Labels to query, besides those of the initial set.")
+ROUNDS = flags.DEFINE_list("rounds", ["10", "4", "2", "1"], "In how many queries; each divides it.")
+flags.adopt_module_key_flags(common)
+
+PRESETS = [name for name, table in paper.tables().items() if "budget" in table.flags]
+OTHERS = ("batch_size", "num_rounds")
+
+
+def main(argv: list[str]) -> int | None:
+    """Runs the comparison that the flags describe; returns the exit status."""
+    return common.run_main(run, argv)
+
+
+def run() -> list[str]:
+    """Checks the flags, then plays every R with every seed; returns what failed."""
+    common.apply_preset(PRESETS)
+    for name in OTHERS:
+        if not flags.FLAGS[name].using_default_value:
+            raise dj.UserError(f"--{name} follows here from --budget and --rounds")
+    strategy = dj.strategies.Dynamical(
+        engine=common.ENGINE.value, chunk_size=common.CHUNK_SIZE.value
+    )
+    arms = {}
+    for text in ROUNDS.value:
+        if not text.isdecimal() or not int(text) or BUDGET.value % int(text):
+            raise dj.UserError(f"rounds must divide the budget of {BUDGET.value}, got {text!r}")
+        batch_size = BUDGET.value // int(text)
+        if (name := f"R={int(text)}, b={batch_size}") in arms:
+            raise dj.UserError(f"a number of rounds is given twice: {','.join(ROUNDS.value)}")
+        arms[name] = (strategy, dj.Budget(common.INITIAL_SIZE.value, batch_size, int(text)))
+    if not arms:
+        raise dj.UserError("no number of rounds given; for example --rounds=10,4,2,1")
+    return common.compare(arms, sys.modules[__name__], "query_rounds-{dataset}-{model}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)
