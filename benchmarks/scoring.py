@@ -13,7 +13,7 @@ and images, in a process of its own that finds its program compiled. The contend
 - torch_forward_backward: the same as forward_backward, if PyTorch is installed;
 - torch_loop: a backward pass for one image after another;
 - torch_vmap, backpack: `torch.func.vmap` of `grad`, and `BatchGrad` if BackPACK is installed, with
-  1 GiB of gradients at a time; more or less makes them neither faster nor slower.
+  1 GiB of gradients at a time.
 
 What takes its images in several parts is timed on one part (8 images in torch_loop; elsewhere 1 GiB
 of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the time is scaled to the batch; the
