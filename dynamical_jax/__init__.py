@@ -22,8 +22,10 @@ from dynamical_jax import plotting as plotting
 from dynamical_jax import pool as pool
 from dynamical_jax import progress as progress
 from dynamical_jax import records as records
+from dynamical_jax import reports as reports
 from dynamical_jax import run_directory as run_directory
 from dynamical_jax import selection as selection
+from dynamical_jax import statistics as statistics
 from dynamical_jax import strategies as strategies
 from dynamical_jax import streams as streams
 from dynamical_jax import training as training

@@ -16,12 +16,13 @@ accuracy.png. The same command again continues where it was stopped. `python -m 
 makes tables and statistics of it.
 """
 
+import functools
 import sys
 
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import common, paper
+from experiments import binary, common, paper
 
 STRATEGIES = flags.DEFINE_list(
     "strategies", ["dynamical", "random"], f"Some of {', '.join(dj.STRATEGIES)}."
@@ -34,11 +35,12 @@ PRESETS = [name for name, table in paper.tables().items() if "batch_size" in tab
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return common.run_main(run, argv)
+    return binary.run_main(functools.partial(run, argv))
 
 
-def run() -> list[str]:
+def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every strategy with every seed; returns what failed."""
+    binary.check_no_arguments(argv)
     common.apply_preset(PRESETS)
     names = STRATEGIES.value
     if common.PRESET.value and flags.FLAGS["strategies"].using_default_value:

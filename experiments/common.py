@@ -2,15 +2,14 @@
 
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from absl import flags
 
 import dynamical_jax as dj
-from experiments import paper
+from experiments import binary, paper
 
 PRESET = flags.DEFINE_string(
     "preset",
@@ -82,41 +81,6 @@ EVALUATE_EVERY = flags.DEFINE_integer(
     "after the last epoch, which saves time.",
     lower_bound=0,
 )
-
-# Flags that change no result: a directory may be continued with others.
-CIRCUMSTANCES = {
-    "preset",
-    "output_dir",
-    "checkpoint_every",
-    "chunk_size",
-    "data_dir",
-    "download",
-    "cache_dir",
-}
-
-
-def run_main(run: Callable[[], list[str]], argv: list[str]) -> int | None:
-    """Runs a binary; returns the exit status. What can be explained is one line, no traceback.
-
-    Args:
-      run: does the work; returns a line for each part that failed.
-      argv: what is left of the command line.
-    """
-    try:
-        if len(argv) > 1:
-            raise dj.UserError(
-                f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10"
-            )
-        failures = run()
-    except dj.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else None
 
 
 def apply_preset(names: Iterable[str]) -> None:
@@ -193,7 +157,7 @@ def compare(
     output_dir = OUTPUT_DIR.value or os.path.join(
         "runs", default_dir.format(dataset=dataset.name, model=MODEL.value)
     )
-    decisive = {name: value for name, value in used.items() if name not in CIRCUMSTANCES}
+    decisive = {name: value for name, value in used.items() if name not in binary.CIRCUMSTANCES}
     with dj.run_directory.opened(output_dir, decisive) as directory:
         failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
         summarize(directory.rounds)

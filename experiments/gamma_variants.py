@@ -8,12 +8,13 @@ norm alone, inf the inner product alone.
 Records, resuming and the report are those of experiments.active_learning.
 """
 
+import functools
 import sys
 
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import active_learning, common
+from experiments import active_learning, binary, common
 
 GAMMAS = flags.DEFINE_list("gammas", ["0", "1", "2", "inf"], "The values of γ to compare.")
 flags.adopt_module_key_flags(common)
@@ -21,11 +22,12 @@ flags.adopt_module_key_flags(common)
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return common.run_main(run, argv)
+    return binary.run_main(functools.partial(run, argv))
 
 
-def run() -> list[str]:
+def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every γ with every seed; returns what failed."""
+    binary.check_no_arguments(argv)
     common.apply_preset(active_learning.PRESETS)
     budget = dj.Budget(common.INITIAL_SIZE.value, common.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {}

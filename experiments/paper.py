@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,24 @@ class Table(NamedTuple):
     flags: Mapping[str, Any]
     mean: Mapping[str, Any]
     std: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """As the paper calls it."""
+        return self.name.partition("-")[0].replace("table", "Table ")
+
+    def cells(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """Returns mean and standard deviation (NaN: none given) for each (strategy, labels)."""
+        first = self.flags["initial_size"]
+        if "budget" in self.flags:
+            last = first + self.flags["budget"]
+            return {(name, last): (mean, math.nan) for name, mean in self.mean.items()}
+        step = self.flags["batch_size"]
+        return {
+            (name, first + step * index): (mean, self.std[name][index])
+            for name, means in self.mean.items()
+            for index, mean in enumerate(means)
+        }
 
 
 @functools.cache

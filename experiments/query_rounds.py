@@ -7,12 +7,13 @@ Spends one budget of labels on dynamicAL in R queries of b = budget / R each, fo
 Records, resuming and the report are those of experiments.active_learning.
 """
 
+import functools
 import sys
 
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import common, paper
+from experiments import binary, common, paper
 
 BUDGET = flags.DEFINE_integer("budget", 120, "Labels to query, besides those of the initial set.")
 ROUNDS = flags.DEFINE_list("rounds", ["10", "4", "2", "1"], "In how many queries; each divides it.")
@@ -24,11 +25,12 @@ OTHERS = ("batch_size", "num_rounds")
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return common.run_main(run, argv)
+    return binary.run_main(functools.partial(run, argv))
 
 
-def run() -> list[str]:
+def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every R with every seed; returns what failed."""
+    binary.check_no_arguments(argv)
     common.apply_preset(PRESETS)
     for name in OTHERS:
         if not flags.FLAGS[name].using_default_value:

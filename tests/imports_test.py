@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 LAYERS = (
     {"errors", "types", "streams"},
     # mathematics of arrays
-    {"losses", "dynamics", "selection", "convolution"},
+    {"losses", "dynamics", "selection", "convolution", "statistics"},
     # mathematics of a network
     {"gradients"},
     # parts of an experiment
@@ -21,7 +21,7 @@ LAYERS = (
     # the algorithm, and what is made of it
     {"active_learning"},
     {"records", "progress"},
-    {"plotting", "checkpoints", "run_directory"},
+    {"plotting", "reports", "checkpoints", "run_directory"},
     {"comparison"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

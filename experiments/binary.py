@@ -1,0 +1,42 @@
+"""What every binary does, whatever its flags."""
+
+import sys
+from collections.abc import Callable
+
+import dynamical_jax as dj
+
+# Flags that change no result: a directory may be continued with others.
+CIRCUMSTANCES = {
+    "preset",
+    "output_dir",
+    "checkpoint_every",
+    "chunk_size",
+    "data_dir",
+    "download",
+    "cache_dir",
+}
+
+
+def run_main(run: Callable[[], list[str]]) -> int | None:
+    """Runs a binary; returns the exit status. What can be explained is one line, no traceback.
+
+    Args:
+      run: does the work; returns a line for each part that failed.
+    """
+    try:
+        failures = run()
+    except dj.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else None
+
+
+def check_no_arguments(argv: list[str]) -> None:
+    """Raises `UserError` if something is left of the command line after the flags."""
+    if len(argv) > 1:
+        raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")

@@ -1,0 +1,111 @@
+"""Tables and statistics of what experiments.active_learning and its kin recorded.
+
+  python -m experiments.report runs/digits-cnn
+
+reads one or more output directories, of one setting (the seeds of which may so come from several
+machines), and nothing else. Written to the first of them, or to --output_dir:
+
+- table.md: accuracies by strategy and labels, beside the paper's where the setting is one of its;
+- accuracy.png: the same as curves;
+- statistics.md: area under the curve, label efficiency, paired tests, penalty matrix.
+"""
+
+import functools
+import pathlib
+
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import binary, paper
+
+OUTPUT_DIR = flags.DEFINE_string(
+    "report_dir", None, "Where the report goes; by default the first of the directories."
+)
+REFERENCES = flags.DEFINE_list(
+    "references", ["random", "dynamical"], "Strategies against which the others are tested."
+)
+
+# What may differ between directories that are reported together.
+OF_ONE_DIRECTORY = {*binary.CIRCUMSTANCES, "num_seeds", "first_seed", "strategies"}
+
+
+def main(argv: list[str]) -> int | None:
+    """Writes the report on the directories that the arguments name; returns the exit status."""
+    return binary.run_main(functools.partial(run, argv[1:]))
+
+
+def run(directories: list[str]) -> list[str]:
+    """Reads, then writes; returns what failed, which is nothing."""
+    if not directories:
+        raise dj.UserError(
+            "name the directories to report on: python -m experiments.report runs/digits-cnn"
+        )
+    rounds = read(directories)
+    output = pathlib.Path(OUTPUT_DIR.value or directories[0])
+    texts = {
+        "table.md": dj.reports.accuracy(rounds, published(rounds)),
+        "statistics.md": dj.reports.significance(rounds, REFERENCES.value),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            dj.records.write(output / name, text)
+        dj.plotting.accuracy(rounds, output / "accuracy.png")
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {output}: {error.strerror}") from error
+    print("\n".join(texts.values()))
+    for name in (*texts, "accuracy.png"):
+        print(output / name)
+    return []
+
+
+def read(directories: list[str]) -> list[dj.records.Record]:
+    """Returns the records of all directories.
+
+    Raises:
+      UserError: if one has none, they are of different settings, or a round is in two of them.
+    """
+    rounds, found = [], {}
+    for directory in directories:
+        path = pathlib.Path(directory) / dj.records.FILE_NAME
+        for record in dj.records.read(path):
+            key = record["strategy"], record["seed"], record["round"]
+            if key in found:
+                raise dj.UserError(
+                    f"round {key[2]} of {key[0]}, seed {key[1]} is in {found[key]} and in "
+                    f"{directory}: give each seed once"
+                )
+            found[key] = directory
+            if rounds and (difference := differing(record, rounds[0])):
+                raise dj.UserError(
+                    f"{directory} and {directories[0]} are of different settings ({difference}, "
+                    "there being the latter): report on them one by one"
+                )
+            rounds.append(record)
+    if not rounds:
+        raise dj.UserError(f"no round is recorded in {', '.join(directories)}")
+    return rounds
+
+
+def differing(record: dj.records.Record, other: dj.records.Record) -> str:
+    """Returns the flags in which two records differ, if they cannot be reported together."""
+    ours, theirs = (
+        {name: value for name, value in of["flags"].items() if name not in OF_ONE_DIRECTORY}
+        for of in (record, other)
+    )
+    return dj.run_directory.differing(ours, theirs)
+
+
+def published(rounds: list[dj.records.Record]) -> dj.reports.Published | None:
+    """Returns the paper's numbers for the setting of the records, if it is one of its."""
+    table = paper.table_of(rounds[0])
+    if table is None:
+        return None
+    names = {record["strategy"] for record in rounds}
+    cells = {cell: numbers for cell, numbers in table.cells().items() if cell[0] in names}
+    return dj.reports.Published(f"the paper's {table.title}", cells) if cells else None
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)
