@@ -8,6 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from dynamical_jax.types import AnyArray
 
+CENTERS_AT_A_TIME = 64
+
+# Squared distances of fewer roundings of the squared norms are 0: those of a point to its copies.
+ROUNDING = 16
+
 
 def top_b(scores: Float[AnyArray, "n"], batch_size: int) -> Int[Array, "b"]:
     """Returns the positions of the `batch_size` largest scores, largest first, Eq. 12.
@@ -44,10 +49,13 @@ def farthest_first(
     """
     _check_batch_size(batch_size, len(points))
     points, centers = jnp.asarray(points), jnp.asarray(centers)
+    # Distances come from products, which lose least where the points lie around the origin.
+    mean = jnp.mean(points, axis=0, keepdims=True)
+    points, centers = points - mean, centers - mean
     if len(centers):
         return _farthest_first(points, _to_nearest(points, centers), batch_size)
-    first = jnp.argmin(_squared_distances(points, jnp.mean(points, axis=0)))
-    nearest = _squared_distances(points, points[first]).at[first].set(-1)
+    first = jnp.argmin(jnp.sum(points**2, axis=-1))
+    nearest = _squared_distances(points, points[first][None])[:, 0].at[first].set(-1)
     chosen, distances = _farthest_first(points, nearest, batch_size - 1)
     return jnp.append(first, chosen), jnp.append(0.0, distances)
 
@@ -79,31 +87,47 @@ def _check_batch_size(batch_size: int, size: int) -> None:
         raise ValueError(f"cannot choose {batch_size} of {size}")
 
 
-def _squared_distances(points: Array, center: Array) -> Array:
-    # By differences and not by products: the distance of a point to its like is exactly 0.
-    return jnp.sum((points - center[None]) ** 2, axis=-1)
+def _from_products(own: Array, others: Array, products: Array) -> Array:
+    """‖x − y‖² from ‖x‖², ‖y‖² and x·y; exactly 0 where it is not above what rounding makes."""
+    squared = own + others - 2 * products
+    return jnp.where(squared <= ROUNDING * jnp.finfo(squared).eps * (own + others), 0, squared)
+
+
+def _squared_distances(points: Array, centers: Array) -> Array:
+    norms = [jnp.sum(part**2, axis=-1) for part in (points, centers)]
+    return _from_products(norms[0][:, None], norms[1][None], _product(points, centers.T))
+
+
+def _product(left: Array, right: Array) -> Array:
+    # Accelerators would round to fewer digits than float32 has.
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
 def _to_nearest(points: Array, centers: Array) -> Array:
-    """The squared distance of each point to the nearest center, one center after the other."""
+    """The squared distance of each point to the nearest center, a few centers at a time."""
+    size = min(len(centers), CENTERS_AT_A_TIME)
+    filled = jnp.broadcast_to(centers[:1], (-len(centers) % size, centers.shape[1]))
+    blocks = jnp.concatenate([centers, filled]).reshape(-1, size, centers.shape[1])
 
-    def nearer(least: Array, center: Array) -> tuple[Array, None]:
-        return jnp.minimum(least, _squared_distances(points, center)), None
+    def nearer(least: Array, block: Array) -> tuple[Array, None]:
+        return jnp.minimum(least, jnp.min(_squared_distances(points, block), axis=-1)), None
 
     start = jnp.full(len(points), jnp.inf, points.dtype)
-    return jax.lax.scan(nearer, start, centers)[0]
+    return jax.lax.scan(nearer, start, blocks)[0]
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Array, Array]:
     """Goes on from squared distances to the nearest, which are −1 at points already chosen."""
+    norms = jnp.sum(points**2, axis=-1)
 
     def step(nearest: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
         chosen = jnp.argmax(nearest)
         squared = nearest[chosen]
+        product = _product(points, points[chosen])
         # The minimum leaves −1 as it is: no point is chosen again.
-        nearest = jnp.minimum(nearest, _squared_distances(points, points[chosen]))
+        nearest = jnp.minimum(nearest, _from_products(norms, norms[chosen], product))
         return nearest.at[chosen].set(-1), (chosen, squared)
 
     _, (chosen, squared) = jax.lax.scan(step, nearest, length=batch_size)
@@ -114,17 +138,12 @@ def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Arr
 def _k_means_plus_plus(
     key: Array, left: Array, right: Array, batch_size: int
 ) -> tuple[Array, Array]:
-    left_norm, right_norm = (jnp.sum(part**2, axis=-1) for part in (left, right))
+    # ⟨a⊗h, b⊗g⟩ = ⟨a, b⟩ ⟨h, g⟩.
+    norms = jnp.sum(left**2, axis=-1) * jnp.sum(right**2, axis=-1)
 
     def to_chosen(chosen: Array) -> Array:
-        # ‖a⊗h − b⊗g‖² = ‖(a−b)⊗h + b⊗(h−g)‖²: of equal points exactly 0, whatever their norms.
-        moved_left, moved_right = left - left[chosen][None], right - right[chosen][None]
-        squared = (
-            jnp.sum(moved_left**2, axis=-1) * right_norm
-            + left_norm[chosen] * jnp.sum(moved_right**2, axis=-1)
-            + 2 * (moved_left * left[chosen][None]).sum(-1) * (moved_right * right).sum(-1)
-        )
-        return jnp.maximum(squared, 0)  # Rounding may go below.
+        product = _product(left, left[chosen]) * _product(right, right[chosen])
+        return _from_products(norms, norms[chosen], product)
 
     def step(carry: tuple[Array, Array], key: Array) -> tuple:
         nearest, taken = carry
@@ -137,5 +156,5 @@ def _k_means_plus_plus(
         nearest = jnp.minimum(jnp.where(jnp.any(taken), nearest, jnp.inf), to_chosen(chosen))
         return (nearest, taken.at[chosen].set(True)), (chosen, distance)
 
-    start = (left_norm * right_norm, jnp.zeros(len(left), bool))
+    start = (norms, jnp.zeros(len(left), bool))
     return jax.lax.scan(step, start, jax.random.split(key, batch_size))[1]

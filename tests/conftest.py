@@ -1,10 +1,28 @@
+import os
 import sys
+import tempfile
 
 import jax
 import pytest
 import toy
 from absl import flags
 from absl.testing import flagsaver
+
+
+def pytest_configure(config):
+    """Lets the workers of a test run, and the tests of a worker, share compiled programs."""
+    if not hasattr(config, "workerinput"):  # The process that starts the workers, if there are any.
+        directory = tempfile.TemporaryDirectory(prefix="dynamical_jax-tests-")
+        os.environ["DYNAMICAL_JAX_TEST_CACHE"] = directory.name
+        config.add_cleanup(directory.cleanup)
+    jax.config.update("jax_compilation_cache_dir", os.environ["DYNAMICAL_JAX_TEST_CACHE"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def cache_dir():
+    """For binaries, which say where compiled programs are kept: where they are already."""
+    return os.environ["DYNAMICAL_JAX_TEST_CACHE"]
 
 
 @pytest.fixture(autouse=True)

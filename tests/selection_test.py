@@ -64,11 +64,14 @@ class TestFarthestFirst:
         assert chosen.tolist() == list(range(6))
         np.testing.assert_array_equal(distances, 0)
 
-    def test_no_root_of_a_negative_number_far_from_the_origin(self):
-        points = np.float32(1e4) + np.float32(1e-3) * drawn(50, 8)
+    def test_far_from_the_origin(self):
+        # Where squared norms are 10⁸ times the squared distances, and would swallow them.
+        points = np.float32(1e3) + np.float32(0.1) * drawn(50, 8)
         chosen, distances = selection.farthest_first(points, points[:5], 50)
         assert len(np.unique(chosen)) == 50
-        assert np.isfinite(distances).all()
+        apart = np.linalg.norm((points[:, None] - points[None]).astype(np.float64), axis=-1)
+        assert chosen[0] == np.argmax(apart[:, :5].min(axis=1))
+        np.testing.assert_allclose(distances[0], apart[:, :5].min(axis=1).max(), rtol=1e-2)
         # Those that are centers as well come last, at distance 0.
         assert set(chosen[-5:].tolist()) == set(range(5))
         np.testing.assert_array_equal(distances[-5:], 0)

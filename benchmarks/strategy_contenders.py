@@ -1,0 +1,37 @@
+"""Selection as each strategy does it, from features of ResNet-18's size that lie on the device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dynamical_jax as dj
+from benchmarks.jax_contenders import _work
+from benchmarks.task import Task, Work
+
+EMBEDDING = 512
+NUM_LABELED = 500
+
+
+def of_10_classes(task: Task) -> Work:
+    """The query of `task.batch_size` out of `task.pool_size` by strategy `task.model`."""
+    return _selection(task, 10)
+
+
+def of_101_classes(task: Task) -> Work:
+    """The same with as many classes as Caltech-101."""
+    return _selection(task, 101)
+
+
+def _selection(task: Task, num_classes: int) -> Work:
+    strategy = dj.strategies.create(task.model)
+    key, state = jax.random.key(0), strategy.init()
+    if task.model == "dynamical":  # Its scores are the matter of benchmarks.pool.
+        scored = jax.random.normal(key, (task.pool_size,))
+    else:
+        outputs = jax.random.normal(key, (task.pool_size, num_classes + EMBEDDING))
+        labeled = dj.Examples(outputs[:NUM_LABELED], np.zeros(NUM_LABELED, np.int32))
+        apply = lambda variables, x: dj.Outputs(x[:, :num_classes], jnp.abs(x[:, num_classes:]))
+        scored = strategy.score(key, dj.LearnerView(apply, {}, labeled, outputs), state)
+        del outputs, labeled
+    jax.block_until_ready(jax.tree.leaves(scored))
+    return _work(lambda: strategy.select(key, scored, task.batch_size, state).positions, 1)
