@@ -15,13 +15,14 @@ def pytest_configure(config):
         directory = tempfile.TemporaryDirectory(prefix="dynamical_jax-tests-")
         os.environ["DYNAMICAL_JAX_TEST_CACHE"] = directory.name
         config.add_cleanup(directory.cleanup)
-    jax.config.update("jax_compilation_cache_dir", os.environ["DYNAMICAL_JAX_TEST_CACHE"])
+    compiled = os.path.join(os.environ["DYNAMICAL_JAX_TEST_CACHE"], "compiled")
+    jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture
 def cache_dir():
-    """For binaries, which say where compiled programs are kept: where they are already."""
+    """For binaries, which keep compiled programs there: those of all tests."""
     return os.environ["DYNAMICAL_JAX_TEST_CACHE"]
 
 

@@ -21,13 +21,13 @@ SMALL = {
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, cache_dir, capsys):
     """Runs main with flags; returns exit status, standard output and standard error."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS([sys.argv[0]])
 
     def run(*arguments, **values):
-        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": cache_dir}
         with flagsaver.flagsaver(**{**given, **values}):
             status = active_learning.main(["active_learning", *arguments])
         return status, *capsys.readouterr()

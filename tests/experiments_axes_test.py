@@ -13,12 +13,12 @@ SMALL = {"initial_size": 10, "num_seeds": 1, "max_epochs": 2, "image_size": 4}
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path, cache_dir, capsys):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS([sys.argv[0]])
 
     def run(binary, **values):
-        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": cache_dir}
         with flagsaver.flagsaver(**{**given, **values}):
             status = binary.main([binary.__name__])
         return status, *capsys.readouterr()
