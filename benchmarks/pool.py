@@ -49,7 +49,7 @@ def score(contender: str, task: Task, environment: dict[str, str]) -> dict[str, 
         worker.ask("warm_up")  # Compiles for the worker that is measured.
     with harness.closing_worker(contender, task, environment) as worker:
         seconds, peak = harness.run_alone(worker)
-    return {**task._asdict(), "seconds": round(seconds, 3), "peak_mib": round(peak / 2**20, 1)}
+    return {**task._asdict(), "seconds": round(seconds, 6), "peak_mib": round(peak / 2**20, 1)}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The state of a run on disk, so that a killed process can be continued bit for bit.
 
 A checkpoint is a directory of arrays, written by Orbax under another name and renamed when it is
-complete, and beside it a manifest, a JSON file written last: the state's numbers, and the size of
-every file of the directory. What has no manifest, or not those sizes, is torn.
+complete, and beside it a manifest, a JSON file written last: the state's numbers, and a checksum of
+every file of the directory. What has no manifest, or not those checksums, is torn.
 """
 
 import contextlib
 import json
 import pathlib
 import shutil
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ class Checkpoints:
             "epoch": underway.epoch if underway else 0,
             "best_test_accuracy": underway.best_test_accuracy if underway else 0.0,
             "seconds": underway.seconds if underway else {},
-            "files": _sizes(arrays),
+            "files": _checksums(arrays),
         }
         records.write(arrays.with_suffix(".json"), json.dumps(manifest))
         for old in self._manifests()[KEPT:]:
@@ -70,8 +71,8 @@ class Checkpoints:
             arrays = path.with_suffix("")
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-                if manifest["files"] != _sizes(arrays):
-                    raise ValueError("files are missing or cut short")
+                if manifest["files"] != _checksums(arrays):
+                    raise ValueError("files are missing or not what was written")
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
                 return _state(experiment, manifest, leaves)
@@ -114,6 +115,10 @@ def _state(experiment: Experiment, manifest: dict[str, Any], leaves: dict[str, A
     if structure.num_leaves != len(leaves):
         raise ValueError("it is of another model or optimizer")
     in_order = [leaves[name] for name in sorted(leaves)]
+    # All but the first, the labeled set, which grows.
+    for saved, leaf in zip(in_order[1:], jax.tree.leaves(_tree(like))[1:], strict=True):
+        if saved.shape != np.shape(leaf):
+            raise ValueError("it is of a model of another size")
     labeled, strategy_state, *rest = jax.tree.unflatten(structure, in_order)
     variables, optimizer_state = jax.tree.map(jnp.asarray, rest)
     underway = None
@@ -132,9 +137,9 @@ def _name(state: State) -> str:
     return f"round-{state.round_index:05d}-epoch-{epoch:07d}"
 
 
-def _sizes(directory: pathlib.Path) -> dict[str, int]:
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return {str(path.relative_to(directory)): path.stat().st_size for path in sorted(files)}
+def _checksums(directory: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): zlib.crc32(path.read_bytes()) for path in files}
 
 
 def _remove(arrays: pathlib.Path) -> None:

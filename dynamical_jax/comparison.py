@@ -102,6 +102,7 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
     state = checkpoints.restore(run.experiment)
     # A record is written before the checkpoint that follows it.
     if state is None or state.round_index > len(done):
+        checkpoints.remove()  # None of an earlier life may be taken for one of this.
         state = run.experiment.init()
     else:
         epoch = f", epoch {state.underway.epoch}" if state.underway else ""

@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -183,7 +184,9 @@ def _load_tfds(
     sizes = [(split.num_examples, split.num_bytes) for split in builder.info.splits.values()]
     source = f"{key} {sizes}, format {CACHE_FORMAT}"
     decode = functools.partial(_decode, builder, image_size)
-    arrays = cached_arrays(cache_dir / f"{key}.npz", source, decode)
+    # Each source has a file of its own: one copy is not in the way of another.
+    file_name = f"{key}-{zlib.crc32(source.encode()):08x}.npz"
+    arrays = cached_arrays(cache_dir / file_name, source, decode)
     train = Examples(arrays["train_x"], arrays["train_y"])
     test = Examples(arrays["test_x"], arrays["test_y"])
     class_names = tuple(builder.info.features["label"].names)

@@ -113,7 +113,7 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
             )
     else:
         records.write(file, json.dumps(ours, indent=1))
-        (path / records.FILE_NAME).touch()
+    (path / records.FILE_NAME).touch()
 
 
 def _holds_work(path: pathlib.Path) -> bool:

@@ -157,7 +157,8 @@ def compare(
     output_dir = OUTPUT_DIR.value or os.path.join(
         "runs", default_dir.format(dataset=dataset.name, model=MODEL.value)
     )
-    decisive = {name: value for name, value in used.items() if name not in binary.CIRCUMSTANCES}
+    decisive = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
+    decisive |= {name: value for name, value in used.items() if name not in binary.CIRCUMSTANCES}
     with dj.run_directory.opened(output_dir, decisive) as directory:
         failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
         summarize(directory.rounds)

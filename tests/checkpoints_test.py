@@ -1,5 +1,7 @@
 """A run continued from its checkpoints is the run that was not interrupted."""
 
+import json
+
 import numpy as np
 import pytest
 import toy
@@ -14,7 +16,8 @@ FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
 def experiment(dataset, strategy="dynamical", model="batch_norm", **fields):
     config = dj.TrainingConfig(max_epochs=6, batch_size=8)
     budget = dj.Budget(initial_size=6, batch_size=4, num_rounds=2)
-    given = {"model": toy.models()[model], "strategy": dj.STRATEGIES[strategy]()}
+    model = toy.models().get(model, model)
+    given = {"model": model, "strategy": dj.STRATEGIES[strategy]()}
     return dj.Experiment(dataset, **{**given, **fields}, budget=budget, training_config=config)
 
 
@@ -84,7 +87,10 @@ class TestDamage:
             file.truncate(largest.stat().st_size // 2)
         assert checkpoints.restore(experiment_).round_index == 2
         (line,) = said
-        assert "round-00003-epoch-0000000 is damaged (files are missing or cut short)" in line
+        assert (
+            "round-00003-epoch-0000000 is damaged (files are missing or not what was written)"
+            in line
+        )
 
     def test_killed_before_the_manifest_was_written(self, saved):
         checkpoints, experiment_, said, path = saved
@@ -99,6 +105,22 @@ class TestDamage:
         (path / "round-00002-epoch-0000000.json").write_text("")
         assert checkpoints.restore(experiment_) is None
         assert len(said) == 2
+
+    def test_a_changed_byte(self, saved):
+        checkpoints, experiment_, said, path = saved
+        files = [p for p in (path / "round-00003-epoch-0000000").rglob("*") if p.is_file()]
+        largest = max(files, key=lambda file: file.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        assert checkpoints.restore(experiment_).round_index == 2
+        assert "not what was written" in said[0]
+
+    def test_of_a_model_of_another_size(self, saved, dataset):
+        checkpoints, _, said, _ = saved
+        other = toy.standardized(toy.ConvBatchNorm(num_classes=4))
+        assert checkpoints.restore(experiment(dataset, model=other)) is None
+        assert "a model of another size" in said[0]
 
     def test_of_another_model(self, saved, dataset):
         checkpoints, _, said, _ = saved
@@ -192,6 +214,17 @@ class TestPlay:
         assert failures == []
         assert rounds == expected
         assert not (tmp_path / "killed" / "checkpoints").exists()
+
+    def test_checkpoints_of_an_earlier_life_are_removed(self, dataset, tmp_path, monkeypatch):
+        _, expected = self.play(tmp_path / "whole", dataset)
+        stale = Checkpoints(tmp_path / "run" / "checkpoints" / "dynamical-seed-0")
+        experiment_ = experiment(dataset)
+        state = experiment_.init()
+        stale.save(state._replace(round_index=2))
+        flags = json.dumps(records.finite(FLAGS))
+        (tmp_path / "run" / run_directory.FLAGS_NAME).write_text(flags)
+        failures, rounds = self.play(tmp_path / "run", dataset)
+        assert (failures, rounds) == ([], expected)
 
     def test_a_round_that_comes_out_differently(self, dataset, tmp_path):
         # As on another machine: what is recorded cannot be continued.

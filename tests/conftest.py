@@ -8,6 +8,10 @@ import toy
 from absl import flags
 from absl.testing import flagsaver
 
+# Nearly all of the time goes into compiling programs that run once; less is gained by optimising
+# them. Processes that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
 
 def pytest_configure(config):
     """Lets the workers of a test run, and the tests of a worker, share compiled programs."""

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from flax import linen as nn
 from jax import lax
 
@@ -60,7 +59,7 @@ def value_and_gradients(convolve):
         y, pullback = jax.vjp(convolve, x, w)
         return y, *pullback(e)
 
-    return toy.jit(function)
+    return jax.jit(function)
 
 
 def by(form, monkeypatch):
@@ -137,7 +136,7 @@ def test_as_flax_calls_it(options):
     x = draw(2, *[4] * len(ours.kernel_size), 4)
     shapes = jax.eval_shape(layer().init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: draw(*leaf.shape, seed=1), shapes)
-    actual, expected = (toy.jit(model.apply)(variables, x) for model in (ours, layer()))
+    actual, expected = (jax.jit(model.apply)(variables, x) for model in (ours, layer()))
     assert actual.dtype == expected.dtype
     tolerance = 1e-5 if options.get("dtype") is None else 5e-2
     np.testing.assert_allclose(
@@ -180,7 +179,7 @@ def test_transformations(form, name, monkeypatch):
     transformed = TRANSFORMED[name]
     ours = functools.partial(by(form, monkeypatch), **SAME)
     actual, expected = (
-        toy.jit(lambda convolve=convolve: transformed(convolve))()
+        jax.jit(lambda convolve=convolve: transformed(convolve))()
         for convolve in (ours, functools.partial(lax.conv_general_dilated, **SAME))
     )
     jax.tree.map(assert_close, actual, expected)
@@ -249,10 +248,10 @@ def test_max_pool_is_that_of_flax(window, strides, padding):
             return y, pullback(e)[0]
 
         e = draw(*jax.eval_shape(pool, images).shape, seed=1)
-        parts.append(toy.jit(function)(images, e))
+        parts.append(jax.jit(function)(images, e))
         unusual = images.copy()
         unusual[0, 3, 3], unusual[1, 2, 2], unusual[2] = np.nan, np.inf, -np.inf
-        parts[-1] += (toy.jit(pool)(unusual),)
+        parts[-1] += (jax.jit(pool)(unusual),)
     (y, gradient, of_unusual), expected = parts
     np.testing.assert_array_equal(y, expected[0])
     np.testing.assert_allclose(gradient, expected[1], atol=1e-6)
@@ -262,7 +261,7 @@ def test_max_pool_is_that_of_flax(window, strides, padding):
 def test_ties_give_the_first_of_a_window_the_whole_cotangent():
     gradient = jax.grad(lambda x: convolution.max_pool(x, (2, 2), (2, 2)).sum())
     np.testing.assert_array_equal(
-        toy.jit(gradient)(np.ones((1, 2, 4, 1), np.float32))[0, :, :, 0],
+        jax.jit(gradient)(np.ones((1, 2, 4, 1), np.float32))[0, :, :, 0],
         [[1, 0, 1, 0], [0, 0, 0, 0]],
     )
 

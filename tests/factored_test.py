@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from flax import linen as nn
 from jax import lax
 
@@ -93,7 +92,7 @@ BOTH_FORMS = (with_form(True), with_form(False))
 
 def terms_of(model, engines, *arguments):
     """The terms by each engine, as one program: that compiles faster than several."""
-    return toy.jit(lambda *a: [engine(model.apply, *a) for engine in engines])(*arguments)
+    return jax.jit(lambda *a: [engine(model.apply, *a) for engine in engines])(*arguments)
 
 
 def check(model, x, labels=None, engines=(factored.gradient_terms,)):
@@ -588,6 +587,122 @@ def test_variables_that_apply_changes_are_refused(change):
         factored.gradient_terms(apply, variables, x, None, direction)
 
 
+def doubling(call, args, kwargs, context):
+    return (2 if isinstance(context.module, nn.Dense) else 1) * call(*args, **kwargs)
+
+
+def test_other_interceptors_are_refused():
+    def inside(self, x):
+        with nn.intercept_methods(doubling):
+            return nn.Dense(3, name="layer")(x)
+
+    def around(variables, x):
+        with nn.intercept_methods(doubling):
+            return alone(nn.Dense(3, name="layer")).apply(variables, x)
+
+    for apply in (model_of(inside).apply, around):
+        model, x = alone(nn.Dense(3, name="layer")), jnp.asarray(rows())
+        variables, direction = variables_and_direction(model, x)
+        with pytest.raises(gradients.UnsupportedError, match="layer: other method interceptors"):
+            factored.gradient_terms(apply, variables, x, None, direction)
+
+
+class OfItsCall(nn.Module):
+    """A layer that depends on what its call was given besides the input."""
+
+    asks: object
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", nn.initializers.ones, (4, 3))
+        return 2 * y if self.asks(self) else y
+
+
+@pytest.mark.parametrize(
+    ("asks", "options"),
+    [
+        (lambda self: self.has_rng("dropout"), {"rngs": {"dropout": jax.random.key(0)}}),
+        (lambda self: self.is_mutable_collection("stats"), {"mutable": ["stats"]}),
+    ],
+    ids=["rngs", "mutable"],
+)
+def test_layers_that_may_depend_on_their_call_are_refused(asks, options):
+    model, x = alone(OfItsCall(asks, name="layer")), jnp.asarray(rows())
+    variables, direction = variables_and_direction(model, x)
+    outputs = lambda given: given[0] if "mutable" in options else given
+    apply = lambda *a: outputs(model.apply(*a, **options))
+    with pytest.raises(gradients.UnsupportedError, match="layer: OfItsCall may depend on random"):
+        factored.gradient_terms(apply, variables, x, None, direction)
+
+
+def test_a_layer_may_know_its_name():
+    check(alone(OfItsCall(lambda self: self.name == "second", name="second")), rows())
+
+
+def test_complex_parameters_are_refused():
+    layer = Own(lambda x, w: jnp.abs(x @ (w + 1j * w)), name="layer")
+    check(alone(layer), rows())  # Complex numbers within are no matter.
+    model, x = alone(layer), jnp.asarray(rows())
+    variables, direction = variables_and_direction(model, x)
+    variables = jax.tree.map(lambda leaf: leaf + 1j * leaf, variables)
+    with pytest.raises(gradients.UnsupportedError, match="the model: its parameters are complex"):
+        factored.gradient_terms(model.apply, variables, x, None, direction)
+
+
+def test_batch_statistics_without_parameters_are_refused():
+    free = {"use_scale": False, "use_bias": False, "name": "norm"}
+    model = model_of(lambda self, x: nn.Dense(3)(nn.BatchNorm(False, **free)(x)))
+    variables, direction = variables_and_direction(model, rows())
+    apply = lambda *a: model.apply(*a, mutable=["batch_stats"])[0]
+    with pytest.raises(gradients.UnsupportedError, match="norm: the statistics of the batch"):
+        factored.gradient_terms(apply, variables, jnp.asarray(rows()), None, direction)
+
+
+HALF = {
+    "dense": lambda **types: nn.Dense(6, **types),
+    "dense on positions, Gram": lambda **types: Positions(nn.Dense(40, **types)),
+    "layer norm": lambda **types: nn.LayerNorm(**types),
+    "group norm": lambda **types: nn.GroupNorm(num_groups=2, **types),
+}
+
+
+class Positions(nn.Module):
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(jnp.stack([x, -x], axis=1))
+
+
+@pytest.mark.parametrize("layer", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("formed", [True, False])
+def test_half_precision_is_summed_in_single(layer, formed):
+    # Gradients that are small or a direction that is large for float16, in which layers compute.
+    model, x = alone(layer(dtype=jnp.float16)), jnp.asarray(rows(), jnp.float32)
+    variables, direction = variables_and_direction(model, x)
+    direction = jax.tree.map(lambda leaf: 1e6 * leaf, direction)
+    engines = (with_form(formed), per_example.gradient_terms)
+    terms, expected = terms_of(model, engines, variables, x, None, direction)
+    assert_close(terms, expected, direction, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: (lambda h: Own(lambda x, w: h * (x @ w))(x))(nn.Dense(1)(x)),
+        lambda self, x: Own(lambda x, w: (x @ w, object()))(x)[0],
+    ],
+    ids=["sees another array", "gives more than arrays"],
+)
+def test_models_that_cannot_be_taken_apart_are_done_by_vmap(function):
+    model, x = model_of(function), rows().astype(np.float32)
+    variables, direction = variables_and_direction(model, x)
+    with pytest.warns(UserWarning, match=r"no factored gradients \(.*\); using vmap"):
+        terms = gradients.norms_and_products(model.apply, variables, x, direction)
+    expected = per_example.gradient_terms(model.apply, variables, x, None, direction)
+    assert_close(terms, expected, direction, 1e-5)
+
+
 def test_errors_of_the_model_are_its_own():
     model = alone(nn.Dense(3))
     variables, direction = variables_and_direction(model, rows())
@@ -618,7 +733,7 @@ def test_what_is_refused_is_done_by_vmap_with_a_warning(name, why):
         )
     assert len(record) == 1
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    expected = toy.jit(functools.partial(per_example.gradient_terms, model.apply))(
+    expected = jax.jit(functools.partial(per_example.gradient_terms, model.apply))(
         variables, x, None, direction
     )
     assert_close(terms, expected, direction, 1e-5)
@@ -650,7 +765,7 @@ def trained(model, variables, x, y):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
         return {**statistics, "params": params}
 
-    return toy.jit(lambda variables: lax.fori_loop(0, 3, step, variables))(variables)
+    return jax.jit(lambda variables: lax.fori_loop(0, 3, step, variables))(variables)
 
 
 def initialized(shapes):
@@ -675,7 +790,7 @@ def setting(name):
     model = dj.models.Standardized(module, (128.0,) * shape[3], (70.0,) * shape[3])
     variables = initialized(dict(jax.eval_shape(model.init, jax.random.key(0), x)))
     direction = drawn(variables["params"], seed=2)
-    both = toy.jit(lambda *a: [engine(model.apply, *a) for engine in gradients.ENGINES.values()])
+    both = jax.jit(lambda *a: [engine(model.apply, *a) for engine in gradients.ENGINES.values()])
     return model, variables, x, y, direction, both
 
 
@@ -709,7 +824,7 @@ def test_no_array_of_batch_times_parameters(module, n):
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     params = variables["params"]
-    function = toy.jit(functools.partial(factored.gradient_terms, module.apply))
+    function = jax.jit(functools.partial(factored.gradient_terms, module.apply))
     compiled = function.lower(variables, x, labels, params).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2**30

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -80,6 +81,20 @@ class TestFarthestFirst:
 def distances_of_products(left, right):
     points = np.einsum("nk,nd->nkd", left, right).reshape(len(left), -1).astype(np.float64)
     return np.linalg.norm(points[:, None] - points[None], axis=-1), np.linalg.norm(points, axis=-1)
+
+
+@pytest.mark.parametrize("num_classes", [10, 101])
+def test_memory_is_that_of_the_factors(num_classes):
+    # Neither n × n nor n × K·d: temporary memory is a few vectors of n.
+    n, d = 20_000, 128
+    left, right = jnp.zeros((n, num_classes)), jnp.zeros((n, d))
+    key = jax.random.key(0)
+    program = selection._k_means_plus_plus.lower(key, left, right, batch_size=50).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * n * (num_classes + d)
+    program = selection._farthest_first.lower(right, jnp.zeros(n), batch_size=50).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * n * d
+    program = selection._to_nearest.lower(right, right[:5000]).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * n * 2 * d
 
 
 class TestKMeansPlusPlus:

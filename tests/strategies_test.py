@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import toy
 
 import dynamical_jax as dj
-from dynamical_jax import gradients, strategies
+from dynamical_jax import gradients, selection, strategies
 from dynamical_jax.types import Rows
 
 NAMES = list(dj.STRATEGIES)
@@ -179,7 +180,7 @@ def probabilities(logits):
 
 UNCERTAINTIES = {
     "confidence": lambda p: -np.log(p[:, 0]),
-    "margin": lambda p: p[:, 1] - p[:, 0],
+    "margin": lambda p: np.log((1 - p[:, 0] + p[:, 1]) / (p[:, 0] - p[:, 1])),
     "entropy": lambda p: -np.sum(p * np.log(np.maximum(p, 1e-300)), axis=1),
 }
 
@@ -198,6 +199,17 @@ class TestUncertainty:
         assert query.positions.tolist()[:2] == [3, 1]
         assert np.isfinite(query.scores).all()
 
+    def test_order_among_certain_examples(self, name):
+        # Probabilities of 1 − 10⁻⁸ and above, which float32 does not tell from 1.
+        logits = np.array([[gap, 0.0, 0.0] for gap in (40, 30, 25, 20, 18)])
+        query = dj.STRATEGIES[name]().query(KEY, linear_view(logits), 5)
+        assert query.positions.tolist() == [4, 3, 2, 1, 0]
+
+    def test_order_among_equally_probable_classes(self, name):
+        logits = np.array([[gap, 0.0] for gap in (4e-3, 3e-3, 2e-3, 0)])
+        query = dj.STRATEGIES[name]().query(KEY, linear_view(logits), 4)
+        assert query.positions.tolist() == [3, 2, 1, 0]
+
 
 def test_coreset_is_farthest_first_from_the_labeled_set():
     view = linear_view(LOGITS[40:], labeled=0)
@@ -209,6 +221,45 @@ def test_coreset_is_farthest_first_from_the_labeled_set():
         taken.append(int(np.argmax(distance)))
         expected.append(taken[-1] - 40)
     np.testing.assert_array_equal(query.positions, expected)
+
+
+def split(variables, x):
+    """Three logits and the embedding beside them, so that one is not taken for the other."""
+    return dj.Outputs(x[:, :3], x[:, 3:])
+
+
+def test_coreset_looks_at_the_embedding_and_badge_seeds():
+    view = linear_view(LOGITS, labeled=40, apply=split)
+    query = strategies.Coreset().query(KEY, view, 20)
+    embedding = LOGITS[:, 3:].astype(np.float32)
+    expected, _ = selection.farthest_first(embedding, embedding[:40], 20)
+    np.testing.assert_array_equal(query.positions, expected)
+
+    query = strategies.Badge().query(KEY, view, 20)
+    factors = strategies.Badge().score(KEY, view, None)
+    _, key_select = jax.random.split(KEY)
+    expected, distances = selection.k_means_plus_plus(key_select, *factors, 20)
+    np.testing.assert_array_equal(query.positions, expected)
+    np.testing.assert_array_equal(query.scores, distances)
+
+
+@pytest.mark.parametrize("name", ["coreset", "badge"])
+def test_half_precision_is_wide_enough(name):
+    # Squares of these overflow in float16.
+    x = np.random.default_rng(0).normal(size=(200, 300)).astype(np.float16) * np.float16(20)
+    queries = []
+    for dtype in (np.float16, np.float32):
+        apply = lambda variables, x, dtype=dtype: split(variables, jnp.asarray(x, dtype))
+        view = linear_view(x, labeled=5, apply=apply)
+        queries.append(dj.STRATEGIES[name]().query(KEY, view, 10))
+    np.testing.assert_array_equal(queries[0].positions, queries[1].positions)
+
+
+@pytest.mark.parametrize("name", ["coreset", "badge"])
+def test_distances_that_overflow_are_no_query(name):
+    view = linear_view(np.float32(1e25) * LOGITS.astype(np.float32), labeled=5, apply=split)
+    with pytest.raises(dj.UserError, match="scores are not finite"):
+        dj.STRATEGIES[name]().query(KEY, view, 10)
 
 
 def test_coreset_without_labels_ends():
@@ -279,8 +330,23 @@ class TestALBL:
         state = strategy.init()._replace(weights=np.array([0.0, -1e6]))
         np.testing.assert_allclose(strategy.probabilities(state), [0.95, 0.05])
 
+    def test_arms_are_drawn_by_their_probabilities(self):
+        strategy = strategies.ALBL({"a": strategies.Random(), "b": strategies.Random()})
+        state = strategy.init()._replace(weights=np.log([4.0, 1.0]))
+        view = linear_view(LOGITS)
+        keys = jax.random.split(KEY, 300)
+        drawn = [int(strategy.score(key, view, state)[0].arm) for key in keys]
+        expected = 300 * strategy.probabilities(state)
+        np.testing.assert_allclose(expected, [231, 69])
+        assert scipy.stats.chisquare(np.bincount(drawn), expected).pvalue > 1e-3
+
     def test_bad_options(self):
-        with pytest.raises(dj.UserError, match=r"between 0 and 1/2, got 0\.6"):
-            strategies.ALBL(minimum_probability=0.6)
+        for least in (0.6, 0.0):
+            with pytest.raises(dj.UserError, match=rf"above 0 and at most 1/2, got {least}"):
+                strategies.ALBL(minimum_probability=least)
+        with pytest.raises(dj.UserError, match="delta must be between 0 and 1, got 5"):
+            strategies.ALBL(delta=5.0)
+        with pytest.raises(dj.UserError, match="at least one arm"):
+            strategies.ALBL({})
         with pytest.raises(dj.UserError, match="cannot keep a state"):
             strategies.ALBL({"albl": strategies.ALBL()})

@@ -11,8 +11,6 @@ from dynamical_jax.models import layers
 
 NUM_CLASSES = 3
 
-# For programs that run once: compiled in a third of the time.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MEAN, STD = (127.5, 127.5), (60.0, 70.0)
 
 

@@ -12,9 +12,10 @@ layers have one probe in common, so its cotangent is the sum over layers.
 Never silently wrong. What the shares do not cover raises `UnsupportedError`: a layer called twice
 (‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
 transformations), normalisation by the statistics of the batch, a layer whose input and output have
-not the examples, and them only, on their first axis. What cannot be seen from outside is required,
-as by any per-example gradient: away from layers, the model treats examples independently and leaves
-them in their order.
+not the examples, and them only, on their first axis, other method interceptors. What cannot be seen
+from outside is required: away from layers, the model treats examples independently and leaves them
+in their order, as any per-example gradient needs it; and a layer of a kind that is not known here
+does not ask for its parent.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import core, errors
 from flax import linen as nn
+from flax.linen import module as linen_module
 from jax.extend import core as extend_core
 
 from dynamical_jax import losses
@@ -89,6 +91,8 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     """Raises `UnsupportedError` unless the shares add up to the whole gradient."""
     params = variables["params"]
     jax.eval_shape(apply, variables, x)  # The model's own errors come first.
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+        raise UnsupportedError("the model", "its parameters are complex")
 
     def traced(n: int) -> tuple[Any, list[Call]]:
         calls: list[Call] = []
@@ -145,9 +149,11 @@ def _tapped(
         module, path = context.module, context.module.path
         own = _at(variables["params"], path)
         names = shares.own_parameters(own)
+        name = "/".join(path) or type(module).__name__
+        if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
+            _check_running_average(module, kwargs, name)
         if running or not names or context.method_name == "setup":
             return call(*args, **kwargs)
-        name = "/".join(path) or type(module).__name__
         why = _why_not(module, context.method_name, args, own, names)
         if given is not None and not _reads_its_own(module, given):
             why = "it is applied with other variables than its own"
@@ -156,6 +162,8 @@ def _tapped(
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
         if extend_core.get_opaque_trace_state(convention="flax") != outside:
             why = "it is called inside a JAX transformation"
+        if list(linen_module._global_interceptor_stack) != [intercept]:
+            why = "other method interceptors may change what it does"
         if why is not None:
             raise UnsupportedError(name, why)
 
@@ -169,9 +177,9 @@ def _tapped(
             except errors.FlaxError as error:  # It is not all that it uses: a module from outside.
                 raise UnsupportedError(name, "it cannot be applied by itself") from error
             leaves = jax.tree.leaves(outputs)
-            if not all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves):
+            if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves):
                 raise UnsupportedError(name, "its output is not floating point")
-            shapes = [leaf.shape for leaf in (args[0], *leaves)]
+            shapes = [jnp.shape(leaf) for leaf in (args[0], *leaves)]
             own_leaves = jax.tree.leaves([own[parameter] for parameter in names])
             calls.append(Call(path, shapes, len(own_leaves)))
             share = functools.partial(share_of, layer)
@@ -199,25 +207,32 @@ def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[st
     if len(args) != 1 or not hasattr(args[0], "shape"):
         return "it is called with other than one input"
     if type(module) in shares.SHARES:
+        if foreign := set(own) - {"kernel", "bias", "scale", "embedding"}:
+            return f"its scope holds further parameters ({', '.join(sorted(foreign))})"
         return shares.why_not(module, args[0].ndim)
     if len(names) < len(own):
         return f"{type(module).__name__} owns parameters beside further layers"
+    if module.scope.rngs or module.scope.mutable:
+        return f"{type(module).__name__} may depend on random or mutable state of the call"
     return None
+
+
+def _check_running_average(module: nn.BatchNorm, kwargs: Any, name: str) -> None:
+    running = kwargs.get("use_running_average")
+    if (module.use_running_average if running is None else running) is not True:
+        raise UnsupportedError(name, "the statistics of the batch mix its examples")
 
 
 def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
     """A copy of `module` without parent, with the options of the call as attributes."""
     options = dict(kwargs)
     if isinstance(module, nn.BatchNorm):
-        running = options.pop("use_running_average", None)
-        running = module.use_running_average if running is None else running
-        if running is not True:
-            raise UnsupportedError(name, "the statistics of the batch mix its examples")
+        options.pop("use_running_average", None)  # Checked before.
         module = module.clone(use_running_average=True, parent=None)
     # None is the default of every option of the layers known here; of others it may be a value.
     if any(value is not None or type(module) not in shares.SHARES for value in options.values()):
         raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
-    return module.clone(parent=None, name=None)
+    return module.clone(parent=None)
 
 
 def _tap(

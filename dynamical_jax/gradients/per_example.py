@@ -43,6 +43,9 @@ def gradient_terms(
     if labels is None:
         labels = jnp.argmax(apply(variables, x).logits, axis=-1)
     gradients = per_example_gradients(apply, variables, x, labels)
+    gradients = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)), gradients
+    )
     squared_norm = jax.vmap(lambda gradient: optax.tree.norm(gradient, squared=True))(gradients)
     inner_product = jax.vmap(optax.tree.vdot, (0, None))(gradients, direction)
     return GradientTerms(squared_norm, inner_product, labels)

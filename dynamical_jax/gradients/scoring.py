@@ -87,7 +87,13 @@ def norms_and_products(
         if chunk_size is None:
             block_size = _fitting(arguments, block_size, len(x))
         map_blocks(score, len(x), block_size, on_progress)
-    except factored.UnsupportedError as error:
+    except UserError:
+        raise
+    except (factored.UnsupportedError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # The factored engine takes models apart in ways that their authors cannot have foreseen.
+        # What is the model's own fault comes up again in the obvious one.
+        if engine != "factored":
+            raise
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
         return norms_and_products(
             apply,

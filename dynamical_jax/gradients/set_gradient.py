@@ -26,13 +26,18 @@ def set_gradient(
     """
     labels = np.asarray(examples.y)
     block_size = bucketed(len(labels), chunk_size)
-    total = jax.tree.map(jnp.zeros_like, variables["params"])
+    # A sum of many, in float32 at least.
+    total = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, leaf)), variables["params"]
+    )
 
     def add(positions: np.ndarray, count: int) -> None:
         nonlocal total
         weights = np.arange(len(positions)) < count
         block = Examples(examples.x[positions], labels[positions])
-        total = _add(total, _block_gradient(apply, variables, block, weights))
+        gradient = _block_gradient(apply, variables, block, weights)
+        # Memory that runs out must do so before the sum is touched.
+        total = _add(total, jax.block_until_ready(gradient))
 
     map_blocks(add, len(labels), block_size)
     return total

@@ -87,10 +87,11 @@ def normalization_shares(
     """Shares of a normalisation: per feature, sums of normalised input times e, and of e."""
     n, features = inputs.shape[0], inputs.shape[-1]
     off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
+    dtype = _accumulated(variables)
     normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
-    e = cotangent.reshape(n, -1, features)
+    e = cotangent.reshape(n, -1, features).astype(dtype)
     gradients = {
-        "scale": jnp.sum(normalized.reshape(e.shape) * e, axis=1),
+        "scale": jnp.sum(normalized.reshape(e.shape).astype(dtype) * e, axis=1),
         "bias": jnp.sum(e, axis=1),
     }
     squared_norm = sum(jnp.sum(gradients[name] ** 2, axis=-1) for name in direction)
@@ -105,10 +106,10 @@ def embedding_shares(
     n = inputs.shape[0]
     # Tokens below zero count from the end, as indices do.
     tokens = inputs.reshape(n, -1).astype(jnp.int32) % layer.num_embeddings
-    e = cotangent.reshape(n, -1, layer.features)
+    e = cotangent.reshape(n, -1, layer.features).astype(_accumulated(variables))
     same = (tokens[:, :, None] == tokens[:, None, :]).astype(e.dtype)
     squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
-    outputs = layer.apply({"params": direction}, inputs).reshape(e.shape)
+    outputs = layer.clone(dtype=e.dtype).apply({"params": direction}, inputs).reshape(e.shape)
     return squared_norm, jnp.sum(outputs * e, axis=(1, 2))
 
 
@@ -140,7 +141,9 @@ def _kernel_shares(
     groups: int,
 ) -> Shares:
     """The cheaper form, for images `[n, h, w, c]` and e `[n, oh, ow, p]`."""
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
+    dtype = _accumulated(variables)
+    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
+        inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
         parts = {**direction, "kernel": _by_group(kernel, groups)}
@@ -155,8 +158,9 @@ def _kernel_shares(
     squared_norm = _gram_squared_norm(images, e, window, groups, layer.precision)
     if "bias" in direction:
         squared_norm += jnp.sum(jnp.sum(e, axis=(1, 2)) ** 2, axis=-1)
-    outputs = layer.apply({**variables, "params": direction}, inputs)
-    return squared_norm, jnp.sum(outputs.astype(dtype).reshape(e.shape) * e, axis=(1, 2, 3))
+    wide = layer.clone(dtype=dtype)  # v may not fit into the numbers that the layer computes in.
+    outputs = wide.apply({**variables, "params": direction}, inputs)
+    return squared_norm, jnp.sum(outputs.reshape(e.shape) * e, axis=(1, 2, 3))
 
 
 def forms_gradient(
@@ -178,12 +182,19 @@ def forms_gradient(
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
 
+def _accumulated(variables: Any) -> Any:
+    """The type in which shares are computed: that of the parameters, float32 at least."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
+
+
 def _chunk(elements: int, n: int) -> int:
     return max(1, min(n, CHUNK_ELEMENTS // elements))
 
 
 def _square_and_product(gradient: Any, direction: Any) -> Shares:
-    pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(gradient))
+    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(gradient)]
+    pairs = list(zip(leaves, jax.tree.leaves(direction), strict=True))
     return sum(jnp.sum(g * g) for g, _ in pairs), sum(jnp.sum(g * v) for g, v in pairs)
 
 

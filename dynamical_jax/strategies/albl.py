@@ -39,7 +39,9 @@ class ALBL(Strategy):
     arm. At the next query the arm is rewarded by the importance-weighted accuracy on what it had
     asked for, r̂ = accuracy / p, of the model that has since been trained on it; r̂ = 0 for the
     others. Each arm's weight is then multiplied by exp(½ p_min (r̂ + √(ln(K/δ)/K) / p)) with K arms,
-    where the second term rewards arms that are seldom drawn. A model trained to 99 % is nearly
+    where the second term rewards arms that are seldom drawn. Exp4.P divides K by the number of
+    queries as well, which is not known here; it is taken for 1, so the second term weighs more. A
+    model trained to 99 % is nearly
     always right on its own training set, whoever chose it: expect the reward to tell arms apart
     only weakly.
 
@@ -56,11 +58,15 @@ class ALBL(Strategy):
     delta: float = 0.1
 
     def __post_init__(self):
+        if not self.arms:
+            raise UserError("ALBL needs at least one arm")
+        if not 0 < self.delta < 1:
+            raise UserError(f"delta must be between 0 and 1, got {self.delta}")
         if any(arm.init() is not None for arm in self.arms.values()):
             raise UserError("an arm of ALBL cannot keep a state of its own")
-        if not 0 <= self._minimum_probability * len(self.arms) <= 1:
+        if not 0 < self._minimum_probability * len(self.arms) <= 1:
             raise UserError(
-                f"the minimum probability must be between 0 and 1/{len(self.arms)}, got "
+                f"the minimum probability must be above 0 and at most 1/{len(self.arms)}, got "
                 f"{self.minimum_probability}"
             )
 

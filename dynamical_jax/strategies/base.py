@@ -79,11 +79,7 @@ class Strategy(abc.ABC):
     def select(self, key: Array, scored: Any, batch_size: int, state: Any) -> Query:
         """Returns the query, given what `score` returned; here, the highest scores."""
         scores = np.asarray(scored)
-        if not np.all(np.isfinite(scores)):
-            raise UserError(
-                f"{np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite; the model "
-                "has diverged or an input is not finite"
-            )
+        check_finite(scores)
         positions = np.asarray(selection.top_b(scores, batch_size))
         return Query(positions, scores[positions], state)
 
@@ -111,6 +107,15 @@ class Strategy(abc.ABC):
         query = self.select(key_select, scored, batch_size, state)
         seconds = {"score": middle - start, "select": time.perf_counter() - middle}
         return query._replace(seconds=seconds)
+
+
+def check_finite(scores: np.ndarray) -> None:
+    """Raises `UserError` unless all scores, or distances, are finite."""
+    if not np.all(np.isfinite(scores)):
+        raise UserError(
+            f"{np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite; the model has "
+            "diverged or an input is not finite"
+        )
 
 
 def check_batch_size(batch_size: int, view: LearnerView) -> None:

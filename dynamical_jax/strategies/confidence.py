@@ -14,6 +14,9 @@ class Confidence(Strategy):
     """Chooses the examples whose largest class probability is smallest."""
 
     def score(self, key: Array, view: LearnerView, state: Any) -> Array:
-        """Returns −log max_k p_k of each unlabeled example, in log-space throughout."""
+        """Returns −log max_k p_k of each unlabeled example."""
         logits = predict(view, view.unlabeled, view.on_progress).logits
-        return -jnp.max(jax.nn.log_softmax(logits), axis=-1)
+        # log Σ_k exp(f_k − max f) without the term that is 1, beside which small ones would vanish.
+        behind = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+        first = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+        return jnp.log1p(jnp.sum(behind, axis=-1, where=~first))

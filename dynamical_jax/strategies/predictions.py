@@ -24,7 +24,9 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
 
     def run(positions: np.ndarray, count: int) -> Outputs:
         outputs = _outputs(view.apply, view.variables, x[positions])
-        return Outputs(*(part[:count] for part in outputs))
+        # Half precision cannot hold the squares that distances are made of.
+        wide = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in outputs]
+        return Outputs(*(part[:count] for part in wide))
 
     size = len(x)
     parts = map_blocks(run, size, bucketed(size, CHUNK_SIZE), on_progress)
