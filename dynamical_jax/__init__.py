@@ -10,14 +10,18 @@ for happened in experiment.run():
 """
 
 from dynamical_jax import active_learning as active_learning
+from dynamical_jax import alignment as alignment
 from dynamical_jax import checkpoints as checkpoints
 from dynamical_jax import comparison as comparison
 from dynamical_jax import datasets as datasets
 from dynamical_jax import dynamics as dynamics
 from dynamical_jax import errors as errors
+from dynamical_jax import generalization as generalization
 from dynamical_jax import gradients as gradients
 from dynamical_jax import losses as losses
+from dynamical_jax import mmd as mmd
 from dynamical_jax import models as models
+from dynamical_jax import ntk as ntk
 from dynamical_jax import plotting as plotting
 from dynamical_jax import pool as pool
 from dynamical_jax import progress as progress

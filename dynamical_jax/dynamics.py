@@ -36,6 +36,18 @@ def training_dynamics_from_kernel(
     return jnp.einsum("xi,xyij,yj->", residual, ntk, residual)
 
 
+def squared_error_training_dynamics(
+    ntk: Float[AnyArray, "n n"], residual: Float[AnyArray, "n k"]
+) -> Float[Array, ""]:
+    """Returns G_MSE(S) = Tr[(f − Y)ᵀ Θ (f − Y)], the same for the squared error (App. A.3).
+
+    Args:
+      ntk: Θ, where 𝒦 = Θ ⊗ I_K as in the limit of infinite width; not divided by K.
+      residual: f(X) − Y.
+    """
+    return jnp.vdot(residual, jnp.matmul(ntk, residual))
+
+
 def change_of_training_dynamics(
     squared_norm: Float[AnyArray, "n"], inner_product: Float[AnyArray, "n"], gamma: float = 2.0
 ) -> Float[Array, "n"]:

@@ -13,9 +13,11 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 LAYERS = (
     {"errors", "types", "streams"},
     # mathematics of arrays
-    {"losses", "dynamics", "selection", "convolution", "statistics"},
+    {"losses", "dynamics", "selection", "convolution", "statistics", "alignment"},
+    {"generalization", "mmd"},
     # mathematics of a network
     {"gradients"},
+    {"ntk"},
     # parts of an experiment
     {"datasets", "models", "training", "pool", "strategies"},
     # the algorithm, and what is made of it

@@ -1,6 +1,7 @@
 """Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
 
-`MODELS` holds those of the paper. Any Flax module of the same form works in their place.
+`MODELS` holds those of the paper, `ntk_cnn` that of its theory. Any Flax module of the same form
+works in their place.
 """
 
 from collections.abc import Mapping
@@ -12,12 +13,18 @@ from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
+from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
 from dynamical_jax.models.vgg import VGG11 as VGG11
 from dynamical_jax.types import Array, Outputs, Variables
 
-MODELS: Mapping[str, type[nn.Module]] = {"cnn": CNN, "resnet18": ResNet18, "vgg11": VGG11}
+MODELS: Mapping[str, type[nn.Module]] = {
+    "cnn": CNN,
+    "resnet18": ResNet18,
+    "vgg11": VGG11,
+    "ntk_cnn": NTKCNN,
+}
 
 
 class Standardized(nn.Module):

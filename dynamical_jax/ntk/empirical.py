@@ -1,0 +1,176 @@
+"""The empirical NTK of thousands of examples: each Jacobian once, then matrix products.
+
+𝒦[x, x', i, j] = ∇f^i(x) · ∇f^j(x'), and Θ its mean over the diagonal i = j: in the limit of
+infinite width 𝒦 = Θ ⊗ I_K. neural-tangents computes it block by block of examples and forms the
+Jacobians of both sides anew for each of them; here the Jacobian J of all examples is formed once,
+for as many parameters at a time as memory allows, and Θ is the sum of J Jᵀ over these parts.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jaxtyping import Float
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.gradients import map_blocks
+from dynamical_jax.types import (
+    AnyArray,
+    ApplyFn,
+    Array,
+    OnProgress,
+    Params,
+    Variables,
+    ignore_progress,
+)
+
+CHUNK_SIZE = 32
+
+
+def empirical_ntk(
+    apply: ApplyFn,
+    variables: Variables,
+    x1: Any,
+    x2: Any = None,
+    *,
+    trace: bool = True,
+    memory_bytes: int | None = None,
+    chunk_size: int = CHUNK_SIZE,
+    on_progress: OnProgress = ignore_progress,
+) -> Float[np.ndarray, "..."]:
+    """Returns the empirical NTK between two sets of examples.
+
+    Args:
+      apply: the model, `apply(variables, x) -> Outputs`, in evaluation mode.
+      variables: its variables; statistics of BatchNorm are constants.
+      x1: `[n, ...]` inputs.
+      x2: `[m, ...]` inputs; by default x1.
+      trace: whether to return Θ `[n, m]`, else 𝒦 `[n, m, K, K]`.
+      memory_bytes: for the part of the Jacobian that is held at a time; by default half of what is
+        free.
+      chunk_size: examples whose Jacobians are computed together; changes no result.
+      on_progress: called with (done, total), counted in examples × parts.
+
+    Raises:
+      UserError: if the result, or the Jacobian in one parameter, needs more memory than there is.
+    """
+    k = jax.eval_shape(apply, variables, x1[:1]).logits.shape[-1]
+    sides = [x1] if x2 is None else [x1, x2]
+    rows = sum(map(len, sides)) * k
+    leaves = jax.tree.leaves(variables["params"])
+    size = np.dtype(jnp.result_type(*leaves)).itemsize
+    free = psutil.virtual_memory().available
+    shape = (len(x1), len(sides[-1])) + (() if trace else (k, k))
+    if (needed := 2 * math.prod(shape) * size) > free:
+        raise UserError(
+            f"a kernel of {' × '.join(map(str, shape))} numbers needs {_gib(needed)}, and "
+            f"{_gib(free)} are free: take fewer examples"
+        )
+    limit = free // 2 if memory_bytes is None else memory_bytes
+    # Beside the part there is its product with the other side.
+    parts = _parts(leaves, max(1, limit // (2 * rows * size)))
+    done, total = 0, len(parts) * sum(map(len, sides))
+    kernel = jnp.zeros(shape, jnp.result_type(*leaves))
+    for indices, start, stop in parts:
+        jacobians = []
+        for x in sides:
+            report = lambda ready, _, done=done: on_progress(done + ready, total)
+            jacobians.append(
+                _jacobian(apply, variables, x, indices, (start, stop), chunk_size, report)
+            )
+            done += len(x)
+        kernel = _add_product(kernel, jacobians[0], jacobians[-1], trace)
+        del jacobians
+    return np.asarray(kernel)
+
+
+def _parts(leaves: list[AnyArray], limit: int) -> list[tuple[tuple[int, ...], int, int]]:
+    """Cuts the parameters into parts of at most `limit`: (leaves, from, to) in their row.
+
+    Whole leaves go together, so that Jacobians in the others need not be computed; one that is
+    larger than a part is cut, and its Jacobian computed for each piece.
+    """
+    parts, together, count = [], [], 0
+    for index, leaf in enumerate(leaves):
+        if count and count + leaf.size > limit:
+            parts.append((tuple(together), 0, count))
+            together, count = [], 0
+        if leaf.size > limit:
+            starts = range(0, leaf.size, limit)
+            parts += [((index,), start, min(start + limit, leaf.size)) for start in starts]
+        else:
+            together.append(index)
+            count += leaf.size
+    return [*parts, (tuple(together), 0, count)] if together else parts
+
+
+def _jacobian(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    indices: tuple[int, ...],
+    piece: tuple[int, int],
+    chunk_size: int,
+    on_progress: OnProgress,
+) -> Float[Array, "n k p"]:
+    """∂f/∂θ of all examples: of the given leaves, flattened one after the other, a piece."""
+    buffer = None
+
+    def fill(positions: np.ndarray, count: int) -> Array:
+        nonlocal buffer
+        start, stop = piece
+        rows = _block_jacobian(apply, variables, x[positions], indices, start, stop - start)
+        if buffer is None:
+            buffer = jnp.zeros((len(x), *rows.shape[1:]), rows.dtype)
+        # Repeated positions of the last block carry the same row again.
+        buffer = _write(buffer, rows, positions)
+        return rows[0, 0, 0]
+
+    map_blocks(fill, len(x), min(chunk_size, len(x)), on_progress)
+    return buffer
+
+
+@functools.partial(jax.jit, static_argnames=("apply", "indices", "size"))
+def _block_jacobian(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    indices: tuple[int, ...],
+    start: Array,
+    size: int,
+) -> Array:
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    leaves, structure = jax.tree.flatten(variables["params"])
+
+    def logits(chosen: Params, one: Any) -> Array:
+        own = list(leaves)
+        for index, leaf in zip(indices, chosen, strict=True):
+            own[index] = leaf
+        params = jax.tree.unflatten(structure, own)
+        return apply({"params": params, **rest}, one[None]).logits[0]
+
+    chosen = [leaves[index] for index in indices]
+    jacobians = jax.vmap(jax.jacrev(logits), (None, 0))(chosen, x)
+    flat = [jacobian.reshape(*jacobian.shape[:2], -1) for jacobian in jacobians]
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate(flat, axis=-1), start, size, axis=-1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(buffer: Array, rows: Array, positions: Array) -> Array:
+    return buffer.at[positions].set(rows)
+
+
+@functools.partial(jax.jit, static_argnames="trace", donate_argnums=0)
+def _add_product(kernel: Array, left: Array, right: Array, trace: bool) -> Array:
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if trace:
+        return kernel + product("nkp,mkp->nm", left, right) / left.shape[1]
+    return kernel + product("nkp,mlp->nmkl", left, right)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

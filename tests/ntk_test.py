@@ -1,0 +1,175 @@
+"""The empirical NTK against its definition, neural-tangents, and the limit of infinite width."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+import dynamical_jax as dj
+from dynamical_jax import gradients, ntk
+from dynamical_jax.ntk import compatibility, empirical
+
+installed = pytest.mark.skipif(
+    not compatibility.is_installed(), reason="neural-tangents is not installed"
+)
+
+
+def network(widths=(8, 8), num_classes=3, size=7):
+    model = dj.models.NTKCNN(num_classes, widths)
+    x = jax.random.normal(jax.random.key(0), (size, 5, 5, 2))
+    return model, model.init(jax.random.key(1), x), x
+
+
+@pytest.mark.parametrize("name", ["cnn", "batch_norm"])
+def test_by_definition(name):
+    # The gradient of one logit of one example at a time.
+    model = toy.models()[name]
+    variables, x = toy.variables(model), jnp.asarray(toy.images(4))
+    rest = {key: value for key, value in variables.items() if key != "params"}
+
+    @jax.jit
+    def gradient(params, i, k):
+        logit = lambda params: model.apply({"params": params, **rest}, x[i][None]).logits[0, k]
+        return jnp.concatenate(
+            [jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.grad(logit)(params))]
+        )
+
+    rows = np.array([[gradient(variables["params"], i, k) for k in range(3)] for i in range(4)])
+    expected = np.einsum("nkp,mlp->nmkl", rows, rows)
+    full = ntk.empirical_ntk(model.apply, variables, x, trace=False)
+    np.testing.assert_allclose(full, expected, rtol=1e-4, atol=1e-5 * expected.max())
+    traced = ntk.empirical_ntk(model.apply, variables, x)
+    np.testing.assert_allclose(traced, np.einsum("nmkk->nm", expected) / 3, rtol=1e-4)
+
+
+def test_training_dynamics_by_kernel_and_by_gradient():
+    model, variables, x = network()
+    y = np.arange(7) % 3
+    residual = dj.losses.residual(model.apply(variables, x).logits, y)
+    full = ntk.empirical_ntk(model.apply, variables, x, trace=False)
+    grad_s = gradients.set_gradient(model.apply, variables, dj.Examples(x, y))
+    np.testing.assert_allclose(
+        dj.dynamics.training_dynamics_from_kernel(full, residual),
+        dj.dynamics.training_dynamics(grad_s),
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("options", [{"memory_bytes": 30_000}, {"chunk_size": 2}])
+def test_parts_and_chunks_change_nothing(options):
+    model, variables, x = network()
+    seen = []
+    one = ntk.empirical_ntk(model.apply, variables, x, x[:3])
+    two = ntk.empirical_ntk(
+        model.apply, variables, x, x[:3], **options, on_progress=lambda *at: seen.append(at)
+    )
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    done, total = seen[-1]
+    assert done == total
+    assert sorted(seen) == seen
+
+
+def test_parts_cover_the_parameters_within_the_limit():
+    leaves = [np.zeros(shape) for shape in ((3,), (4,), (25,), (2,), (10,), (1,))]
+    parts = empirical._parts(leaves, 10)
+    assert parts == [
+        ((0, 1), 0, 7),
+        ((2,), 0, 10),
+        ((2,), 10, 20),
+        ((2,), 20, 25),
+        ((3,), 0, 2),
+        ((4,), 0, 10),
+        ((5,), 0, 1),
+    ]
+
+
+def test_too_large_says_how_large(monkeypatch):
+    model, variables, x = network()
+    monkeypatch.setattr(
+        empirical.psutil, "virtual_memory", lambda: type("free", (), {"available": 300})
+    )
+    with pytest.raises(dj.UserError, match=r"7 × 7 numbers needs 0.0 GiB, and 0.0 GiB are free"):
+        ntk.empirical_ntk(model.apply, variables, x)
+
+
+@installed
+@pytest.mark.filterwarnings("ignore:size requires ndarray:DeprecationWarning")  # Theirs, in 2.
+@pytest.mark.parametrize("implementation", [1, 2])
+@pytest.mark.parametrize("trace", [True, False])
+def test_against_neural_tangents(implementation, trace):
+    model, variables, x = network()
+    ours = ntk.empirical_ntk(model.apply, variables, x, x[:4], trace=trace)
+    theirs = ntk.reference_ntk(
+        model.apply, variables, x, x[:4], trace=trace, implementation=implementation
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@installed
+def test_approaches_the_infinite_width_kernel():
+    # 𝒦 → Θ ⊗ I_K: diagonal blocks approach Θ, the others 0.
+    errors = []
+    for width in (8, 64, 512):
+        model, variables, x = network((width, width), size=4)
+        infinite = ntk.infinite_width_ntk(x, depth=2)
+        full = ntk.empirical_ntk(model.apply, variables, x, trace=False)
+        limit = np.einsum("nm,kl->nmkl", infinite, np.eye(3))
+        errors.append(np.abs(full - limit).max() / infinite.max())
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.15
+
+
+@installed
+def test_kernel_regression_is_equation_3(float64):
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(9, 20))
+    kernel, y = features @ features.T, generator.normal(size=(6, 2))
+    train, to_train, rate = kernel[:6, :6], kernel[6:, :6], 0.3
+    eigenvalues, v = np.linalg.eigh(train)
+    for time in (0.1, 2.0):
+        decay = v @ np.diag(1 - np.exp(-rate * eigenvalues * time)) @ v.T
+        expected = to_train @ np.linalg.inv(train) @ decay @ y
+        outputs = ntk.kernel_regression(train, y, to_train, time, rate)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        ntk.kernel_regression(train, y, to_train), to_train @ np.linalg.solve(train, y), rtol=1e-6
+    )
+
+
+@installed
+def test_a_wide_network_trained_is_kernel_regression():
+    # Full-batch gradient descent on ½‖f − Y‖², from its own start f_0: f − f_0 follows Eq. 3.
+    model, variables, x = network((512, 512), num_classes=1, size=6)
+    y = jnp.asarray([[1.0], [-1.0], [1.0], [1.0]])
+    kernel = ntk.empirical_ntk(model.apply, variables, x)
+    rate = float(0.5 / np.linalg.eigvalsh(kernel[:4, :4])[-1])
+
+    @jax.jit
+    def train(params):
+        def loss(params):
+            return jnp.sum((model.apply({"params": params}, x[:4]).logits - y) ** 2) / 2
+
+        step = lambda _, params: jax.tree.map(
+            lambda p, g: p - rate * g, params, jax.grad(loss)(params)
+        )
+        return jax.lax.fori_loop(0, 60, step, params)
+
+    start = model.apply(variables, x).logits
+    end = model.apply({"params": train(variables["params"])}, x).logits
+    moved = ntk.kernel_regression(kernel[:4, :4], y - start[:4], kernel[:, :4], 60.0, rate)
+    assert np.abs(end - start).max() > 0.5
+    np.testing.assert_allclose(end - start, moved, atol=0.05)
+
+
+def test_an_untested_jax_is_named(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (1, 4, 0))
+    monkeypatch.setattr(jax, "__version__", "1.4.0")
+    with pytest.raises(dj.UserError, match=r"JAX from 0.10 to before 0.13, this is 1.4.0"):
+        compatibility.neural_tangents.__wrapped__()
+
+
+def test_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(compatibility, "is_installed", lambda: False)
+    with pytest.raises(dj.UserError, match=r"pip install 'dynamical-jax\[theory\]'"):
+        compatibility.neural_tangents.__wrapped__()
