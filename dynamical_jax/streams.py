@@ -7,7 +7,7 @@ stream of its own; what strategies draw comes from theirs.
 import jax
 import numpy as np
 
-NAMES = ("initial_set", "weights", "order", "dropout", "strategy")
+NAMES = ("initial_set", "weights", "order", "dropout", "strategy", "noise", "draws")
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:

@@ -1,7 +1,10 @@
 """What every binary does, whatever its flags."""
 
+import os
 import sys
 from collections.abc import Callable
+
+import jax
 
 import dynamical_jax as dj
 
@@ -40,3 +43,14 @@ def check_no_arguments(argv: list[str]) -> None:
     """Raises `UserError` if something is left of the command line after the flags."""
     if len(argv) > 1:
         raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
+
+
+def keep_compiled_programs(cache_dir: str) -> None:
+    """Lets JAX keep compiled programs between processes."""
+    compiled = os.path.join(cache_dir, "compiled")
+    try:
+        os.makedirs(compiled, exist_ok=True)
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {compiled}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 from absl import flags
 
 import dynamical_jax as dj
@@ -126,7 +125,7 @@ def compare(
     )
     dj.models.check_name(MODEL.value)
     cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
-    keep_compiled_programs(cache_dir)
+    binary.keep_compiled_programs(cache_dir)
     dataset = dj.datasets.load(
         DATASET.value,
         image_size=IMAGE_SIZE.value,
@@ -167,17 +166,6 @@ def compare(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
         )
     return failures
-
-
-def keep_compiled_programs(cache_dir: str) -> None:
-    """Lets JAX keep compiled programs between processes."""
-    compiled = os.path.join(cache_dir, "compiled")
-    try:
-        os.makedirs(compiled, exist_ok=True)
-    except OSError as error:
-        raise dj.UserError(f"cannot write to {compiled}: {error.strerror}") from error
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def summarize(path: pathlib.Path) -> None:

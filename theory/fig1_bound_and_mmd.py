@@ -1,0 +1,110 @@
+"""Figure 1: is MMD(S, S ∪ Q) small beside the generalization bound ℬ(S ∪ Q)?
+
+One dynamicAL query of b images after training on |S| labels; Θ is the NTK at initialisation.
+
+  python -m theory.fig1_bound_and_mmd --dataset=cifar10 --num_labeled=500
+      --query_sizes=250,500,1000 --num_logits=10 --num_seeds=3
+
+ℬ goes with Θ^(−1/2) and MMD with Θ^(1/2), so that what the figure says depends on the scale of Θ:
+both are shown for Θ as the NTK parameterisation gives it, and for Θ of mean diagonal 1.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import binary
+from theory import common
+
+QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")
+for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):
+    flags.declare_key_flag(_name)
+
+SCALES = ("as it is", "mean diagonal 1")
+
+
+def main(argv: list[str]) -> int | None:
+    """Reproduces the figure; returns the exit status."""
+    return binary.run_main(functools.partial(run, argv))
+
+
+def run(argv: list[str]) -> list[str]:
+    """Computes ℬ and MMD for each seed and b, then writes them; returns what failed: nothing."""
+    binary.check_no_arguments(argv)
+    sizes = common.positive("query_sizes", QUERY_SIZES.value)
+    setting = common.setting()
+    needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
+    if needed > there:
+        raise dj.UserError(f"|S| and b need {needed} images, {setting.dataset.name} has {there}")
+    rows = [row for seed in common.seeds() for row in of_seed(setting, seed, sizes)]
+    shares = {
+        scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
+        for scale in SCALES
+    }
+    parts = [f"{min(s):.2g} to {max(s):.2g} for Θ {scale}" for scale, s in shares.items()]
+    sentence = f"MMD / ℬ over b = {', '.join(map(str, sizes))}: {'; '.join(parts)}."
+    results = {"rows": rows, "jitter": common.JITTER.value, "num_labeled": common.NUM_LABELED.value}
+    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, rows, sizes))
+    return []
+
+
+def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
+    """Returns a row for each b and scale of Θ."""
+    pool, model = setting.dataset.pool, setting.model
+    rows = setting.draw(seed, common.NUM_LABELED.value)
+    variables = setting.variables(seed)
+    labeled = dj.Examples(pool.x[rows], pool.y[rows])
+    fit = common.fit(setting, variables, labeled, seed)
+    unlabeled = np.setdiff1d(np.arange(len(pool.y)), rows)
+    view = dj.LearnerView(model.apply, fit.variables, labeled, dj.types.Rows(pool.x, unlabeled))
+    # The query of a smaller b is the beginning of that of a larger one.
+    query = dj.strategies.Dynamical().query(dj.streams.key(seed, "strategy"), view, max(sizes))
+    everything = np.append(rows, unlabeled[query.positions])
+    theta = common.kernel(model.apply, variables, pool.x[everything])
+    bound, result = dj.generalization.generalization_bound, []
+    for size in sizes:
+        count = common.NUM_LABELED.value + size
+        part, targets = theta[:count, :count], setting.targets(pool.y[everything[:count]])
+        for scale, kernel in zip(SCALES, (part, dj.alignment.normalized(part)), strict=True):
+            kernel = kernel.astype(theta.dtype)
+            result.append(
+                {
+                    "seed": seed,
+                    "query_size": size,
+                    "scale": scale,
+                    "bound": bound(kernel, targets, common.JITTER.value),
+                    "mmd": dj.mmd.mmd(kernel, common.NUM_LABELED.value),
+                    "squared_mmd": dj.mmd.squared_mmd(kernel, common.NUM_LABELED.value),
+                    "mean_diagonal": float(np.mean(np.diag(part))),
+                    "train_accuracy": fit.labeled.accuracy,
+                }
+            )
+    return result
+
+
+def draw(rows: list[dict[str, Any]], sizes: list[int], figure: Any) -> None:
+    """Bars of ℬ and MMD for each b, with standard deviations over seeds, for both scales of Θ."""
+    for axes, scale in zip(figure.subplots(1, 2), SCALES, strict=True):
+        for shift, value, name in ((-0.2, "bound", "ℬ(S ∪ Q)"), (0.2, "mmd", "MMD(S, S ∪ Q)")):
+            values = np.array(
+                [
+                    [r[value] for r in rows if r["scale"] == scale and r["query_size"] == size]
+                    for size in sizes
+                ]
+            )
+            places = np.arange(len(sizes)) + shift
+            bars = axes.bar(places, values.mean(axis=1), 0.4, yerr=values.std(axis=1), label=name)
+            axes.bar_label(bars, fmt="%.2g", padding=2)
+        axes.margins(y=0.25)
+        axes.set_xticks(range(len(sizes)), [f"b = {size}" for size in sizes])
+        axes.set_title(f"Θ {scale}", fontsize=10)
+        axes.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)

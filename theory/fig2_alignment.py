@@ -1,0 +1,129 @@
+"""Figure 2: does alignment grow with training dynamics?
+
+S is fixed and Q drawn at random, again and again. G_MSE(S ∪ Q) against 𝒜(X ∪ X_Q, Y ∪ Y_Q), and
+Kendall's τ; with f and Θ at initialisation, and after training on S. Beside it G(S ∪ Q) of the
+cross-entropy, which is what dynamicAL really increases.
+
+  python -m theory.fig2_alignment --dataset=cifar10 --num_labeled=500 --query_size=250
+      --draws=150
+"""
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import binary
+from theory import common
+
+QUERY_SIZE = flags.DEFINE_integer("query_size", 25, "|Q|.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", 150, "How many Q.", lower_bound=3)
+for _name in (*common.KEY_FLAGS, "num_labeled", "epochs", "training_rate"):
+    flags.declare_key_flag(_name)
+
+RESAMPLES = 2000
+
+
+def main(argv: list[str]) -> int | None:
+    """Reproduces the figure; returns the exit status."""
+    return binary.run_main(functools.partial(run, argv))
+
+
+def run(argv: list[str]) -> list[str]:
+    """Draws every Q, then writes the correlations; returns what failed: nothing."""
+    binary.check_no_arguments(argv)
+    setting = common.setting()
+    pool, seed = setting.dataset.pool, common.seeds()[0]
+    if common.NUM_LABELED.value + QUERY_SIZE.value > len(pool.y):
+        raise dj.UserError(
+            f"|S| and |Q| need {common.NUM_LABELED.value + QUERY_SIZE.value} images, "
+            f"{setting.dataset.name} has {len(pool.y)}"
+        )
+    rows = setting.draw(seed, common.NUM_LABELED.value)
+    start = setting.variables(seed)
+    fit = common.fit(setting, start, dj.Examples(pool.x[rows], pool.y[rows]), seed)
+    results = {}
+    for when, variables in (("at initialisation", start), ("after training", fit.variables)):
+        points = quantities(setting, variables, rows, seed)
+        results[when] = {"points": points}
+        for name in ("squared_error", "cross_entropy"):
+            results[when][name] = correlation(points[name], points["alignment"])
+    at = results["at initialisation"]["squared_error"]
+    sentence = (
+        f"Kendall's τ of G_MSE and alignment over {DRAWS.value} draws at initialisation: "
+        f"{at['tau']:.2f} (95 % bootstrap interval {at['low']:.2f} to {at['high']:.2f}, "
+        f"p = {at['pvalue']:.1g}); after training "
+        f"{results['after training']['squared_error']['tau']:.2f}; of the cross-entropy's G "
+        f"{results['at initialisation']['cross_entropy']['tau']:.2f} and "
+        f"{results['after training']['cross_entropy']['tau']:.2f}."
+    )
+    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, results))
+    return []
+
+
+def quantities(
+    setting: common.Setting, variables: dj.types.Variables, rows: np.ndarray, seed: int
+) -> dict[str, list[float]]:
+    """Returns for each Q the alignment, G_MSE and the cross-entropy's G of S ∪ Q."""
+    pool, model = setting.dataset.pool, setting.model
+    unlabeled = np.setdiff1d(np.arange(len(pool.y)), rows)
+    points: dict[str, list[float]] = {"alignment": [], "squared_error": [], "cross_entropy": []}
+    for index in range(DRAWS.value):
+        generator = dj.streams.generator(seed, "draws", index)
+        query = generator.choice(unlabeled, QUERY_SIZE.value, replace=False)
+        both = np.append(rows, query)
+        examples = dj.Examples(pool.x[both], pool.y[both])
+        theta = common.kernel(model.apply, variables, examples.x)
+        targets = setting.targets(examples.y)
+        residual = np.asarray(model.apply(variables, examples.x).logits) - targets
+        grad = dj.gradients.set_gradient(model.apply, variables, examples)
+        points["alignment"].append(dj.alignment.alignment(theta, targets))
+        of_mse = dj.dynamics.squared_error_training_dynamics(theta, residual)
+        points["squared_error"].append(float(of_mse))
+        points["cross_entropy"].append(float(dj.dynamics.training_dynamics(grad)))
+    return points
+
+
+def correlation(one: list[float], other: list[float]) -> dict[str, float]:
+    """Returns Kendall's τ, its p-value, and a 95 % bootstrap interval over draws.
+
+    Raises:
+      UserError: if one of the two does not vary.
+    """
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        raise dj.UserError("one of the quantities is the same for every Q: τ is not defined")
+    tau = scipy.stats.kendalltau(one, other)
+    interval = scipy.stats.bootstrap(
+        (np.array(one), np.array(other)),
+        lambda a, b: scipy.stats.kendalltau(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return {
+        "tau": float(tau.statistic),
+        "pvalue": float(tau.pvalue),
+        "low": float(interval.low),
+        "high": float(interval.high),
+    }
+
+
+def draw(results: dict[str, Any], figure: Any) -> None:
+    """A scatter of G_MSE against alignment for each state of the network."""
+    for axes, (when, result) in zip(figure.subplots(1, 2), results.items(), strict=True):
+        points = result["points"]
+        axes.scatter(points["squared_error"], points["alignment"], s=12)
+        axes.set_title(f"{when}: τ = {result['squared_error']['tau']:.2f}", fontsize=10)
+        axes.set_xlabel(r"$G_{MSE}(S \cup Q)$")
+        axes.set_ylabel(r"alignment $\mathcal{A}$")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)
