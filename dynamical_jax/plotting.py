@@ -1,18 +1,17 @@
 """Figures, from records only."""
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from dynamical_jax import records
 
 
 def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
     """Draws test accuracy against labels: mean over seeds, and one standard deviation each way."""
-    import matplotlib  # here, because drawing comes last and importing takes a while
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     rounds = list(rounds)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, curve in records.curves(rounds).items():
@@ -31,3 +30,35 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Draws R over epochs for each b: mean over draws, and one standard deviation each way.
+
+    Args:
+      points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
+      path: of the picture.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    epochs = [point["epoch"] for point in points]
+    for size in points[0]["ratios"]:
+        values = np.array([point["ratios"][size] for point in points])
+        mean, std = values.mean(axis=1), values.std(axis=1, ddof=1)
+        (line,) = axes.plot(epochs, mean, marker="o", markersize=3, label=f"b = {size}")
+        axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("approximation ratio R(Q|S)")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib  # here, because drawing comes last and importing takes a while
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -54,3 +54,14 @@ def keep_compiled_programs(cache_dir: str) -> None:
         raise dj.UserError(f"cannot write to {compiled}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def positive(flag: str, values: Sequence[str]) -> list[int]:
+    """Returns the numbers that a list flag holds.
+
+    Raises:
+      UserError: if there are none, or others than positive whole ones.
+    """
+    if not values or not all(value.isdecimal() and int(value) for value in values):
+        raise dj.UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
+    return [int(value) for value in values]

@@ -114,27 +114,8 @@ def compare(
     """
     if NUM_SEEDS.value < 1:
         raise dj.UserError(f"num_seeds must be at least 1, got {NUM_SEEDS.value}")
-    training = dj.TrainingConfig(
-        optimizer=OPTIMIZER.value,
-        learning_rate=LEARNING_RATE.value,
-        schedule=SCHEDULE.value,
-        batch_size=TRAIN_BATCH_SIZE.value,
-        weight_decay=WEIGHT_DECAY.value,
-        target_accuracy=TARGET_ACCURACY.value,
-        max_epochs=MAX_EPOCHS.value,
-    )
-    dj.models.check_name(MODEL.value)
-    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
-    binary.keep_compiled_programs(cache_dir)
-    dataset = dj.datasets.load(
-        DATASET.value,
-        image_size=IMAGE_SIZE.value,
-        data_dir=DATA_DIR.value,
-        cache_dir=cache_dir,
-        download=DOWNLOAD.value,
-    )
-    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
-    model = dj.models.create(MODEL.value, dataset, **options)
+    training = training_config()
+    dataset, model = load()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     identity = {
         "dataset": dataset.name,
@@ -166,6 +147,35 @@ def compare(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
         )
     return failures
+
+
+def training_config() -> dj.TrainingConfig:
+    """Returns how the flags want a model fitted."""
+    return dj.TrainingConfig(
+        optimizer=OPTIMIZER.value,
+        learning_rate=LEARNING_RATE.value,
+        schedule=SCHEDULE.value,
+        batch_size=TRAIN_BATCH_SIZE.value,
+        weight_decay=WEIGHT_DECAY.value,
+        target_accuracy=TARGET_ACCURACY.value,
+        max_epochs=MAX_EPOCHS.value,
+    )
+
+
+def load() -> tuple[dj.Dataset, Any]:
+    """Returns the data set and the model that the flags name, and keeps compiled programs."""
+    dj.models.check_name(MODEL.value)
+    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
+    binary.keep_compiled_programs(cache_dir)
+    dataset = dj.datasets.load(
+        DATASET.value,
+        image_size=IMAGE_SIZE.value,
+        data_dir=DATA_DIR.value,
+        cache_dir=cache_dir,
+        download=DOWNLOAD.value,
+    )
+    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
+    return dataset, dj.models.create(MODEL.value, dataset, **options)
 
 
 def summarize(path: pathlib.Path) -> None:

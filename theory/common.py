@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Setting(NamedTuple):
 
 def setting() -> Setting:
     """Returns the data and the network that the flags name, and keeps compiled programs."""
-    widths = tuple(positive("widths", WIDTHS.value))
+    widths = tuple(binary.positive("widths", WIDTHS.value))
     if common.NUM_SEEDS.value < 1:
         raise dj.UserError(f"num_seeds must be at least 1, got {common.NUM_SEEDS.value}")
     cache_dir = common.CACHE_DIR.value or dj.datasets.default_cache_dir()
@@ -108,17 +108,6 @@ def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int)
     """Returns the network trained on these examples, a `training.Fit`."""
     config = dj.TrainingConfig(learning_rate=TRAINING_RATE.value, max_epochs=EPOCHS.value)
     return dj.training.fit(setting.model, variables, labeled, config, seed)
-
-
-def positive(flag: str, values: Sequence[str]) -> list[int]:
-    """Returns the numbers that a list flag holds.
-
-    Raises:
-      UserError: if there are none, or others than positive whole ones.
-    """
-    if not values or not all(value.isdecimal() and int(value) for value in values):
-        raise dj.UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
-    return [int(value) for value in values]
 
 
 def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:

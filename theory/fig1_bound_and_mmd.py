@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Computes ℬ and MMD for each seed and b, then writes them; returns what failed: nothing."""
     binary.check_no_arguments(argv)
-    sizes = common.positive("query_sizes", QUERY_SIZES.value)
+    sizes = binary.positive("query_sizes", QUERY_SIZES.value)
     setting = common.setting()
     needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
     if needed > there:

@@ -1,0 +1,140 @@
+"""Figure 4: is the greedy choice of a query as good as that of the set as a whole?
+
+While a model is trained on |S| labels: the approximation ratio R(Q|S) = Σ_u Δ({u}|S) / Δ(Q|S) of
+random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by epoch. Where it is 1
+the sum of single changes, which dynamicAL makes largest, is the change by the whole set.
+
+  python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
+      --ratio_sizes=250,500,1000
+
+Written to --output_dir: approximation_ratio.json and .png.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import binary, common
+
+SIZES = flags.DEFINE_list("ratio_sizes", ["25", "50", "100"], "The values of b = |Q|.")
+NUM_QUERIES = flags.DEFINE_integer("num_queries", 20, "Random Q at each epoch.", lower_bound=2)
+EVERY = flags.DEFINE_integer("every", 5, "Epochs between looks at R.", lower_bound=1)
+flags.adopt_module_key_flags(common)
+
+NAME = "approximation_ratio"
+
+
+def main(argv: list[str]) -> int | None:
+    """Reproduces the figure; returns the exit status."""
+    return binary.run_main(functools.partial(run, argv))
+
+
+def run(argv: list[str]) -> list[str]:
+    """Trains, and looks at R on the way; returns what failed: nothing."""
+    binary.check_no_arguments(argv)
+    sizes = sorted(binary.positive("ratio_sizes", SIZES.value))
+    config, (dataset, model) = common.training_config(), common.load()
+    size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
+    if size < 1 or needed > len(dataset.pool.y):
+        raise dj.UserError(
+            f"an initial set of {size} and queries of {sizes[-1]} need {needed} images; the pool "
+            f"of {dataset.name} has {len(dataset.pool.y)}"
+        )
+    seed = common.FIRST_SEED.value
+    points = ratios(dataset, model, config, sizes, seed)
+    used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
+    last = points[-1]
+    parts = [
+        f"{np.mean(r):.3f} ± {np.std(r, ddof=1):.3f} (b = {b})" for b, r in last["ratios"].items()
+    ]
+    finding = (
+        f"After {last['epoch']} epochs, at {last['train_accuracy']:.0%} of S, R is on average over "
+        f"{NUM_QUERIES.value} random Q {', '.join(parts)}."
+    )
+    results = {"finding": finding, "points": points, "flags": used, **dj.records.environment()}
+    directory = pathlib.Path(
+        common.OUTPUT_DIR.value
+        or os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dj.records.finite(results), indent=1)
+        dj.records.write(directory / f"{NAME}.json", text + "\n")
+        dj.plotting.approximation_ratio(points, directory / f"{NAME}.png")
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
+    print(f"{finding}\n{directory / NAME}.json\n{directory / NAME}.png")
+    return []
+
+
+def ratios(
+    dataset: dj.Dataset, model: Any, config: dj.TrainingConfig, sizes: list[int], seed: int
+) -> list[dict[str, Any]]:
+    """Returns for each epoch looked at, and the last, R of each b and draw."""
+    generator = dj.streams.generator(seed, "initial_set")
+    pool = dj.pool.initial_pool(len(dataset.pool.y), common.INITIAL_SIZE.value, generator)
+    labeled = dj.Examples(dataset.pool.x[pool.labeled], dataset.pool.y[pool.labeled])
+    points: list[dict[str, Any]] = []
+
+    def look(epoch: int, variables: Any, evaluation: dj.training.Evaluation | None) -> None:
+        grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
+        found: dict[str, list[float]] = {str(size): [] for size in sizes}
+        for index in range(NUM_QUERIES.value):
+            draw = dj.streams.generator(seed, "draws", epoch, index)
+            query = dataset.pool.x[draw.choice(pool.unlabeled, sizes[-1], replace=False)]
+            for size, ratio in zip(
+                sizes, of_query(model, variables, query, grad_s, sizes), strict=True
+            ):
+                found[str(size)].append(ratio)
+        accuracy = evaluation.accuracy if evaluation else None
+        points.append({"epoch": epoch, "train_accuracy": accuracy, "ratios": found})
+
+    variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
+    look(0, variables, None)
+
+    def on_epoch(progress: dj.training.Progress, evaluation: dj.training.Evaluation) -> None:
+        if progress.epoch % EVERY.value == 0:
+            look(progress.epoch, progress.variables, evaluation)
+
+    fit = dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
+    if points[-1]["epoch"] != fit.epochs:
+        look(fit.epochs, fit.variables, fit.labeled)
+    return points
+
+
+def of_query(
+    model: Any, variables: Any, query: np.ndarray, grad_s: Any, sizes: list[int]
+) -> list[float]:
+    """Returns R(Q|S) of the first b images of a query, for each b, at their pseudo-labels."""
+    terms = dj.gradients.norms_and_products(
+        model.apply,
+        variables,
+        query,
+        grad_s,
+        engine=common.ENGINE.value,
+        chunk_size=common.CHUNK_SIZE.value,
+    )
+    changes = np.asarray(
+        dj.dynamics.change_of_training_dynamics(terms.squared_norm, terms.inner_product)
+    )
+    result, grad_q, start = [], None, 0
+    for size in sizes:
+        part = dj.Examples(query[start:size], terms.label[start:size])
+        more = dj.gradients.set_gradient(model.apply, variables, part)
+        grad_q = more if grad_q is None else jax.tree.map(np.add, grad_q, more)
+        ratio = dj.dynamics.approximation_ratio(changes[:size], grad_q, grad_s)
+        result.append(float(ratio))
+        start = size
+    return result
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)

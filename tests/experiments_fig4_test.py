@@ -1,0 +1,89 @@
+"""Figure 4's binary: R against its definition, and what it writes."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy
+from absl import flags
+from absl.testing import flagsaver
+
+import dynamical_jax as dj
+from experiments import fig4_approximation_ratio as fig4
+
+
+@pytest.fixture
+def run(tmp_path, cache_dir, capsys):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    small = {
+        "initial_size": 10,
+        "image_size": 4,
+        "max_epochs": 4,
+        "ratio_sizes": ["6", "3"],
+        "num_queries": 3,
+        "every": 3,
+        "output_dir": str(tmp_path),
+        "cache_dir": cache_dir,
+    }
+
+    def run(**values):
+        with flagsaver.flagsaver(**{**small, **values}):
+            return fig4.main(["fig4"]), *capsys.readouterr()
+
+    return run
+
+
+def test_json_and_picture(run, tmp_path):
+    status, output, errors = run()
+    assert (status, errors) == (None, "")
+    results = json.loads((tmp_path / "approximation_ratio.json").read_text())
+    assert output.startswith(results["finding"])
+    assert [point["epoch"] for point in results["points"]] == [0, 3, 4]
+    for point in results["points"]:
+        assert {size: len(found) for size, found in point["ratios"].items()} == {"3": 3, "6": 3}
+    assert (tmp_path / "approximation_ratio.png").stat().st_size > 10_000
+
+
+def test_ratio_by_definition():
+    # R = Σ_u (G(S ∪ u) − G(S)) / (G(S ∪ Q) − G(S)), with G = ‖g‖² of sets.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    model = toy.models()["cnn"]
+    variables, query = toy.variables(model), toy.images(6, seed=3)
+    labels = np.argmax(model.apply(variables, query).logits, axis=1)
+
+    def gradient(x, y):
+        tree = dj.gradients.set_gradient(model.apply, variables, dj.Examples(x, y))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(float)
+
+    grad_s = dj.gradients.set_gradient(model.apply, variables, toy.examples(5))
+    flat_s = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grad_s)]).astype(float)
+    each = [gradient(query[i : i + 1], labels[i : i + 1]) for i in range(6)]
+    dynamics = lambda g: g @ g
+    expected = [
+        sum(dynamics(flat_s + g) - dynamics(flat_s) for g in each[:size])
+        / (dynamics(flat_s + sum(each[:size])) - dynamics(flat_s))
+        for size in (2, 6)
+    ]
+    actual = fig4.of_query(model, variables, query, grad_s, [2, 6])
+    np.testing.assert_allclose(actual, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ratio_sizes": ["many"]}, "ratio_sizes must be positive whole numbers, got 'many'"),
+        ({"initial_size": 1430}, "need 1436 images; the pool of digits has 1433"),
+        ({"model": "alexnet"}, "unknown model 'alexnet'"),
+    ],
+)
+def test_bad_flags_are_one_line(run, tmp_path, values, message):
+    status, output, errors = run(**values)
+    assert (status, output) == (1, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not list(tmp_path.iterdir())
