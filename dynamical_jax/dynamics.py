@@ -64,6 +64,7 @@ def change_of_training_dynamics(
     >>> change_of_training_dynamics(jnp.array([1.0, 4.0]), jnp.array([0.5, -1.0]))
     Array([2., 2.], dtype=float32)
     """
+    squared_norm, inner_product = jnp.asarray(squared_norm), jnp.asarray(inner_product)
     if gamma == math.inf:
         return inner_product
     return squared_norm + gamma * inner_product

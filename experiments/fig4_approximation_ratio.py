@@ -52,7 +52,8 @@ def run(argv: list[str]) -> list[str]:
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
     last = points[-1]
     parts = [
-        f"{np.mean(r):.3f} ± {np.std(r, ddof=1):.3f} (b = {b})" for b, r in last["ratios"].items()
+        f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
+        for size, found in last["ratios"].items()
     ]
     finding = (
         f"After {last['epoch']} epochs, at {last['train_accuracy']:.0%} of S, R is on average over "
