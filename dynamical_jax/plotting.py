@@ -8,22 +8,30 @@ import numpy as np
 
 from dynamical_jax import records
 
+MOST_BANDS = 4
+
 
 def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
-    """Draws test accuracy against labels: mean over seeds, and one standard deviation each way."""
+    """Draws test accuracy against labels: mean over seeds, and one standard deviation each way.
+
+    More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
+    """
     plt = _pyplot()
     rounds = list(rounds)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, curve in records.curves(rounds).items():
+    curves = records.curves(rounds)
+    num_seeds = len({record["seed"] for record in rounds})
+    bands = num_seeds > 1 and len(curves) <= MOST_BANDS
+    for name, curve in curves.items():
         mean, std = 100 * curve.mean, 100 * curve.std
         (line,) = axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name)
-        if curve.num_seeds > 1:
+        if bands and curve.num_seeds > 1:
             axes.fill_between(
                 curve.num_labeled, mean - std, mean + std, color=line.get_color(), alpha=0.15
             )
-    num_seeds = len({record["seed"] for record in rounds})
-    band = f"mean of {num_seeds} seeds, band: ± 1 standard deviation" if num_seeds > 1 else "1 seed"
-    axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({band})", fontsize=10)
+    what = f"mean of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+    what += ", band: ± 1 standard deviation" if bands else ""
+    axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({what})", fontsize=10)
     axes.set_xlabel("labels")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
