@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -176,6 +177,12 @@ class Experiment:
         )
         key = streams.key(self.seed, "weights")
         variables = models.init(self.model, key, self.dataset.pool.x)
+        outputs = jax.eval_shape(self.model.apply, variables, self.dataset.pool.x[:1])
+        given, needed = outputs.logits.shape[-1], len(self.dataset.class_names)
+        if given != needed:
+            raise UserError(
+                f"the model has {given} outputs, but {self.dataset.name} has {needed} classes"
+            )
         return State(0, pool, variables, self.strategy.init())
 
     def step(

@@ -67,7 +67,10 @@ class Checkpoints:
         for left in self._directory.iterdir():
             if left.is_dir() and not left.with_suffix(".json").exists():
                 self._drop(left, "was not finished")
-        for path in self._manifests():
+        if not (manifests := self._manifests()):
+            return None
+        like = experiment.init()
+        for path in manifests:
             arrays = path.with_suffix("")
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +78,7 @@ class Checkpoints:
                     raise ValueError("files are missing or not what was written")
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
-                return _state(experiment, manifest, leaves)
+                return _state(experiment, like, manifest, leaves)
             except (ValueError, KeyError, OSError) as error:
                 self._drop(arrays, f"is damaged ({str(error).splitlines()[0]})")
         return None
@@ -105,9 +108,10 @@ def _tree(state: State) -> Any:
     return state.pool.labeled, state.strategy_state, state.variables, optimizer_state
 
 
-def _state(experiment: Experiment, manifest: dict[str, Any], leaves: dict[str, Any]) -> State:
-    """Puts arrays back into the tree that the experiment's states have."""
-    like = experiment.init()
+def _state(
+    experiment: Experiment, like: State, manifest: dict[str, Any], leaves: dict[str, Any]
+) -> State:
+    """Puts arrays back into the tree that the experiment's states have, such as `like`."""
     if manifest["epoch"]:
         progress = training.begin(like.variables, experiment.training_config)
         like = like._replace(underway=Underway(0, progress.optimizer_state, 0.0, {}))

@@ -24,6 +24,8 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
     bands = num_seeds > 1 and len(curves) <= MOST_BANDS
     for name, curve in curves.items():
         mean, std = 100 * curve.mean, 100 * curve.std
+        if curve.num_seeds < num_seeds:
+            name = f"{name} ({curve.num_seeds} of {num_seeds} seeds)"
         (line,) = axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name)
         if bands and curve.num_seeds > 1:
             axes.fill_between(

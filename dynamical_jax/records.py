@@ -101,6 +101,8 @@ def read(path: pathlib.Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             result.append(json.loads(line))
+            if not isinstance(result[-1], dict):
+                raise ValueError("it is no JSON object")
         except ValueError as error:
             raise UserError(f"line {number} of {path} is not a record ({error})") from error
     return result

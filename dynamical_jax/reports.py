@@ -1,7 +1,7 @@
 """Markdown made from records: accuracies beside published ones, and what differences are worth."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class Scores(NamedTuple):
       seeds: those that every strategy has.
       num_labeled: `[rounds]` the numbers of labels that all runs have.
       values: `[strategies, seeds, rounds]` the value there.
-      area: `[strategies, seeds]` the area under the curve, over each run's own rounds.
+      area: `[strategies, seeds]` the area under the curve; None where runs differ in the numbers
+        of labels at which they were looked at, so that their areas cannot be compared.
       left_out: a sentence about runs that are not finished; "" if all are.
     """
 
@@ -39,25 +40,30 @@ class Scores(NamedTuple):
     seeds: list[int]
     num_labeled: np.ndarray
     values: np.ndarray
-    area: np.ndarray
+    area: np.ndarray | None
     left_out: str
 
 
 def accuracy(rounds: Sequence[records.Record], published: Published | None = None) -> str:
     """Returns tables of test accuracy by strategy and labels, beside published ones if given."""
-    first = rounds[0]
+    first, left_out = rounds[0], unfinished(rounds)
     seeds = sorted({record["seed"] for record in rounds})
     lines = [
         f"# Test accuracy (%) on {first['dataset']} with {first['model']}",
         "",
         "Mean ± sample standard deviation over seeds, after the last epoch of each round.",
         "",
-        *_accuracies(records.curves(rounds, "test_accuracy")),
-        "",
-        "The best over those epochs of each round at which the test set was looked at:",
-        "",
-        *_accuracies(records.curves(rounds, "best_test_accuracy")),
+        *_accuracies(records.curves(rounds, "test_accuracy"), len(seeds)),
     ]
+    if any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds):
+        lines += [
+            "",
+            "The best over those epochs of each round at which the test set was looked at:",
+            "",
+            *_accuracies(records.curves(rounds, "best_test_accuracy"), len(seeds)),
+        ]
+    if left_out:
+        lines += ["", left_out + " Means over different seeds are not to be compared."]
     if published is not None:
         lines += ["", *_beside(rounds, published)]
     lines += [
@@ -97,10 +103,8 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
     Raises:
       UserError: if there are none.
     """
-    found: dict[str, dict[int, dict[int, float]]] = {}
-    for record in rounds:
-        seeds = found.setdefault(record["strategy"], {})
-        seeds.setdefault(record["seed"], {})[record["num_labeled"]] = record[value]
+    rounds = list(rounds)
+    found = _by_run(rounds, value)
     most = max(max(run) for seeds in found.values() for run in seeds.values())
     ended = {
         name: {seed: run for seed, run in seeds.items() if max(run) == most}
@@ -112,20 +116,37 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
         raise UserError("the strategies have no finished seed in common: nothing to compare")
     runs = {name: [ended[name][seed] for seed in seeds] for name in strategies}
     labels = sorted(set.intersection(*(set(run) for of in runs.values() for run in of)))
-    missing = [
-        f"{name}, seed {seed}"
-        for name, of in found.items()
-        for seed in of
-        if seed not in ended[name]
-    ]
+    same = all(set(run) == set(labels) for of in runs.values() for run in of)
     return Scores(
         strategies,
         seeds,
         np.array(labels, float),
         np.array([[[run[n] for n in labels] for run in of] for of in runs.values()]),
-        np.array([[_area(run) for run in of] for of in runs.values()]),
-        f"Not finished and left out: {'; '.join(missing)}." if missing else "",
+        np.array([[_area(run) for run in of] for of in runs.values()]) if same else None,
+        unfinished(rounds),
     )
+
+
+def unfinished(rounds: Iterable[records.Record]) -> str:
+    """Returns a sentence about runs that did not get as far as others; "" if there are none."""
+    found = _by_run(rounds, "num_labeled")
+    most = max(max(run) for seeds in found.values() for run in seeds.values())
+    missing = [
+        f"{name}, seed {seed}"
+        for name, seeds in found.items()
+        for seed, run in seeds.items()
+        if max(run) < most
+    ]
+    return f"Not finished and left out of tests: {'; '.join(missing)}." if missing else ""
+
+
+def _by_run(rounds: Iterable[records.Record], value: str) -> dict[str, dict[int, dict[int, Any]]]:
+    """Strategy → seed → labels → value."""
+    found: dict[str, dict[int, dict[int, Any]]] = {}
+    for record in rounds:
+        seeds = found.setdefault(record["strategy"], {})
+        seeds.setdefault(record["seed"], {})[record["num_labeled"]] = record[value]
+    return found
 
 
 def _area(run: Mapping[int, float]) -> float:
@@ -133,12 +154,14 @@ def _area(run: Mapping[int, float]) -> float:
     return statistics.area_under_curve(labels.astype(float), np.array([run[n] for n in labels]))
 
 
-def _accuracies(curves: Mapping[str, records.Curve]) -> list[str]:
+def _accuracies(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str]:
     labels = sorted({int(count) for curve in curves.values() for count in curve.num_labeled})
     rows = []
     for name, curve in curves.items():
         points = zip(curve.num_labeled, curve.mean, curve.std, strict=True)
         cells = {int(n): _cell(mean, std) for n, mean, std in points}
+        if curve.num_seeds < num_seeds:
+            name = f"{name} ({_seeds(curve.num_seeds)})"
         rows.append([name, *(cells.get(n, "") for n in labels)])
     return _markdown(["labels", *map(str, labels)], rows)
 
@@ -190,12 +213,27 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
-    random = curves.get("random")
+    header, text = ["strategy"], [f"{_seeds(len(scores.seeds))}."]
+    random = curves["random"] if "random" in scores.strategies else None
+    if scores.area is not None:
+        header.append("area under the curve")
+        text.append(
+            "Area under the curve: the mean height (%) of test accuracy over the labels spent, "
+            "mean ± sample standard deviation."
+        )
+    if random is not None:
+        header += ["labels to random's last accuracy", "label efficiency"]
+        text.append(
+            "Label efficiency: random's labels over those after which the strategy's mean, "
+            "interpolated between rounds, first reaches random's last mean; above 1 it saves "
+            "labels."
+        )
     rows = []
-    for name, area in zip(scores.strategies, scores.area, strict=True):
-        curve = curves[name]
-        spread = area.std(ddof=1) if len(area) > 1 else float("nan")
-        row = [name, _cell(area.mean(), spread)]
+    for index, name in enumerate(scores.strategies):
+        curve, row = curves[name], [name]
+        if scores.area is not None:
+            area = scores.area[index]
+            row.append(_cell(area.mean(), area.std(ddof=1) if len(area) > 1 else float("nan")))
         if random is not None:
             needed = statistics.labels_to_reach(
                 random.mean[-1], curve.num_labeled.astype(float), curve.mean
@@ -203,18 +241,8 @@ def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
             share = random.num_labeled[-1] / needed
             row += ["never"] * 2 if np.isnan(needed) else [f"{needed:.0f}", f"{share:.2f}"]
         rows.append(row)
-    text = (
-        "Area under the curve: the mean height (%) of test accuracy over the labels spent; "
-        f"{_seeds(len(scores.seeds))}, mean ± sample standard deviation."
-    )
-    header = ["strategy", "area under the curve"]
-    if random is not None:
-        header += ["labels to random's last accuracy", "label efficiency"]
-        text += (
-            " Label efficiency: random's labels over those after which the strategy's mean first "
-            "reaches random's last mean; above 1 it saves labels."
-        )
-    return [*filter(None, (text, scores.left_out)), "", *_markdown(header, rows)]
+    lines = [" ".join(text), *filter(None, [scores.left_out])]
+    return [*lines, "", *_markdown(header, rows)] if len(header) > 1 else lines
 
 
 def _against(reference: str, scores: Scores) -> list[str]:
@@ -222,10 +250,10 @@ def _against(reference: str, scores: Scores) -> list[str]:
     at = scores.strategies.index(reference)
     others = [i for i in range(len(scores.strategies)) if i != at]
     lines = [f"## Against {reference}", ""]
-    for title, values in (
-        (f"Test accuracy at {scores.num_labeled[-1]:.0f} labels", scores.values[..., -1]),
-        ("Area under the curve", scores.area),
-    ):
+    tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
+    if scores.area is not None:
+        tested["Area under the curve"] = scores.area
+    for title, values in tested.items():
         differences = [statistics.paired_difference(values[i], values[at]) for i in others]
         t_pvalues = statistics.holm(np.array([d.t_pvalue for d in differences]))
         ranked = statistics.holm(np.array([d.wilcoxon_pvalue for d in differences]))
@@ -234,10 +262,10 @@ def _against(reference: str, scores: Scores) -> list[str]:
                 scores.strategies[i],
                 f"{100 * d.mean:+.2f}".replace("-", MINUS),
                 f"{100 * d.low:+.2f} to {100 * d.high:+.2f}".replace("-", MINUS),
-                f"{d.t_pvalue:.3f}",
-                f"{t_pvalue:.3f}",
-                f"{d.wilcoxon_pvalue:.3f}",
-                f"{rank:.3f}",
+                f"{d.t_pvalue:.4f}",
+                f"{t_pvalue:.4f}",
+                f"{d.wilcoxon_pvalue:.4f}",
+                f"{rank:.4f}",
             ]
             for i, d, t_pvalue, rank in zip(others, differences, t_pvalues, ranked, strict=True)
         ]

@@ -76,6 +76,12 @@ def opened(
         done = defaultdict(list)
         for record in records.mend(rounds, say):
             done[record["strategy"], record["seed"]].append(record)
+        for (strategy, seed), of_run in done.items():
+            if [record["round"] for record in of_run] != list(range(len(of_run))):
+                raise UserError(
+                    f"{rounds} lacks a round of {strategy}, seed {seed}, or has one twice: remove "
+                    "the lines of this run, which is then played again"
+                )
         yield RunDirectory(path, done)
     finally:
         if not _holds_work(path):
@@ -103,8 +109,8 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
             theirs = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} holds records, but no {FLAGS_NAME} that says how they were made: give "
-                "another --output_dir"
+                f"{path} holds records, but no readable {FLAGS_NAME} that says how they were "
+                "made: give another --output_dir"
             ) from error
         if difference := differing(ours, theirs):
             raise UserError(

@@ -29,6 +29,9 @@ def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every γ with every seed; returns what failed."""
     binary.check_no_arguments(argv)
     common.apply_preset(active_learning.PRESETS)
+    for name in ("gamma", "strategies"):
+        if not flags.FLAGS[name].using_default_value:
+            raise dj.UserError(f"--{name} has no effect here, see --gammas")
     budget = dj.Budget(common.INITIAL_SIZE.value, common.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {}
     for text in GAMMAS.value:

@@ -43,7 +43,7 @@ def run(argv: list[str]) -> list[str]:
         if not text.isdecimal() or not int(text) or BUDGET.value % int(text):
             raise dj.UserError(f"rounds must divide the budget of {BUDGET.value}, got {text!r}")
         batch_size = BUDGET.value // int(text)
-        if (name := f"R={int(text)}, b={batch_size}") in arms:
+        if (name := f"R={int(text)} b={batch_size}") in arms:
             raise dj.UserError(f"a number of rounds is given twice: {','.join(ROUNDS.value)}")
         arms[name] = (strategy, dj.Budget(common.INITIAL_SIZE.value, batch_size, int(text)))
     if not arms:

@@ -3,7 +3,7 @@
   python -m experiments.report runs/digits-cnn
 
 reads one or more output directories, of one setting (the seeds of which may so come from several
-machines), and nothing else. Written to the first of them, or to --output_dir:
+machines), and nothing else. Written to the first of them, or to --report_dir:
 
 - table.md: accuracies by strategy and labels, beside the paper's where the setting is one of its;
 - accuracy.png: the same as curves;
@@ -22,9 +22,14 @@ OUTPUT_DIR = flags.DEFINE_string(
     "report_dir", None, "Where the report goes; by default the first of the directories."
 )
 REFERENCES = flags.DEFINE_list(
-    "references", ["random", "dynamical"], "Strategies against which the others are tested."
+    "references",
+    None,
+    "Strategies against which the others are tested; by default random and dynamical, else the "
+    "first.",
 )
 
+# What a record must hold to be reported.
+NEEDED = {"strategy", "seed", "round", "num_labeled", "test_accuracy", "flags", "dataset", "model"}
 # What may differ between directories that are reported together.
 OF_ONE_DIRECTORY = {*binary.CIRCUMSTANCES, "num_seeds", "first_seed", "strategies"}
 
@@ -41,10 +46,17 @@ def run(directories: list[str]) -> list[str]:
             "name the directories to report on: python -m experiments.report runs/digits-cnn"
         )
     rounds = read(directories)
+    names = list(dict.fromkeys(record["strategy"] for record in rounds))
+    references = REFERENCES.value
+    if references is None:
+        references = [name for name in ("random", "dynamical") if name in names] or names[:1]
+    for name in references:
+        if name not in names:
+            raise dj.UserError(f"no records of reference {name!r}; choose from {', '.join(names)}")
     output = pathlib.Path(OUTPUT_DIR.value or directories[0])
     texts = {
         "table.md": dj.reports.accuracy(rounds, published(rounds)),
-        "statistics.md": dj.reports.significance(rounds, REFERENCES.value),
+        "statistics.md": dj.reports.significance(rounds, references),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,6 +81,8 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     for directory in directories:
         path = pathlib.Path(directory) / dj.records.FILE_NAME
         for record in dj.records.read(path):
+            if not set(record) >= NEEDED:
+                raise dj.UserError(f"{path} holds a line that is not the record of a round")
             key = record["strategy"], record["seed"], record["round"]
             if key in found:
                 raise dj.UserError(

@@ -117,6 +117,12 @@ def test_other_options_out_of_range(dataset, option, message):
         experiment(dataset, **option)
 
 
+def test_outputs_must_be_as_many_as_classes(dataset):
+    other = toy.standardized(dj.models.CNN(7))
+    with pytest.raises(dj.UserError, match="the model has 7 outputs, but toy has 3 classes"):
+        dataclasses.replace(experiment(dataset), model=other).init()
+
+
 def test_budget_must_fit_the_pool(dataset):
     budget = dj.Budget(20, 20, 3)
     with pytest.raises(dj.UserError, match="need 80 images, but the pool of toy has 60"):

@@ -116,10 +116,12 @@ class TestDamage:
         assert checkpoints.restore(experiment_).round_index == 2
         assert "not what was written" in said[0]
 
-    def test_of_a_model_of_another_size(self, saved, dataset):
-        checkpoints, _, said, _ = saved
-        other = toy.standardized(toy.ConvBatchNorm(num_classes=4))
-        assert checkpoints.restore(experiment(dataset, model=other)) is None
+    def test_of_a_model_of_another_size(self, dataset, tmp_path):
+        said, states = [], Checkpoints(tmp_path / "run", print)
+        narrow, wide = (toy.standardized(dj.models.NTKCNN(3, (width,))) for width in (4, 5))
+        states.save(experiment(dataset, model=narrow).init())
+        states = Checkpoints(tmp_path / "run", said.append)
+        assert states.restore(experiment(dataset, model=wide)) is None
         assert "a model of another size" in said[0]
 
     def test_of_another_model(self, saved, dataset):
@@ -162,10 +164,20 @@ class TestRunDirectory:
         with run_directory.opened(str(tmp_path), FLAGS):  # Given back.
             pass
 
+    def test_a_round_that_is_missing(self, tmp_path):
+        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+            for index in (0, 2):
+                directory.append({"strategy": "a", "seed": 0, "round": index})
+        with (
+            pytest.raises(dj.UserError, match="lacks a round of a, seed 0"),
+            run_directory.opened(str(tmp_path), FLAGS),
+        ):
+            pass
+
     def test_records_of_unknown_making(self, tmp_path):
         records.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
         with (
-            pytest.raises(dj.UserError, match=r"holds records, but no flags.json"),
+            pytest.raises(dj.UserError, match=r"holds records, but no readable flags.json"),
             run_directory.opened(str(tmp_path), FLAGS),
         ):
             pass

@@ -106,7 +106,7 @@ def test_statistics(run, tmp_path):
     run(records())
     text = (tmp_path / "run0" / "statistics.md").read_text()
     scores = dj.reports.common_scores(records())
-    summary = cells(text, "Area under")
+    summary = cells(text, "5 seeds.")
     curves = scores.values[0]
     area = 100 * np.array([dj.statistics.area_under_curve(scores.num_labeled, c) for c in curves])
     assert summary["dynamical"][0] == f"{area.mean():.2f} ± {area.std(ddof=1):.2f}"
@@ -116,7 +116,7 @@ def test_statistics(run, tmp_path):
     against = cells(text, "## Against random")
     difference = 100 * (scores.values[0, :, -1] - scores.values[1, :, -1])
     assert against["dynamical"][0] == f"{difference.mean():+.2f}"
-    assert against["dynamical"][4] == "0.062"
+    assert against["dynamical"][4] == "0.0625"
     assert "dynamical is better" in text
     assert "cannot go below p = 0.0625, 0.125 after the correction for 2 comparisons" in text
     assert "cannot support any claim at 5 %; 7 seeds could" in text
@@ -148,10 +148,39 @@ def test_runs_that_are_not_finished_are_left_out(run, tmp_path):
     lines = [r for r in lines if not (r["strategy"] == "random" and r["seed"] == 4)]
     assert run(lines)[0] is None
     text = (tmp_path / "run0" / "statistics.md").read_text()
-    assert "left out: margin, seed 0; margin, seed 1" in text
+    assert "left out of tests: margin, seed 0; margin, seed 1" in text
     assert "margin" not in cells(text, "## Against random")
     assert "4 seeds" in text
-    assert cells((tmp_path / "run0" / "table.md").read_text(), "Mean ±")["margin"][3:] == ["", ""]
+    table = (tmp_path / "run0" / "table.md").read_text()
+    assert cells(table, "Mean ±")["margin"][3:] == ["", ""]
+    assert "random (4 seeds)" in cells(table, "Mean ±")
+    assert "left out of tests: margin, seed 0" in table
+
+
+def test_random_unfinished_gives_no_label_efficiency(run, tmp_path):
+    run([r for r in records() if not (r["strategy"] == "random" and r["round"] == 4)])
+    text = (tmp_path / "run0" / "statistics.md").read_text()
+    assert cells(text, "5 seeds.")["strategy"] == ["area under the curve"]
+
+
+def test_areas_of_other_rounds_are_not_compared(run, tmp_path):
+    lines = [r for r in records() if not (r["strategy"] == "margin" and r["round"] == 2)]
+    run(lines)
+    text = (tmp_path / "run0" / "statistics.md").read_text()
+    assert "Area" not in text
+    assert "margin" in cells(text, "## Against random")
+
+
+def test_other_references(run, tmp_path):
+    run(records(), references=["margin"])
+    text = (tmp_path / "run0" / "statistics.md").read_text()
+    assert "## Against margin" in text
+    assert "## Against random" not in text
+    status, _, errors = run(records(), references=["badge"])
+    assert status == 1
+    assert errors == (
+        "error: no records of reference 'badge'; choose from dynamical, random, margin\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,6 +188,8 @@ def test_runs_that_are_not_finished_are_left_out(run, tmp_path):
     [
         ([], "name the directories to report on"),
         ([[]], "no round is recorded in"),
+        ([[{"a": 1}]], "holds a line that is not the record of a round"),
+        ([[[1]]], "line 1 of"),
         ([records([0]), records([0])], "round 0 of dynamical, seed 0 is in"),
         (
             [records([0]), records([1], learning_rate=0.1)],

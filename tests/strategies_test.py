@@ -98,6 +98,11 @@ def test_no_labels_of_the_pool_can_be_reached():
     assert fields == {"apply", "variables", "labeled", "unlabeled", "on_progress"}
 
 
+def test_labels_must_be_as_many_as_inputs():
+    with pytest.raises(dj.UserError, match="6 inputs and 4 labels"):
+        make_view(labeled=dj.Examples(toy.images(6), toy.labels(4)))
+
+
 def test_unknown_strategy_lists_the_choices():
     with pytest.raises(
         dj.UserError, match="unknown strategy 'best'; choose from dynamical, random, confidence"

@@ -43,6 +43,10 @@ class LearnerView:
 
     def __post_init__(self):
         object.__setattr__(self, "labeled", Examples(*self.labeled))
+        if len(self.labeled.x) != len(self.labeled.y):
+            raise UserError(
+                f"the labeled set has {len(self.labeled.x)} inputs and {len(self.labeled.y)} labels"
+            )
 
 
 class Query(NamedTuple):
