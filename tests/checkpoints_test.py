@@ -235,6 +235,17 @@ class TestPlay:
         stale.save(state._replace(round_index=2))
         flags = json.dumps(records.finite(FLAGS))
         (tmp_path / "run" / run_directory.FLAGS_NAME).write_text(flags)
+        append, calls = run_directory.RunDirectory.append, []
+
+        def killed(self, record):
+            if len(calls) == 2:  # Two rounds are recorded: as many as the stale state believes.
+                raise Killed
+            calls.append(append(self, record))
+
+        monkeypatch.setattr(run_directory.RunDirectory, "append", killed)
+        with pytest.raises(Killed):
+            self.play(tmp_path / "run", dataset)
+        monkeypatch.setattr(run_directory.RunDirectory, "append", append)
         failures, rounds = self.play(tmp_path / "run", dataset)
         assert (failures, rounds) == ([], expected)
 
