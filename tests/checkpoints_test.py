@@ -238,9 +238,9 @@ class TestPlay:
         append, calls = run_directory.RunDirectory.append, []
 
         def killed(self, record):
-            if len(calls) == 2:  # Two rounds are recorded: as many as the stale state believes.
-                raise Killed
             calls.append(append(self, record))
+            if len(calls) == 2:  # As many rounds are recorded as the stale state believes.
+                raise Killed
 
         monkeypatch.setattr(run_directory.RunDirectory, "append", killed)
         with pytest.raises(Killed):
