@@ -28,6 +28,7 @@ from absl import flags
 
 import dynamical_jax as dj
 from benchmarks.task import Task
+from experiments import binary
 
 DEFAULT_BATCH_SIZES = {
     "cnn": (128, 512),
@@ -110,7 +111,7 @@ def settings(
     names = list(contenders) if CONTENDERS.value is None else CONTENDERS.value
     _check_names("model", models, batch_sizes)
     _check_names("contender", names, contenders)
-    given = None if BATCH_SIZES.value is None else positive("batch_sizes", BATCH_SIZES.value)
+    given = None if BATCH_SIZES.value is None else binary.positive("batch_sizes", BATCH_SIZES.value)
     if REPETITIONS.value < 1:
         raise dj.UserError(f"repetitions must be at least 1, got {REPETITIONS.value}")
     device = jax.default_backend()
@@ -120,17 +121,6 @@ def settings(
         for size in given or batch_sizes[model]
     ]
     return Settings(tasks, {name: contenders[name] for name in names}, REPETITIONS.value)
-
-
-def positive(flag: str, values: Sequence[str]) -> list[int]:
-    """Returns the numbers that a list flag holds.
-
-    Raises:
-      UserError: if there are none, or others than positive whole ones.
-    """
-    if not values or not all(value.isdecimal() and int(value) for value in values):
-        raise dj.UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
-    return [int(value) for value in values]
 
 
 def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Any]) -> None:

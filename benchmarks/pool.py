@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 from benchmarks import harness
 from benchmarks.task import Task
+from experiments import binary
 
 POOL_SIZES = flags.DEFINE_list("pool_sizes", ["5000", "49500"], "Images in each pool.")
 
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int | None:
 
 def run() -> None:
     """Checks the flags, then scores each pool with each model."""
-    sizes = harness.positive("pool_sizes", POOL_SIZES.value)
+    sizes = binary.positive("pool_sizes", POOL_SIZES.value)
     tasks, contenders, _ = harness.settings(CONTENDERS, BLOCK_SIZES)
     report = harness.Report("pool")
     print(report.head())

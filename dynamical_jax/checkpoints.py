@@ -60,10 +60,10 @@ class Checkpoints:
 
     def restore(self, experiment: Experiment) -> State | None:
         """Returns the newest state that is whole, or None; removes those that are torn."""
-        import orbax.checkpoint as ocp
-
         if not self._directory.exists():
             return None
+        import orbax.checkpoint as ocp
+
         for left in self._directory.iterdir():
             if left.is_dir() and not left.with_suffix(".json").exists():
                 self._drop(left, "was not finished")

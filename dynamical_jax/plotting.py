@@ -16,7 +16,7 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
     More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
     """
-    plt = _pyplot()
+    plt = pyplot()
     rounds = list(rounds)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     curves = records.curves(rounds)
@@ -49,7 +49,7 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
       points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
       path: of the picture.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     epochs = [point["epoch"] for point in points]
     for size in points[0]["ratios"]:
@@ -65,7 +65,8 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Returns matplotlib.pyplot, drawing to files only."""
     import matplotlib  # here, because drawing comes last and importing takes a while
 
     matplotlib.use("Agg")

@@ -35,7 +35,7 @@ PRESETS = [name for name, table in paper.tables().items() if "batch_size" in tab
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return binary.run_main(functools.partial(run, argv))
+    return binary.run_main(functools.partial(run, argv), common.INTERRUPTED)
 
 
 def run(argv: list[str]) -> list[str]:

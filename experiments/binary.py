@@ -20,11 +20,12 @@ CIRCUMSTANCES = {
 }
 
 
-def run_main(run: Callable[[], list[str]]) -> int | None:
+def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
     """Runs a binary; returns the exit status. What can be explained is one line, no traceback.
 
     Args:
       run: does the work; returns a line for each part that failed.
+      interrupted: is printed where the user stops it.
     """
     try:
         failures = run()
@@ -32,7 +33,7 @@ def run_main(run: Callable[[], list[str]]) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -82,6 +82,9 @@ EVALUATE_EVERY = flags.DEFINE_integer(
 )
 
 
+INTERRUPTED = "interrupted; the same command continues from here"
+
+
 def apply_preset(names: Iterable[str]) -> None:
     """Gives flags that were not given the values of the table that `--preset` names.
 
@@ -112,8 +115,7 @@ def compare(
     Returns:
       A line for each run that failed.
     """
-    if NUM_SEEDS.value < 1:
-        raise dj.UserError(f"num_seeds must be at least 1, got {NUM_SEEDS.value}")
+    of_seeds = seeds()
     training = training_config()
     dataset, model = load()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
@@ -129,7 +131,7 @@ def compare(
             dj.Experiment(dataset, model, strategy, budget, training, seed, EVALUATE_EVERY.value),
             identity,
         )
-        for seed in range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
+        for seed in of_seeds
         for name, (strategy, budget) in arms.items()
     ]
     dj.records.environment()  # What cannot be recorded should fail now and not after a round.
@@ -162,20 +164,32 @@ def training_config() -> dj.TrainingConfig:
     )
 
 
+def seeds() -> range:
+    """Returns the seeds of the repetitions."""
+    if NUM_SEEDS.value < 1:
+        raise dj.UserError(f"num_seeds must be at least 1, got {NUM_SEEDS.value}")
+    return range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
+
+
 def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
     dj.models.check_name(MODEL.value)
+    dataset = load_dataset()
+    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
+    return dataset, dj.models.create(MODEL.value, dataset, **options)
+
+
+def load_dataset() -> dj.Dataset:
+    """Returns the data set that the flags name, and keeps compiled programs beside it."""
     cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
     binary.keep_compiled_programs(cache_dir)
-    dataset = dj.datasets.load(
+    return dj.datasets.load(
         DATASET.value,
         image_size=IMAGE_SIZE.value,
         data_dir=DATA_DIR.value,
         cache_dir=cache_dir,
         download=DOWNLOAD.value,
     )
-    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
-    return dataset, dj.models.create(MODEL.value, dataset, **options)
 
 
 def summarize(path: pathlib.Path) -> None:

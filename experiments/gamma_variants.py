@@ -22,7 +22,7 @@ flags.adopt_module_key_flags(common)
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return binary.run_main(functools.partial(run, argv))
+    return binary.run_main(functools.partial(run, argv), common.INTERRUPTED)
 
 
 def run(argv: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ OTHERS = ("batch_size", "num_rounds")
 
 def main(argv: list[str]) -> int | None:
     """Runs the comparison that the flags describe; returns the exit status."""
-    return binary.run_main(functools.partial(run, argv))
+    return binary.run_main(functools.partial(run, argv), common.INTERRUPTED)
 
 
 def run(argv: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What the theory's binaries share: data, a network, its kernel, and what they write."""
 
+import functools
 import json
 import os
 import pathlib
@@ -77,31 +78,25 @@ class Setting(NamedTuple):
 def setting() -> Setting:
     """Returns the data and the network that the flags name, and keeps compiled programs."""
     widths = tuple(binary.positive("widths", WIDTHS.value))
-    if common.NUM_SEEDS.value < 1:
-        raise dj.UserError(f"num_seeds must be at least 1, got {common.NUM_SEEDS.value}")
-    cache_dir = common.CACHE_DIR.value or dj.datasets.default_cache_dir()
-    binary.keep_compiled_programs(cache_dir)
-    dataset = dj.datasets.load(
-        common.DATASET.value, data_dir=common.DATA_DIR.value, cache_dir=cache_dir
-    )
+    dataset = common.load_dataset()
     return Setting(dataset, dj.models.create("ntk_cnn", dataset, widths=widths))
-
-
-def seeds() -> range:
-    """Returns the seeds of the repetitions."""
-    return range(common.FIRST_SEED.value, common.FIRST_SEED.value + common.NUM_SEEDS.value)
 
 
 def kernel(
     apply: ApplyFn, variables: Variables, x: Any, on_progress: OnProgress = ignore_progress
 ) -> np.ndarray:
     """Returns Θ of images, averaged over as many logits as the flag says."""
+    fewer = _first_logits(apply, NUM_LOGITS.value or None)
+    return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=on_progress)
 
+
+@functools.cache  # Programs are compiled for each function: the same one for the same network.
+def _first_logits(apply: ApplyFn, count: int | None) -> ApplyFn:
     def fewer(variables: Variables, x: Array) -> dj.Outputs:
         outputs = apply(variables, x)
-        return dj.Outputs(outputs.logits[:, : NUM_LOGITS.value or None], outputs.embedding)
+        return dj.Outputs(outputs.logits[:, :count], outputs.embedding)
 
-    return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=on_progress)
+    return fewer
 
 
 def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int) -> Any:
@@ -113,10 +108,8 @@ def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int)
 def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
     """Returns labels of which a share is drawn anew, uniformly, as in Zhang et al. (2017)."""
     generator = dj.streams.generator(seed, "noise")
-    order, drawn = (
-        generator.permutation(len(labels)),
-        generator.integers(0, num_classes, len(labels)),
-    )
+    order = generator.permutation(len(labels))
+    drawn = generator.integers(0, num_classes, len(labels))
     changed = order[: round(share * len(labels))]
     noisy = np.array(labels)
     noisy[changed] = drawn[changed]
@@ -132,11 +125,7 @@ def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[A
       sentence: what was found, with its numbers.
       draw: draws the picture into a matplotlib figure.
     """
-    import matplotlib  # here, because drawing comes last and importing takes a while
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = dj.plotting.pyplot()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     name = pathlib.Path(module.__file__).stem
     record = {"finding": sentence, "flags": used, **results, **dj.records.environment()}

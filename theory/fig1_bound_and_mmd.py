@@ -18,6 +18,7 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
+from experiments import common as experiment
 from theory import common
 
 QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> list[str]:
     needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
     if needed > there:
         raise dj.UserError(f"|S| and b need {needed} images, {setting.dataset.name} has {there}")
-    rows = [row for seed in common.seeds() for row in of_seed(setting, seed, sizes)]
+    rows = [row for seed in experiment.seeds() for row in of_seed(setting, seed, sizes)]
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES

@@ -12,12 +12,15 @@ import functools
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
+from experiments import common as experiment
 from theory import common
 
 QUERY_SIZE = flags.DEFINE_integer("query_size", 25, "|Q|.", lower_bound=1)
@@ -26,6 +29,7 @@ for _name in (*common.KEY_FLAGS, "num_labeled", "epochs", "training_rate"):
     flags.declare_key_flag(_name)
 
 RESAMPLES = 2000
+TOGETHER = 8  # Queries for which S passes through the network once.
 
 
 def main(argv: list[str]) -> int | None:
@@ -37,7 +41,7 @@ def run(argv: list[str]) -> list[str]:
     """Draws every Q, then writes the correlations; returns what failed: nothing."""
     binary.check_no_arguments(argv)
     setting = common.setting()
-    pool, seed = setting.dataset.pool, common.seeds()[0]
+    pool, seed = setting.dataset.pool, experiment.FIRST_SEED.value
     if common.NUM_LABELED.value + QUERY_SIZE.value > len(pool.y):
         raise dj.UserError(
             f"|S| and |Q| need {common.NUM_LABELED.value + QUERY_SIZE.value} images, "
@@ -70,21 +74,33 @@ def quantities(
 ) -> dict[str, list[float]]:
     """Returns for each Q the alignment, G_MSE and the cross-entropy's G of S ∪ Q."""
     pool, model = setting.dataset.pool, setting.model
-    unlabeled = np.setdiff1d(np.arange(len(pool.y)), rows)
+    unlabeled, size = np.setdiff1d(np.arange(len(pool.y)), rows), QUERY_SIZE.value
+    apply = jax.jit(model.apply)
+    grad_s = dj.gradients.set_gradient(
+        model.apply, variables, dj.Examples(pool.x[rows], pool.y[rows])
+    )
     points: dict[str, list[float]] = {"alignment": [], "squared_error": [], "cross_entropy": []}
-    for index in range(DRAWS.value):
-        generator = dj.streams.generator(seed, "draws", index)
-        query = generator.choice(unlabeled, QUERY_SIZE.value, replace=False)
-        both = np.append(rows, query)
-        examples = dj.Examples(pool.x[both], pool.y[both])
-        theta = common.kernel(model.apply, variables, examples.x)
-        targets = setting.targets(examples.y)
-        residual = np.asarray(model.apply(variables, examples.x).logits) - targets
-        grad = dj.gradients.set_gradient(model.apply, variables, examples)
-        points["alignment"].append(dj.alignment.alignment(theta, targets))
-        of_mse = dj.dynamics.squared_error_training_dynamics(theta, residual)
-        points["squared_error"].append(float(of_mse))
-        points["cross_entropy"].append(float(dj.dynamics.training_dynamics(grad)))
+    for start in range(0, DRAWS.value, TOGETHER):
+        # Always as many, of one shape, though of the last not all may be asked for.
+        queries = [
+            dj.streams.generator(seed, "draws", start + i).choice(unlabeled, size, replace=False)
+            for i in range(TOGETHER)
+        ]
+        all_rows = np.concatenate([rows, *queries])
+        theta = common.kernel(model.apply, variables, pool.x[all_rows])
+        targets = setting.targets(pool.y[all_rows])
+        residual = np.asarray(apply(variables, pool.x[all_rows]).logits) - targets
+        for i in range(min(TOGETHER, DRAWS.value - start)):
+            first = len(rows) + i * size
+            both = np.append(np.arange(len(rows)), np.arange(first, first + size))
+            part = theta[np.ix_(both, both)]
+            query = dj.Examples(pool.x[queries[i]], pool.y[queries[i]])
+            grad_q = dj.gradients.set_gradient(model.apply, variables, query)
+            grad = jax.tree.map(jnp.add, grad_s, grad_q)
+            of_mse = dj.dynamics.squared_error_training_dynamics(part, residual[both])
+            points["alignment"].append(dj.alignment.alignment(part, targets[both]))
+            points["squared_error"].append(float(of_mse))
+            points["cross_entropy"].append(float(dj.dynamics.training_dynamics(grad)))
     return points
 
 

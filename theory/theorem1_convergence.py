@@ -21,6 +21,7 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
+from experiments import common as experiment
 from theory import common
 
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of gradient descent.", lower_bound=1)
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, then writes the curves; returns what failed: nothing."""
     binary.check_no_arguments(argv)
     setting = common.setting()
-    curves = [of_noise(setting, noise, seed) for seed in common.seeds() for noise in NOISE]
+    curves = [curve for seed in experiment.seeds() for curve in of_seed(setting, seed)]
     apart = max(
         float(np.max(np.abs(np.sqrt(c["error"]) - np.sqrt(c["convergence_term"]))))
         / np.sqrt(c["error"][0])
@@ -65,54 +66,62 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def of_noise(setting: common.Setting, noise: float, seed: int) -> dict[str, Any]:
-    """Returns the network's squared error after each step, beside what the theory says."""
+def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
+    """Returns for each share of noise the network's error after each step, beside the theory's."""
     pool, model = setting.dataset.pool, setting.model
-    rows = setting.draw(seed, common.NUM_LABELED.value)
+    rows, variables = setting.draw(seed, common.NUM_LABELED.value), setting.variables(seed)
     x, num_classes = jnp.asarray(pool.x[rows]), len(setting.dataset.class_names)
-    labels = common.with_noise(pool.y[rows], noise, num_classes, seed)
-    # Centred: what is common to all examples is learned at once, whatever the labels.
-    targets = setting.targets(labels)
-    targets = targets - np.mean(targets, axis=0)
-    variables = setting.variables(seed)
-    of_theta = dj.alignment.spectrum(common.kernel(model.apply, variables, x))
+    theta = common.kernel(model.apply, variables, x)
+    of_theta = dj.alignment.spectrum(theta)
     rate = SHARE_OF_LARGEST_RATE / of_theta.eigenvalues[-1]
-    steps = np.arange(STEPS.value + 1.0)
-    terms = dj.alignment.squared_convergence_term(of_theta, targets, rate, steps)
-    lower, upper = dj.alignment.convergence_bounds(of_theta, targets, rate, steps[1:])
-    aligned = of_theta.eigenvalues @ np.sum((of_theta.eigenvectors.T @ targets) ** 2, axis=1)
-    return {
-        "noise": noise,
-        "seed": seed,
-        "learning_rate": float(rate),
-        "alignment": float(aligned),
-        "error": np.asarray(descend(model, variables, x, jnp.asarray(targets), rate)).tolist(),
-        "convergence_term": terms.tolist(),
-        "lower": lower.tolist(),
-        "upper": upper.tolist(),
-    }
+    steps, result = np.arange(STEPS.value + 1.0), []
+    for noise in NOISE:
+        labels = common.with_noise(pool.y[rows], noise, num_classes, seed)
+        # Centred: what is common to all examples is learned at once, whatever the labels.
+        targets = setting.targets(labels)
+        targets = targets - np.mean(targets, axis=0)
+        terms = dj.alignment.squared_convergence_term(of_theta, targets, rate, steps)
+        lower, upper = dj.alignment.convergence_bounds(of_theta, targets, rate, steps[1:])
+        error = descend(model.apply, variables, x, jnp.asarray(targets), rate)
+        result.append(
+            {
+                "noise": noise,
+                "seed": seed,
+                "learning_rate": float(rate),
+                "alignment": dj.alignment.alignment(theta, targets),
+                "error": np.asarray(error).tolist(),
+                "convergence_term": terms.tolist(),
+                "lower": lower.tolist(),
+                "upper": upper.tolist(),
+            }
+        )
+    return result
 
 
 def descend(
-    model: Any, variables: dj.types.Variables, x: Any, targets: Any, rate: float
+    apply: dj.types.ApplyFn, variables: dj.types.Variables, x: Any, targets: Any, rate: float
 ) -> dj.types.Array:
     """Returns ‖Y − f_t‖² before each step of gradient descent and after the last."""
-    start = model.apply(variables, x).logits
-
-    def loss(params: Any) -> Any:
-        outputs = model.apply({**variables, "params": params}, x).logits - start
-        return jnp.sum((outputs - targets) ** 2) / 2
-
-    @jax.jit
-    def step(params: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(params)
-        return jax.tree.map(lambda p, g: p - rate * g, params, gradient), 2 * value
-
+    goal = apply(variables, x).logits + targets  # f is what the outputs have moved by.
     params, errors = variables["params"], []
     for _ in range(STEPS.value + 1):
-        params, error = step(params)
+        params, error = _step(apply, {**variables, "params": params}, x, goal, rate)
         errors.append(error)
     return jnp.stack(errors)
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _step(
+    apply: dj.types.ApplyFn, variables: dj.types.Variables, x: Any, goal: Any, rate: Any
+) -> Any:
+    """The parameters after a step of gradient descent on ½‖f − Y‖², and ‖f − Y‖² before it."""
+
+    def loss(params: Any) -> Any:
+        return jnp.sum((apply({**variables, "params": params}, x).logits - goal) ** 2) / 2
+
+    params = variables["params"]
+    value, gradient = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - rate * g, params, gradient), 2 * value
 
 
 def draw(curves: list[dict[str, Any]], figure: Any) -> None:

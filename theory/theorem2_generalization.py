@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
+from experiments import common as experiment
 from theory import common
 
 for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, then writes the points; returns what failed: nothing."""
     binary.check_no_arguments(argv)
     setting = common.setting()
-    rows = [row for seed in common.seeds() for row in of_seed(setting, seed)]
+    rows = [row for seed in experiment.seeds() for row in of_seed(setting, seed)]
     inside = sum(r["lower"] <= r["middle"] <= r["upper"] for r in rows)
     tau = scipy.stats.kendalltau([r["bound"] for r in rows], [r["test_error"] for r in rows])
     sentence = (

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynamical_jax import losses, selection
-from dynamical_jax.strategies.base import LearnerView, Query, Strategy, check_finite
+from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.strategies.predictions import predict
 from dynamical_jax.types import Array
 
@@ -33,5 +33,4 @@ class Badge(Strategy):
     def select(self, key: Array, scored: Factors, batch_size: int, state: Any) -> Query:
         """Returns the seeding; scores are distances to the nearest when chosen."""
         positions, distances = selection.k_means_plus_plus(key, *scored, batch_size)
-        check_finite(np.asarray(distances))
         return Query(np.asarray(positions), np.asarray(distances), state)

@@ -109,6 +109,7 @@ class Strategy(abc.ABC):
         scored = jax.block_until_ready(self.score(key_score, view, state))
         middle = time.perf_counter()
         query = self.select(key_select, scored, batch_size, state)
+        check_finite(query.scores)
         seconds = {"score": middle - start, "select": time.perf_counter() - middle}
         return query._replace(seconds=seconds)
 
