@@ -28,10 +28,11 @@ def _selection(task: Task, num_classes: int) -> Work:
     if task.model == "dynamical":  # Its scores are the matter of benchmarks.pool.
         scored = jax.random.normal(key, (task.pool_size,))
     else:
-        outputs = jax.random.normal(key, (task.pool_size, num_classes + EMBEDDING))
-        labeled = dj.Examples(outputs[:NUM_LABELED], np.zeros(NUM_LABELED, np.int32))
+        inputs = jax.random.normal(key, (NUM_LABELED + task.pool_size, num_classes + EMBEDDING))
+        labeled = dj.Examples(inputs[:NUM_LABELED], np.zeros(NUM_LABELED, np.int32))
+        outputs = inputs[NUM_LABELED:]
         apply = lambda variables, x: dj.Outputs(x[:, :num_classes], jnp.abs(x[:, num_classes:]))
         scored = strategy.score(key, dj.LearnerView(apply, {}, labeled, outputs), state)
-        del outputs, labeled
+        del inputs, labeled, outputs
     jax.block_until_ready(jax.tree.leaves(scored))
     return _work(lambda: strategy.select(key, scored, task.batch_size, state).positions, 1)
