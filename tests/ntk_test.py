@@ -70,6 +70,21 @@ def test_parts_and_chunks_change_nothing(options):
     assert sorted(seen) == seen
 
 
+def test_small_eigenvalues_survive_float32_parameters():
+    # Two images nearly the same: λ_max / λ_min is beyond what products in float32 can tell apart.
+    model, variables, x = network()
+    x = jnp.concatenate([x, x[:1] + 1e-4 * jax.random.normal(jax.random.key(2), x[:1].shape)])
+    targets = np.eye(3)[np.arange(8) % 3]
+    kernel = ntk.empirical_ntk(model.apply, variables, x)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
+        exact = ntk.empirical_ntk(model.apply, wide, x.astype(jnp.float64))
+    least, *_, most = np.linalg.eigvalsh(exact)
+    assert least < 1e-8 * most
+    bound = dj.generalization.generalization_bound
+    np.testing.assert_allclose(bound(kernel, targets), bound(exact, targets), rtol=1e-3)
+
+
 def test_parts_cover_the_parameters_within_the_limit():
     leaves = [np.zeros(shape) for shape in ((3,), (4,), (25,), (2,), (10,), (1,))]
     parts = empirical._parts(leaves, 10)

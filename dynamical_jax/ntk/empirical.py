@@ -4,6 +4,10 @@
 infinite width 𝒦 = Θ ⊗ I_K. neural-tangents computes it block by block of examples and forms the
 Jacobians of both sides anew for each of them; here the Jacobian J of all examples is formed once,
 for as many parameters at a time as memory allows, and Θ is the sum of J Jᵀ over these parts.
+
+J is of the parameters' type, the products and their sum are of float64: λ_max / λ_min of an NTK is
+beyond float32, in which Θ⁻¹ would be noise. The rounding of J itself moves singular values of J by
+its own size, and with it λ_min by far less than λ_max · 1e-7.
 """
 
 import functools
@@ -42,7 +46,7 @@ def empirical_ntk(
     chunk_size: int = CHUNK_SIZE,
     on_progress: OnProgress = ignore_progress,
 ) -> Float[np.ndarray, "..."]:
-    """Returns the empirical NTK between two sets of examples.
+    """Returns the empirical NTK between two sets of examples, in float64.
 
     Args:
       apply: the model, `apply(variables, x) -> Outputs`, in evaluation mode.
@@ -65,16 +69,16 @@ def empirical_ntk(
     size = np.dtype(jnp.result_type(*leaves)).itemsize
     free = psutil.virtual_memory().available
     shape = (len(x1), len(sides[-1])) + (() if trace else (k, k))
-    if (needed := 2 * math.prod(shape) * size) > free:
+    if (needed := 2 * math.prod(shape) * 8) > free:
         raise UserError(
             f"a kernel of {' × '.join(map(str, shape))} numbers needs {_gib(needed)}, and "
             f"{_gib(free)} are free: take fewer examples"
         )
     limit = free // 2 if memory_bytes is None else memory_bytes
-    # Beside the part there is its product with the other side.
-    parts = _parts(leaves, max(1, limit // (2 * rows * size)))
+    # Beside the part there is its copy in float64.
+    parts = _parts(leaves, max(1, limit // (rows * (size + 8))))
     done, total = 0, len(parts) * sum(map(len, sides))
-    kernel = jnp.zeros(shape, jnp.result_type(*leaves))
+    kernel = np.zeros(shape)
     for indices, start, stop in parts:
         jacobians = []
         for x in sides:
@@ -83,7 +87,8 @@ def empirical_ntk(
                 _jacobian(apply, variables, x, indices, (start, stop), chunk_size, report)
             )
             done += len(x)
-        kernel = _add_product(kernel, jacobians[0], jacobians[-1], trace)
+        with jax.enable_x64(True):
+            kernel = _add_product(kernel, jacobians[0], jacobians[-1], trace)
         del jacobians
     return np.asarray(kernel)
 
@@ -166,10 +171,10 @@ def _write(buffer: Array, rows: Array, positions: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="trace", donate_argnums=0)
 def _add_product(kernel: Array, left: Array, right: Array, trace: bool) -> Array:
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    left, right = left.astype(jnp.float64), right.astype(jnp.float64)
     if trace:
-        return kernel + product("nkp,mkp->nm", left, right) / left.shape[1]
-    return kernel + product("nkp,mlp->nmkl", left, right)
+        return kernel + jnp.einsum("nkp,mkp->nm", left, right) / left.shape[1]
+    return kernel + jnp.einsum("nkp,mlp->nmkl", left, right)
 
 
 def _gib(size: int) -> str:
