@@ -8,6 +8,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import dynamical_jax as dj
+
 BINARIES = (
     "fig1_bound_and_mmd",
     "fig2_alignment",
@@ -64,6 +66,37 @@ def test_figure_1_has_both_scales(run, tmp_path):
         # ℬ goes with Θ^(−1/2), MMD² with Θ.
         assert unit["bound"] == pytest.approx(raw["bound"] * raw["mean_diagonal"] ** 0.5, rel=1e-3)
         assert raw["squared_mmd"] == pytest.approx(unit["squared_mmd"] * raw["mean_diagonal"])
+
+
+@pytest.mark.skipif(not dj.ntk.compatibility.is_installed(), reason="needs neural-tangents")
+def test_figure_1_of_infinite_width(run, tmp_path):
+    small = {"image_size": 4, "num_labeled": 12, "query_sizes": ["4"]}
+    run("fig1_bound_and_mmd", infinite_width=True, **small)
+    infinite = json.loads((tmp_path / "run" / "fig1_bound_and_mmd.json").read_text())
+    assert infinite["flags"]["infinite_width"]
+    errors = []
+    for width in ("8", "512"):
+        run("fig1_bound_and_mmd", widths=[width, width], **small)
+        finite = json.loads((tmp_path / "run" / "fig1_bound_and_mmd.json").read_text())
+        diagonals = [results["rows"][0]["mean_diagonal"] for results in (infinite, finite)]
+        errors.append(abs(diagonals[1] / diagonals[0] - 1))
+    assert errors[1] < min(errors[0], 0.1)
+
+
+def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch):
+    original = MODULES["fig1_bound_and_mmd"].of_seed
+
+    def of_seed(setting, seed, sizes):
+        if seed == 0:
+            raise dj.UserError("the kernel matrix is not positive definite")
+        return original(setting, seed, sizes)
+
+    monkeypatch.setattr(MODULES["fig1_bound_and_mmd"], "of_seed", of_seed)
+    status, output, errors = run("fig1_bound_and_mmd", num_seeds=2)
+    assert (status, errors) == (1, "error: seed 0: the kernel matrix is not positive definite\n")
+    assert "MMD / ℬ" in output
+    rows = json.loads((tmp_path / "run" / "fig1_bound_and_mmd.json").read_text())["rows"]
+    assert {row["seed"] for row in rows} == {1}
 
 
 def test_the_theorems_hold(run, tmp_path):

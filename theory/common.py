@@ -38,7 +38,16 @@ JITTER = flags.DEFINE_float(
 )
 
 # Of all binaries; others are for each to declare.
-KEY_FLAGS = ("dataset", "data_dir", "cache_dir", "output_dir", "first_seed", "widths", "num_logits")
+KEY_FLAGS = (
+    "dataset",
+    "image_size",
+    "data_dir",
+    "cache_dir",
+    "output_dir",
+    "first_seed",
+    "widths",
+    "num_logits",
+)
 
 
 class Setting(NamedTuple):
@@ -88,6 +97,12 @@ def kernel(
     """Returns Θ of images, averaged over as many logits as the flag says."""
     fewer = _first_logits(apply, NUM_LOGITS.value or None)
     return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=on_progress)
+
+
+def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
+    """Returns Θ of images in the limit of infinite width."""
+    network = setting.model
+    return dj.ntk.infinite_width_ntk(network.standardize(x), depth=len(network.model.widths))
 
 
 @functools.cache  # Programs are compiled for each function: the same one for the same network.

@@ -1,9 +1,12 @@
 """Figure 1: is MMD(S, S ∪ Q) small beside the generalization bound ℬ(S ∪ Q)?
 
-One dynamicAL query of b images after training on |S| labels; Θ is the NTK at initialisation.
+One dynamicAL query of b images after training on |S| labels; Θ is the NTK at initialisation, or its
+limit of infinite width, whose cost grows with the square of the number of pixels.
 
   python -m theory.fig1_bound_and_mmd --dataset=cifar10 --num_labeled=500
       --query_sizes=250,500,1000 --num_logits=10 --num_seeds=3
+  python -m theory.fig1_bound_and_mmd --dataset=cifar10 --image_size=8 --num_labeled=500
+      --query_sizes=250,500,1000 --infinite_width --num_seeds=3
 
 ℬ goes with Θ^(−1/2) and MMD with Θ^(1/2), so that what the figure says depends on the scale of Θ:
 both are shown for Θ as the NTK parameterisation gives it, and for Θ of mean diagonal 1.
@@ -22,6 +25,9 @@ from experiments import common as experiment
 from theory import common
 
 QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")
+INFINITE_WIDTH = flags.DEFINE_bool(
+    "infinite_width", False, "Θ of the network as its widths go to infinity, by neural-tangents."
+)
 for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):
     flags.declare_key_flag(_name)
 
@@ -34,14 +40,23 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Computes ℬ and MMD for each seed and b, then writes them; returns what failed: nothing."""
+    """Computes ℬ and MMD for each seed and b, then writes them; returns what failed."""
     binary.check_no_arguments(argv)
     sizes = binary.positive("query_sizes", QUERY_SIZES.value)
+    if INFINITE_WIDTH.value:
+        dj.ntk.neural_tangents()  # What is missing should be said now and not after training.
     setting = common.setting()
     needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
     if needed > there:
         raise dj.UserError(f"|S| and b need {needed} images, {setting.dataset.name} has {there}")
-    rows = [row for seed in experiment.seeds() for row in of_seed(setting, seed, sizes)]
+    rows, failures = [], []
+    for seed in experiment.seeds():
+        try:
+            rows += of_seed(setting, seed, sizes)
+        except dj.UserError as error:
+            failures.append(f"seed {seed}: {error}")
+    if not rows:
+        return failures
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES
@@ -50,7 +65,7 @@ def run(argv: list[str]) -> list[str]:
     sentence = f"MMD / ℬ over b = {', '.join(map(str, sizes))}: {'; '.join(parts)}."
     results = {"rows": rows, "jitter": common.JITTER.value, "num_labeled": common.NUM_LABELED.value}
     common.write(sys.modules[__name__], results, sentence, functools.partial(draw, rows, sizes))
-    return []
+    return failures
 
 
 def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
@@ -65,13 +80,15 @@ def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[s
     # The query of a smaller b is the beginning of that of a larger one.
     query = dj.strategies.Dynamical().query(dj.streams.key(seed, "strategy"), view, max(sizes))
     everything = np.append(rows, unlabeled[query.positions])
-    theta = common.kernel(model.apply, variables, pool.x[everything])
+    if INFINITE_WIDTH.value:
+        theta = common.infinite_width_kernel(setting, pool.x[everything])
+    else:
+        theta = common.kernel(model.apply, variables, pool.x[everything])
     bound, result = dj.generalization.generalization_bound, []
     for size in sizes:
         count = common.NUM_LABELED.value + size
         part, targets = theta[:count, :count], setting.targets(pool.y[everything[:count]])
         for scale, kernel in zip(SCALES, (part, dj.alignment.normalized(part)), strict=True):
-            kernel = kernel.astype(theta.dtype)
             result.append(
                 {
                     "seed": seed,

@@ -44,10 +44,15 @@ class Standardized(nn.Module):
 
     def __call__(self, x: Any, train: bool = False) -> Outputs:
         """Returns the outputs of `model` for raw images `[n, h, w, c]`."""
+        return self.model(self.standardize(x), train)
+
+    @nn.nowrap
+    def standardize(self, x: Any) -> Array:
+        """Returns what `model` is given for raw images `[n, h, w, c]`."""
         dtype = jnp.result_type(jnp.float32, x.dtype)
         # Shaped [1, 1, 1, c], so that nothing is broadcast by rank.
         mean, std = (jnp.asarray([[[channel]]], dtype) for channel in (self.mean, self.std))
-        return self.model((x - mean) / jnp.where(std == 0, 1, std), train)
+        return (x - mean) / jnp.where(std == 0, 1, std)
 
 
 def create(name: str, dataset: Any, **options: Any) -> Standardized:

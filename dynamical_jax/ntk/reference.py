@@ -3,12 +3,18 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jaxtyping import Array, Float
 
+from dynamical_jax.errors import UserError
 from dynamical_jax.ntk.compatibility import neural_tangents
 from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
+
+PAIRS_HELD = 16
+"""Covariances of all pixels with all, per pair of images, that neural-tangents holds at a time."""
 
 
 def reference_ntk(
@@ -51,30 +57,48 @@ def reference_ntk(
 
 
 def infinite_width_ntk(
-    x1: Float[AnyArray, "n h w c"], x2: Any = None, *, depth: int = 3, batch_size: int = 0
+    x1: Float[AnyArray, "n h w c"],
+    x2: Any = None,
+    *,
+    depth: int = 3,
+    memory_bytes: int | None = None,
 ) -> Float[np.ndarray, "n m"]:
-    """Returns Θ of `models.NTKCNN` as its widths go to infinity, of standardised images.
+    """Returns Θ of `models.NTKCNN` as its widths go to infinity, in float64.
 
-    Memory and time grow with the square of the number of pixels, (h·w)² for each pair of images:
-    global average pooling correlates all pixels with all.
+    Time grows with (h·w)² for each pair of images: global average pooling correlates all pixels
+    with all.
 
     Args:
       x1: images as the network sees them, standardised.
       x2: likewise; by default x1.
       depth: number of convolutions.
-      batch_size: images of a block, which divides n and m; 0 for all at once.
+      memory_bytes: for the pairs that are worked on at a time; by default a quarter of what is
+        free; changes no result.
 
     Raises:
-      UserError: if neural-tangents cannot be used here.
+      UserError: if neural-tangents cannot be used here, or a single pair needs more memory.
     """
-    stax = neural_tangents().stax
+    nt = neural_tangents()
     layers = []
     for _ in range(depth):
-        layers += [stax.Conv(1, (3, 3), padding="SAME", W_std=math.sqrt(2)), stax.Relu()]
-    _, _, kernel = stax.serial(*layers, stax.GlobalAvgPool(), stax.Dense(1))
-    if batch_size:
-        kernel = neural_tangents().batch(kernel, batch_size=batch_size, device_count=0)
-    return np.asarray(kernel(jnp.asarray(x1), _device(x2), "ntk"))
+        layers += [nt.stax.Conv(1, (3, 3), padding="SAME", W_std=math.sqrt(2)), nt.stax.Relu()]
+    _, _, kernel = nt.stax.serial(*layers, nt.stax.GlobalAvgPool(), nt.stax.Dense(1))
+    limit = psutil.virtual_memory().available // 4 if memory_bytes is None else memory_bytes
+    height, width = np.shape(x1)[1:3]
+    needed = PAIRS_HELD * 8 * (height * width) ** 2
+    if needed > limit:
+        raise UserError(
+            f"the infinite-width kernel of two images of {height} × {width} pixels needs "
+            f"{needed / 2**20:.0f} MiB, and {limit / 2**20:.0f} MiB are allowed: take smaller ones"
+        )
+    sides = [np.asarray(x) for x in (x1, x2) if x is not None]
+    block = min(math.isqrt(limit // needed), max(map(len, sides)))
+    with jax.enable_x64(True):
+        # It takes whole blocks only: filled up with the last image, which is then cut off.
+        filled = [jnp.asarray(_filled_up(x, block), jnp.float64) for x in sides]
+        other = filled[1] if len(sides) == 2 else None
+        ntk = nt.batch(kernel, batch_size=block, device_count=0)(filled[0], other, "ntk")
+    return np.asarray(ntk)[: len(sides[0]), : len(sides[-1])]
 
 
 def kernel_regression(
@@ -112,6 +136,10 @@ def kernel_regression(
         jnp.asarray(ntk_to_training),
     )
     return np.asarray(outputs)
+
+
+def _filled_up(x: np.ndarray, block: int) -> np.ndarray:
+    return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
 
 
 def _device(x: Any) -> Any:
