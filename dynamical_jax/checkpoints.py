@@ -6,12 +6,13 @@ every file of the directory. What has no manifest, or not those checksums, is to
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +22,52 @@ from dynamical_jax import records, training
 from dynamical_jax.active_learning import Experiment, State, Underway
 from dynamical_jax.pool import Pool
 
+T = TypeVar("T")
+
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, there is one before it."""
 
 
-class Checkpoints:
-    """The newest states of one run.
+class Store:
+    """The newest of what is saved in a directory, as arrays and a few JSON values.
 
     Args:
       directory: theirs alone; made when the first is saved.
-      say: called with a line about a checkpoint that could not be used.
+      say: called with a line about what could not be used.
     """
 
     def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
         self._directory, self._say = directory, say
 
-    def save(self, state: State) -> None:
-        """Writes a state, and then removes all but the newest `KEPT`."""
+    def save(self, name: str, tree: Any, description: Mapping[str, Any]) -> None:
+        """Writes the arrays of a tree, and then removes all but the newest `KEPT`.
+
+        Args:
+          name: names sort as what is saved follows each other.
+          tree: of arrays.
+          description: JSON values.
+        """
         import orbax.checkpoint as ocp  # here, because it takes a while
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        underway = state.underway
-        arrays = self._directory / _name(state)
+        arrays = self._directory / name
         _remove(arrays)
-        leaves = _leaves(state)
+        # With names that sort in the order of the tree.
+        leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(arrays.resolve(), args=ocp.args.StandardSave(leaves))
-        manifest = {
-            "round_index": state.round_index,
-            "epoch": underway.epoch if underway else 0,
-            "best_test_accuracy": underway.best_test_accuracy if underway else 0.0,
-            "seconds": underway.seconds if underway else {},
-            "files": _checksums(arrays),
-        }
+        manifest = {**description, "files": _checksums(arrays)}
         records.write(arrays.with_suffix(".json"), json.dumps(manifest))
         for old in self._manifests()[KEPT:]:
             _remove(old.with_suffix(""))
 
-    def restore(self, experiment: Experiment) -> State | None:
-        """Returns the newest state that is whole, or None; removes those that are torn."""
+    def restore(self, make: Callable[[dict[str, Any], list[np.ndarray]], T]) -> T | None:
+        """Returns what `make` makes of the newest that is whole, or None; removes what is torn.
+
+        Args:
+          make: called with the description and the leaves of the tree, in its order; raises
+            `ValueError` if it cannot use them.
+        """
         if not self._directory.exists():
             return None
         import orbax.checkpoint as ocp
@@ -67,24 +75,21 @@ class Checkpoints:
         for left in self._directory.iterdir():
             if left.is_dir() and not left.with_suffix(".json").exists():
                 self._drop(left, "was not finished")
-        if not (manifests := self._manifests()):
-            return None
-        like = experiment.init()
-        for path in manifests:
+        for path in self._manifests():
             arrays = path.with_suffix("")
             try:
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-                if manifest["files"] != _checksums(arrays):
+                if manifest.pop("files") != _checksums(arrays):
                     raise ValueError("files are missing or not what was written")
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
-                return _state(experiment, like, manifest, leaves)
+                return make(manifest, [leaves[name] for name in sorted(leaves)])
             except (ValueError, KeyError, OSError) as error:
                 self._drop(arrays, f"is damaged ({str(error).splitlines()[0]})")
         return None
 
     def remove(self) -> None:
-        """Removes all of them, and the directory above if it is then empty."""
+        """Removes all, and the directory above if it is then empty."""
         shutil.rmtree(self._directory, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._directory.parent.rmdir()
@@ -97,9 +102,35 @@ class Checkpoints:
         _remove(arrays)
 
 
-def _leaves(state: State) -> dict[str, np.ndarray]:
-    """The arrays of a state, with names that sort in the order of its tree."""
-    return {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(_tree(state)))}
+class Checkpoints:
+    """The newest states of one run, in a `Store`; arguments are those of one."""
+
+    def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
+        self._store = Store(directory, say)
+
+    def save(self, state: State) -> None:
+        """Writes a state."""
+        underway = state.underway or Underway(0, None, 0.0, {})
+        description = {
+            "round_index": state.round_index,
+            "epoch": underway.epoch,
+            "best_test_accuracy": underway.best_test_accuracy,
+            "seconds": underway.seconds,
+        }
+        # Sorts as states follow each other.
+        name = f"round-{state.round_index:05d}-epoch-{underway.epoch:07d}"
+        self._store.save(name, _tree(state), description)
+
+    def restore(self, experiment: Experiment) -> State | None:
+        """Returns the newest state that is whole, or None; removes those that are torn."""
+        like = functools.cache(experiment.init)  # Not made where there is nothing to restore.
+        return self._store.restore(
+            lambda description, leaves: _state(experiment, like(), description, leaves)
+        )
+
+    def remove(self) -> None:
+        """Removes all of them, and the directory above if it is then empty."""
+        self._store.remove()
 
 
 def _tree(state: State) -> Any:
@@ -109,36 +140,46 @@ def _tree(state: State) -> Any:
 
 
 def _state(
-    experiment: Experiment, like: State, manifest: dict[str, Any], leaves: dict[str, Any]
+    experiment: Experiment, like: State, description: dict[str, Any], leaves: list[np.ndarray]
 ) -> State:
     """Puts arrays back into the tree that the experiment's states have, such as `like`."""
-    if manifest["epoch"]:
+    if description["epoch"]:
         progress = training.begin(like.variables, experiment.training_config)
         like = like._replace(underway=Underway(0, progress.optimizer_state, 0.0, {}))
-    structure = jax.tree.structure(_tree(like))
-    if structure.num_leaves != len(leaves):
-        raise ValueError("it is of another model or optimizer")
-    in_order = [leaves[name] for name in sorted(leaves)]
-    # All but the first, the labeled set, which grows.
-    for saved, leaf in zip(in_order[1:], jax.tree.leaves(_tree(like))[1:], strict=True):
-        if saved.shape != np.shape(leaf):
-            raise ValueError("it is of a model of another size")
-    labeled, strategy_state, *rest = jax.tree.unflatten(structure, in_order)
+    # Of the shapes all but the first's, the labeled set's, which grows.
+    labeled, strategy_state, *rest = unflattened(_tree(like), leaves, growing=1)
     variables, optimizer_state = jax.tree.map(jnp.asarray, rest)
     underway = None
-    if manifest["epoch"]:
+    if description["epoch"]:
         underway = Underway(
-            manifest["epoch"], optimizer_state, manifest["best_test_accuracy"], manifest["seconds"]
+            description["epoch"],
+            optimizer_state,
+            description["best_test_accuracy"],
+            description["seconds"],
         )
     unlabeled = np.setdiff1d(np.arange(len(experiment.dataset.pool.y)), labeled)
     pool = Pool(labeled, unlabeled)
-    return State(manifest["round_index"], pool, variables, strategy_state, underway)
+    return State(description["round_index"], pool, variables, strategy_state, underway)
 
 
-def _name(state: State) -> str:
-    """Sorts as states follow each other."""
-    epoch = state.underway.epoch if state.underway else 0
-    return f"round-{state.round_index:05d}-epoch-{epoch:07d}"
+def unflattened(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
+    """Returns the leaves of a tree in the structure of another.
+
+    Args:
+      like: a tree of the same structure.
+      leaves: in its order.
+      growing: of so many leaves at the beginning the shapes may differ.
+
+    Raises:
+      ValueError: if structures or shapes differ.
+    """
+    expected, structure = jax.tree.flatten(like)
+    if len(expected) != len(leaves):
+        raise ValueError("it is of another model or optimizer")
+    for saved, leaf in zip(leaves[growing:], expected[growing:], strict=True):
+        if saved.shape != np.shape(leaf):
+            raise ValueError("it is of a model of another size")
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _checksums(directory: pathlib.Path) -> dict[str, int]:
