@@ -7,15 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import linen as nn
 
-from dynamical_jax import models, streams, training
+from dynamical_jax import contract, models, streams, training
 from dynamical_jax.datasets import Dataset
 from dynamical_jax.errors import UserError
 from dynamical_jax.pool import Oracle, Pool, initial_pool
-from dynamical_jax.strategies import LearnerView, Strategy
+from dynamical_jax.strategies import LearnerView, Strategy, check_embedding
 from dynamical_jax.types import Examples, Rows, Variables
 
 
@@ -134,7 +133,8 @@ class Experiment:
 
     Attributes:
       dataset: the pool and the test set.
-      model: a Flax module `(x, train) -> Outputs` of raw images.
+      model: a Flax Linen module of raw images, `(x, train=False)` or `(x)`; what it may return is
+        said in `types.ApplyFn`.
       strategy: chooses the queries.
       budget: how many labels, when.
       training_config: how the model is fitted in each round.
@@ -169,7 +169,11 @@ class Experiment:
             )
 
     def init(self) -> State:
-        """Returns the state before round 0: the initial set drawn, the weights initialised."""
+        """Returns the state before round 0: the initial set drawn, the weights initialised.
+
+        Raises:
+          UserError: if the model's outputs are not what the data set and the strategy need.
+        """
         pool = initial_pool(
             len(self.dataset.pool.y),
             self.budget.initial_size,
@@ -177,12 +181,13 @@ class Experiment:
         )
         key = streams.key(self.seed, "weights")
         variables = models.init(self.model, key, self.dataset.pool.x)
-        outputs = jax.eval_shape(self.model.apply, variables, self.dataset.pool.x[:1])
-        given, needed = outputs.logits.shape[-1], len(self.dataset.class_names)
+        outputs = contract.output_shapes(self.model.apply, variables, self.dataset.pool.x)
+        given, needed = outputs.logits.shape[1], len(self.dataset.class_names)
         if given != needed:
             raise UserError(
                 f"the model has {given} outputs, but {self.dataset.name} has {needed} classes"
             )
+        check_embedding(self.strategy, outputs)
         return State(0, pool, variables, self.strategy.init())
 
     def step(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from dynamical_jax import losses, streams
+from dynamical_jax import contract, losses, streams
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
@@ -125,7 +125,7 @@ def fit(
     """Trains a model on the labeled set until `config` says that it is fitted.
 
     Args:
-      model: a module `(x, train) -> Outputs`.
+      model: a module of `(x, train=False)` or `(x)`; what it may return is said in `ApplyFn`.
       start: variables to start from, which are left as they are; or the progress of an earlier
         call with the same arguments, which is used up: then the fit is what that one would have
         been, bit for bit.
@@ -140,6 +140,7 @@ def fit(
 
     Raises:
       DivergedError: if a loss is not finite.
+      UserError: if a label is no class of the model.
     """
     count = len(labeled.y)
     capacity = max(capacity or count, count)
@@ -149,6 +150,7 @@ def fit(
     # `begin` copies the variables, since the epochs donate theirs.
     progress = start if isinstance(start, Progress) else begin(start, config)
     epoch, variables, optimizer_state = progress
+    contract.check_labels(model.apply, variables, labeled.x, labeled.y)
     evaluation = None
     if epoch:  # Training may have been interrupted just before it would have stopped.
         evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
@@ -199,7 +201,7 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames="apply")
 def _evaluate_block(apply: ApplyFn, variables: Variables, block: Examples, mask: Array) -> Array:
-    logits = apply(variables, block.x).logits
+    logits = contract.as_outputs(apply(variables, block.x), len(block.x)).logits
     correct = jnp.argmax(logits, axis=-1) == block.y
     loss = losses.cross_entropy(logits, block.y)
     return jnp.stack([jnp.vdot(mask, correct.astype(loss.dtype)), jnp.vdot(mask, loss)])
@@ -252,7 +254,7 @@ def batch_gradient(
     Guaranteed: rows where `mask` is False change nothing, BatchNorm statistics included.
 
     Args:
-      model: a module `(x, train) -> Outputs`.
+      model: a module, as in `fit`.
       variables: its variables.
       batch: x `[n, ...]`, y `[n]`.
       mask: `[n]` bool, at least one True.
@@ -265,11 +267,12 @@ def batch_gradient(
             outputs, statistics = model.apply(
                 {"params": params, **rest},
                 batch.x,
-                train=True,
+                **contract.train_option(model, True),
                 mutable=list(rest),
                 rngs={"dropout": dropout_key},
             )
-        loss = losses.cross_entropy(outputs.logits, batch.y)
+        logits = contract.as_outputs(outputs, len(batch.x)).logits
+        loss = losses.cross_entropy(logits, batch.y)
         return jnp.sum(loss, where=mask) / jnp.sum(mask), statistics
 
     (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
@@ -278,6 +281,11 @@ def batch_gradient(
 
 def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """Gives every BatchNorm of any module the mask, so that models need not know of it."""
+    if contract.is_nnx(context.module) and "batch_stats" in context.module.variables:
+        raise UserError(
+            "a BatchNorm of NNX would count the rows that fill up a batch of training: use "
+            "GroupNorm or LayerNorm, or nn.BatchNorm in a Linen module"
+        )
     if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
         x = args[0] if args else kwargs["x"]
         mask = mask.reshape(-1, *[1] * (x.ndim - 1))

@@ -18,7 +18,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Outputs(NamedTuple):
-    """What a model returns for n examples: logits `[n, K]` and penultimate features `[n, d]`."""
+    """Logits `[n, K]` of n examples and what the last layer was given, `[n, d]`, or None."""
 
     logits: Any
     embedding: Any
@@ -39,12 +39,13 @@ class GradientTerms(NamedTuple):
     label: Any
 
 
-ApplyFn = Callable[..., Outputs]
+ApplyFn = Callable[..., Any]
 """`model.apply` of a Flax Linen module: a pure function of variables and inputs.
 
-Called as `apply(variables, x)` it must be in evaluation mode, where every row of the outputs is a
-function of the same row of the inputs alone, and rows keep their places throughout. Training calls
-`apply(variables, x, train=True, …)`.
+It returns logits `[n, K]`, `Outputs`, or a pair of logits and embedding. Called as
+`apply(variables, x)` it must be in evaluation mode, where every row of the outputs is a function of
+the same row of the inputs alone, and rows keep their places throughout. Training calls
+`apply(variables, x, train=True, …)`, or without `train` where the module takes none.
 """
 
 

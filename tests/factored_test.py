@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax import linen as nn
 from jax import lax
 
@@ -67,16 +68,6 @@ def tolerance():
     return 1e-10 if jax.config.jax_enable_x64 else 1e-5
 
 
-def assert_close(terms, expected, direction, tolerance):
-    """‖g_u‖² relative to itself, g_u·v to ‖g_u‖‖v‖, its size without cancellation."""
-    np.testing.assert_allclose(terms.squared_norm, expected.squared_norm, rtol=tolerance)
-    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(direction)))
-    error = np.abs(terms.inner_product - expected.inner_product)
-    bound = tolerance * norm * np.sqrt(expected.squared_norm)
-    assert np.all(error <= bound), error / bound
-    np.testing.assert_array_equal(terms.label, expected.label)
-
-
 def with_form(formed):
     """The factored engine, with the gradients of kernels formed or not whatever the rule says."""
 
@@ -102,7 +93,7 @@ def check(model, x, labels=None, engines=(factored.gradient_terms,)):
     *several, expected = terms_of(model, engines, variables, x, labels, direction)
     assert np.all(expected.squared_norm > 0)
     for terms in several:
-        assert_close(terms, expected, direction, tolerance())
+        toy.assert_close(terms, expected, direction, tolerance())
 
 
 # --- Layers, option by option ---
@@ -335,7 +326,7 @@ def test_saturated_examples():
     engines = (factored.gradient_terms, per_example.gradient_terms)
     terms, expected = terms_of(model, engines, variables, x, None, direction)
     assert terms.squared_norm[3] == terms.inner_product[3] == 0  # σ(f) is the label exactly.
-    assert_close(terms, expected, direction, 1e-5)
+    toy.assert_close(terms, expected, direction, 1e-5)
 
 
 # --- Refusals ---
@@ -683,7 +674,7 @@ def test_half_precision_is_summed_in_single(layer, formed):
     direction = jax.tree.map(lambda leaf: 1e6 * leaf, direction)
     engines = (with_form(formed), per_example.gradient_terms)
     terms, expected = terms_of(model, engines, variables, x, None, direction)
-    assert_close(terms, expected, direction, 1e-2)
+    toy.assert_close(terms, expected, direction, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -700,7 +691,7 @@ def test_models_that_cannot_be_taken_apart_are_done_by_vmap(function):
     with pytest.warns(UserWarning, match=r"no factored gradients \(.*\); using vmap"):
         terms = gradients.norms_and_products(model.apply, variables, x, direction)
     expected = per_example.gradient_terms(model.apply, variables, x, None, direction)
-    assert_close(terms, expected, direction, 1e-5)
+    toy.assert_close(terms, expected, direction, 1e-5)
 
 
 def test_errors_of_the_model_are_its_own():
@@ -736,7 +727,7 @@ def test_what_is_refused_is_done_by_vmap_with_a_warning(name, why):
     expected = jax.jit(functools.partial(per_example.gradient_terms, model.apply))(
         variables, x, None, direction
     )
-    assert_close(terms, expected, direction, 1e-5)
+    toy.assert_close(terms, expected, direction, 1e-5)
 
 
 # --- Whole models ---
@@ -798,7 +789,7 @@ def setting(name):
 def test_models_at_initialization_and_with_any_values(name):
     _, variables, x, y, direction, both = setting(name)
     for values in (variables, drawn(variables, seed=1)):
-        assert_close(*both(values, x, y, direction), direction, 1e-5)
+        toy.assert_close(*both(values, x, y, direction), direction, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -807,7 +798,7 @@ def test_models_at_initialization_and_with_any_values(name):
 )
 def test_models_after_training(name):
     model, variables, x, y, direction, both = setting(name)
-    assert_close(*both(trained(model, variables, x, y), x, y, direction), direction, 1e-5)
+    toy.assert_close(*both(trained(model, variables, x, y), x, y, direction), direction, 1e-5)
 
 
 # --- Memory ---

@@ -74,3 +74,13 @@ def variables(model: nn.Module, dtype=None, seed: int = 0) -> dict:
     generator = np.random.default_rng(seed)
     moved = [leaf + (leaf.ndim == 1) * generator.uniform(0, 0.3, leaf.shape) for leaf in leaves]
     return jax.tree.unflatten(structure, [leaf.astype(dtype or np.float32) for leaf in moved])
+
+
+def assert_close(terms, expected, direction, tolerance):
+    """‖g_u‖² relative to itself, g_u·v to ‖g_u‖‖v‖, its size without cancellation."""
+    np.testing.assert_allclose(terms.squared_norm, expected.squared_norm, rtol=tolerance)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(direction)))
+    error = np.abs(terms.inner_product - expected.inner_product)
+    bound = tolerance * norm * np.sqrt(expected.squared_norm)
+    assert np.all(error <= bound), error / bound
+    np.testing.assert_array_equal(terms.label, expected.label)

@@ -30,7 +30,7 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 from jax.extend import core as extend_core
 
-from dynamical_jax import losses
+from dynamical_jax import contract, losses
 from dynamical_jax.gradients import shares
 from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
 
@@ -69,7 +69,7 @@ def gradient_terms(
 
     def loss(probe: Array) -> tuple[Array, Array]:
         with _tapped(variables, direction, probe, []):
-            logits = apply(variables, x).logits
+            logits = contract.as_outputs(apply(variables, x), len(x)).logits
         targets = jnp.argmax(logits, axis=-1) if labels is None else labels
         return jnp.sum(losses.cross_entropy(logits, targets)), targets
 
@@ -100,7 +100,7 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
 
         def logits(given: Any, batch: Any) -> Array:
             with _tapped(variables, params, jnp.zeros((n, 2)), calls, given):
-                return apply(given, batch).logits
+                return contract.as_outputs(apply(given, batch), n).logits
 
         return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from dynamical_jax import losses
+from dynamical_jax import contract, losses
 from dynamical_jax.types import AnyArray, ApplyFn, GradientTerms, Params, Variables
 
 
@@ -22,7 +22,7 @@ def per_example_gradients(
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def loss(params: Params, x: Any, label: Any) -> Array:
-        logits = apply({"params": params, **rest}, x[None]).logits
+        logits = contract.as_outputs(apply({"params": params, **rest}, x[None]), 1).logits
         return losses.cross_entropy(logits, label[None])[0]
 
     return jax.vmap(jax.grad(loss), (None, 0, 0))(variables["params"], x, labels)
@@ -41,7 +41,8 @@ def gradient_terms(
       direction: a pytree like `variables["params"]`.
     """
     if labels is None:
-        labels = jnp.argmax(apply(variables, x).logits, axis=-1)
+        logits = contract.as_outputs(apply(variables, x), len(x)).logits
+        labels = jnp.argmax(logits, axis=-1)
     gradients = per_example_gradients(apply, variables, x, labels)
     gradients = jax.tree.map(
         lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)), gradients

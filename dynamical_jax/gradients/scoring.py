@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import psutil
 
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -48,7 +49,7 @@ def norms_and_products(
     Memory does not grow with the number of examples, beyond the results.
 
     Args:
-      apply: the model, `apply(variables, x) -> Outputs`.
+      apply: the model, `apply(variables, x)`.
       variables: its variables.
       x: `[n, ...]` the inputs; anything that gathers rows as `x[positions]`.
       direction: v, a pytree of parameters; g_S in dynamicAL.
@@ -61,10 +62,12 @@ def norms_and_products(
       on_progress: called with (done, total) after each block.
 
     Raises:
-      UserError: if the engine is unknown.
+      UserError: if the engine is unknown or a label is no class of the model.
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if labels is not None:
+        contract.check_labels(apply, variables, x, labels)
 
     def arguments(positions: np.ndarray) -> tuple[Any, ...]:
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])

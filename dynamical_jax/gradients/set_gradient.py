@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamical_jax import losses
+from dynamical_jax import contract, losses
 from dynamical_jax.gradients.blocks import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Params, Variables
 
@@ -18,12 +18,16 @@ def set_gradient(
     """Returns g_S = Σ_{x∈S} ∇_θ ℓ(x, y), a pytree of parameters, accumulated block by block.
 
     Args:
-      apply: the model, `apply(variables, x) -> Outputs`.
+      apply: the model, `apply(variables, x)`.
       variables: its variables.
       examples: the set S.
       chunk_size: how many examples at a time, halved where memory runs out; changes memory and
         speed, not the result.
+
+    Raises:
+      UserError: if a label is no class of the model.
     """
+    contract.check_labels(apply, variables, examples.x, examples.y)
     labels = np.asarray(examples.y)
     block_size = bucketed(len(labels), chunk_size)
     # A sum of many, in float32 at least.
@@ -53,7 +57,7 @@ def _block_gradient(apply: ApplyFn, variables: Variables, block: Examples, weigh
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def loss(params: Params) -> Array:
-        logits = apply({"params": params, **rest}, block.x).logits
-        return jnp.vdot(weights, losses.cross_entropy(logits, block.y))
+        outputs = contract.as_outputs(apply({"params": params, **rest}, block.x), len(block.x))
+        return jnp.vdot(weights, losses.cross_entropy(outputs.logits, block.y))
 
     return jax.grad(loss)(variables["params"])

@@ -1,7 +1,7 @@
 """Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
 
-`MODELS` holds those of the paper, `ntk_cnn` that of its theory. Any Flax module of the same form
-works in their place.
+`MODELS` holds those of the paper, `ntk_cnn` that of its theory. Any Flax module works in their
+place (docs/extend.md).
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
 from dynamical_jax.models.vgg import VGG11 as VGG11
-from dynamical_jax.types import Array, Outputs, Variables
+from dynamical_jax.types import Array, Variables
 
 MODELS: Mapping[str, type[nn.Module]] = {
     "cnn": CNN,
@@ -42,9 +43,9 @@ class Standardized(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, x: Any, train: bool = False) -> Outputs:
+    def __call__(self, x: Any, train: bool = False) -> Any:
         """Returns the outputs of `model` for raw images `[n, h, w, c]`."""
-        return self.model(self.standardize(x), train)
+        return self.model(self.standardize(x), **contract.train_option(self.model, train))
 
     @nn.nowrap
     def standardize(self, x: Any) -> Array:
@@ -83,4 +84,5 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     Raises:
       UserError: if the model cannot take images of this size.
     """
-    return jax.jit(model.init)(key, jnp.asarray(x[:1]))
+    # Dropout of NNX asks for its stream when it is made.
+    return jax.jit(model.init)({"params": key, "dropout": key}, jnp.asarray(x[:1]))

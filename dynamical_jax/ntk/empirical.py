@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float
 
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import map_blocks
 from dynamical_jax.types import (
@@ -49,7 +50,7 @@ def empirical_ntk(
     """Returns the empirical NTK between two sets of examples, in float64.
 
     Args:
-      apply: the model, `apply(variables, x) -> Outputs`, in evaluation mode.
+      apply: the model, `apply(variables, x)`, in evaluation mode.
       variables: its variables; statistics of BatchNorm are constants.
       x1: `[n, ...]` inputs.
       x2: `[m, ...]` inputs; by default x1.
@@ -62,7 +63,7 @@ def empirical_ntk(
     Raises:
       UserError: if the result, or the Jacobian in one parameter, needs more memory than there is.
     """
-    k = jax.eval_shape(apply, variables, x1[:1]).logits.shape[-1]
+    k = contract.output_shapes(apply, variables, x1).logits.shape[1]
     sides = [x1] if x2 is None else [x1, x2]
     rows = sum(map(len, sides)) * k
     leaves = jax.tree.leaves(variables["params"])
@@ -156,7 +157,7 @@ def _block_jacobian(
         for index, leaf in zip(indices, chosen, strict=True):
             own[index] = leaf
         params = jax.tree.unflatten(structure, own)
-        return apply({"params": params, **rest}, one[None]).logits[0]
+        return contract.as_outputs(apply({"params": params, **rest}, one[None]), 1).logits[0]
 
     chosen = [leaves[index] for index in indices]
     jacobians = jax.vmap(jax.jacrev(logits), (None, 0))(chosen, x)

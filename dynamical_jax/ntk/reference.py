@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 from jaxtyping import Array, Float
 
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.ntk.compatibility import neural_tangents
 from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
@@ -30,7 +31,7 @@ def reference_ntk(
     """Returns what `empirical_ntk` returns, computed by neural-tangents.
 
     Args:
-      apply: the model, `apply(variables, x) -> Outputs`, in evaluation mode.
+      apply: the model, `apply(variables, x)`, in evaluation mode.
       variables: its variables; statistics of BatchNorm are constants.
       x1: `[n, ...]` inputs.
       x2: `[m, ...]` inputs; by default x1.
@@ -45,7 +46,7 @@ def reference_ntk(
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def logits(params: Params, x: Any) -> Array:
-        return apply({"params": params, **rest}, x).logits
+        return contract.as_outputs(apply({"params": params, **rest}, x), len(x)).logits
 
     # Evaluation mode: examples do not see each other, which vmap_axes=0 takes for granted.
     kernel = nt.empirical_ntk_fn(

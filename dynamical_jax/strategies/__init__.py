@@ -10,6 +10,7 @@ from dynamical_jax.strategies.badge import Badge as Badge
 from dynamical_jax.strategies.base import LearnerView as LearnerView
 from dynamical_jax.strategies.base import Query as Query
 from dynamical_jax.strategies.base import Strategy as Strategy
+from dynamical_jax.strategies.base import check_embedding as check_embedding
 from dynamical_jax.strategies.confidence import Confidence as Confidence
 from dynamical_jax.strategies.coreset import Coreset as Coreset
 from dynamical_jax.strategies.dynamical import Dynamical as Dynamical

@@ -71,6 +71,11 @@ class ALBL(Strategy):
             )
 
     @property
+    def needs_embedding(self) -> bool:
+        """Whether any arm needs one: whichever is drawn first, it is asked for from the start."""
+        return any(arm.needs_embedding for arm in self.arms.values())
+
+    @property
     def _minimum_probability(self) -> float:
         if self.minimum_probability is None:
             return 1 / (10 * len(self.arms))

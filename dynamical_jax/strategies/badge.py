@@ -25,6 +25,8 @@ class Badge(Strategy):
     good as ten.
     """
 
+    needs_embedding = True
+
     def score(self, key: Array, view: LearnerView, state: Any) -> Factors:
         """Returns the factors of the gradients."""
         logits, embedding = predict(view, view.unlabeled, view.on_progress)

@@ -5,18 +5,19 @@ import dataclasses
 import time
 import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
-from dynamical_jax import selection
+from dynamical_jax import contract, selection
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import (
     ApplyFn,
     Array,
     Examples,
     OnProgress,
+    Outputs,
     Variables,
     ignore_progress,
 )
@@ -27,7 +28,8 @@ class LearnerView:
     """All that a strategy may see. There is no field for the labels of the pool.
 
     Attributes:
-      apply: the model, `apply(variables, x) -> Outputs` in evaluation mode.
+      apply: the model, `apply(variables, x)` in evaluation mode, which returns logits `[n, K]`, a
+        pair of logits and embedding `[n, d]`, or `Outputs`: `model.apply` of a Flax Linen module.
       variables: its variables, trained on the labeled set.
       labeled: the labeled set S, in the order in which labels were asked for.
       unlabeled: `[n, ...]` inputs of the unlabeled set U; anything that gathers rows as
@@ -70,7 +72,12 @@ class Strategy(abc.ABC):
 
     Most strategies define `score` alone, and the highest scores are chosen. One that chooses
     otherwise overrides `select`; one that carries something from round to round also `init`.
+
+    Attributes:
+      needs_embedding: whether the model has to return an embedding beside its logits.
     """
+
+    needs_embedding: ClassVar[bool] = False
 
     def init(self) -> Any:
         """Returns the state before the first query; None for strategies that keep none."""
@@ -100,9 +107,12 @@ class Strategy(abc.ABC):
 
         Raises:
           UserError: if `batch_size` is not between 1 and the number of unlabeled examples, or a
-            score is not finite.
+            score is not finite, or the model returns no embedding and one is needed.
         """
         check_batch_size(batch_size, view)
+        if self.needs_embedding:
+            outputs = contract.output_shapes(view.apply, view.variables, view.unlabeled)
+            check_embedding(self, outputs)
         state = self.init() if state is None else state
         key_score, key_select = jax.random.split(key)
         start = time.perf_counter()
@@ -112,6 +122,15 @@ class Strategy(abc.ABC):
         check_finite(query.scores)
         seconds = {"score": middle - start, "select": time.perf_counter() - middle}
         return query._replace(seconds=seconds)
+
+
+def check_embedding(strategy: Strategy, outputs: Outputs) -> None:
+    """Raises `UserError` if a strategy needs the embedding that a model does not return."""
+    if strategy.needs_embedding and outputs.embedding is None:
+        raise UserError(
+            f"{type(strategy).__name__} needs embeddings: let the model return (logits, "
+            "embedding), the embedding [n, d] being what its last layer is given"
+        )
 
 
 def check_finite(scores: np.ndarray) -> None:

@@ -20,6 +20,8 @@ class Embeddings(NamedTuple):
 class Coreset(Strategy):
     """Chooses, one after the other, the example farthest from all that are labeled or chosen."""
 
+    needs_embedding = True
+
     def score(self, key: Array, view: LearnerView, state: Any) -> Embeddings:
         """Returns the embeddings of U and S."""
         unlabeled = predict(view, view.unlabeled, view.on_progress).embedding

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.strategies.base import LearnerView
@@ -18,6 +19,8 @@ CHUNK_SIZE = 256
 def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress) -> Outputs:
     """Returns the model's outputs for x `[n, ...]`, n > 0, computed block by block.
 
+    The embedding is None where the model returns none.
+
     Raises:
       UserError: if an output is not finite.
     """
@@ -25,15 +28,16 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
     def run(positions: np.ndarray, count: int) -> Outputs:
         outputs = _outputs(view.apply, view.variables, x[positions])
         # Half precision cannot hold the squares that distances are made of.
-        wide = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in outputs]
-        return Outputs(*(part[:count] for part in wide))
+        return jax.tree.map(
+            lambda part: part[:count].astype(jnp.promote_types(part.dtype, jnp.float32)), outputs
+        )
 
     size = len(x)
     parts = map_blocks(run, size, bucketed(size, CHUNK_SIZE), on_progress)
-    outputs = Outputs(*map(jnp.concatenate, zip(*parts, strict=True)))
+    outputs = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *parts)
     # A NaN would win or lose every comparison without a word.
-    of_each = [jnp.all(jnp.isfinite(part), axis=-1) for part in outputs]
-    finite = np.logical_and(*of_each)
+    of_each = [jnp.all(jnp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
+    finite = np.logical_and.reduce(of_each)
     if not finite.all():
         raise UserError(
             f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "
@@ -44,4 +48,4 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
 
 @functools.partial(jax.jit, static_argnames="apply")
 def _outputs(apply: ApplyFn, variables: Variables, x: Any) -> Outputs:
-    return apply(variables, x)
+    return contract.as_outputs(apply(variables, x), len(x))

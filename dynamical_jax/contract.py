@@ -1,0 +1,96 @@
+"""The contract of a model: how a Flax module is called, and what is read from its answer."""
+
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.types import ApplyFn, Outputs, Variables
+
+# Names under which other modules are told what is called `train` here.
+OTHER_FLAGS = ("training", "is_training", "deterministic", "use_running_average")
+
+
+def as_outputs(value: Any, size: int) -> Outputs:
+    """Returns what a model answered for `size` examples as `Outputs`.
+
+    Args:
+      value: logits `[n, K]`, `Outputs`, or a pair of logits and embedding `[n, d]`, which may be
+        None. Shapes are enough.
+      size: n.
+
+    Raises:
+      UserError: if it is something else.
+    """
+    parts = value if isinstance(value, tuple) else (value, None)
+    if len(parts) == 2:
+        logits, embedding = parts
+        if _has_rows(logits, size) and (embedding is None or _has_rows(embedding, size)):
+            return Outputs(logits, embedding)
+    given = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value)
+    raise UserError(
+        f"for {size} examples a model returns logits [{size}, K], or a pair (dj.Outputs or a "
+        f"tuple) of logits and embedding [{size}, d]; this one returned {given}"
+    )
+
+
+def _has_rows(part: Any, size: int) -> bool:
+    shape = getattr(part, "shape", ())
+    return len(shape) == 2 and shape[0] == size
+
+
+def output_shapes(apply: ApplyFn, variables: Variables, x: Any) -> Outputs:
+    """Returns the outputs for two rows of x as shapes; nothing is computed."""
+    return as_outputs(jax.eval_shape(apply, variables, x[np.zeros(2, int)]), 2)
+
+
+def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> None:
+    """Raises `UserError` unless labels are `[n]` integers that count the model's classes from 0."""
+    labels = np.asarray(labels)
+    if labels.size == 0:
+        return
+    num_classes = output_shapes(apply, variables, x).logits.shape[1]
+    right = f"labels must be integers [n] from 0 to {num_classes - 1}, as the model has classes"
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{right}, got {labels.dtype} of shape {labels.shape}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(f"{right}, got labels from {labels.min()} to {labels.max()}")
+
+
+def train_option(module: Any, train: bool) -> dict[str, bool]:
+    """Returns the keyword arguments that tell a module whether it is being trained.
+
+    `{"train": train}`, or nothing for a module that does not ask.
+
+    Raises:
+      UserError: in training, if the module asks under another name: not told, it would be trained
+        in evaluation mode without a word.
+    """
+    parameters = inspect.signature(_called(module)).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    if "train" in names or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return {"train": train}
+    for flag in OTHER_FLAGS:
+        if train and flag in names:
+            raise UserError(
+                f"{type(module).__name__} takes {flag}, not train: wrap it in a module that takes "
+                "(x, train=False), as docs/extend.md shows"
+            )
+    return {}
+
+
+def _called(module: Any) -> Any:
+    """What the arguments of a module's call come to, where it only hands them on."""
+    if isinstance(module, nn.Sequential):
+        return _called(module.layers[0])
+    if is_nnx(module):
+        return module.nnx_class.__call__
+    return module
+
+
+def is_nnx(module: Any) -> bool:
+    """Whether a Linen module is an NNX one in its bridge, `nnx.bridge.ToLinen`."""
+    return hasattr(module, "nnx_class")  # Importing NNX to ask for the type takes 0.2 s.
