@@ -18,6 +18,7 @@ from dynamical_jax import dynamics as dynamics
 from dynamical_jax import errors as errors
 from dynamical_jax import generalization as generalization
 from dynamical_jax import gradients as gradients
+from dynamical_jax import labeling as labeling
 from dynamical_jax import losses as losses
 from dynamical_jax import mmd as mmd
 from dynamical_jax import models as models

@@ -65,6 +65,30 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     plt.close(figure)
 
 
+def contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], path: pathlib.Path
+) -> None:
+    """Draws images in rows of ten, each with a caption.
+
+    Args:
+      images: `[h, w, 3]` uint8 each, not none.
+      captions: of each, one line or two.
+      path: of the picture.
+    """
+    plt = pyplot()
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    size = (1.3 * columns, 1.6 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def pyplot() -> Any:
     """Returns matplotlib.pyplot, drawing to files only."""
     import matplotlib  # here, because drawing comes last and importing takes a while

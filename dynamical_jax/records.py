@@ -169,7 +169,7 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
 def write(path: pathlib.Path, text: str) -> None:
     """Writes a file so that it is there wholly or not at all, and on disk."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

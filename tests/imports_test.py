@@ -24,7 +24,7 @@ LAYERS = (
     # the algorithm, and what is made of it
     {"active_learning"},
     {"records", "progress"},
-    {"plotting", "reports", "checkpoints", "run_directory"},
+    {"plotting", "reports", "checkpoints", "run_directory", "labeling"},
     {"comparison"},
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))

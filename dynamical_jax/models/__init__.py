@@ -86,3 +86,19 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     """
     # Dropout of NNX asks for its stream when it is made.
     return jax.jit(model.init)({"params": key, "dropout": key}, jnp.asarray(x[:1]))
+
+
+def grown(variables: Variables, larger: Variables) -> Variables:
+    """Returns the variables of a model that has learned more classes than it knew.
+
+    Guaranteed: of the classes that it knew the logits are what they were.
+
+    Args:
+      variables: of the model with fewer classes.
+      larger: freshly drawn ones of the model with more, the new ones last.
+    """
+
+    def put(old: Array, new: Array) -> Array:
+        return new.at[tuple(map(slice, old.shape))].set(old)
+
+    return jax.tree.map(put, variables, larger)

@@ -1,0 +1,112 @@
+"""Tables that people and spreadsheets write."""
+
+import pytest
+
+import dynamical_jax as dj
+from dynamical_jax import labeling
+
+
+def write(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\na.png,cat\nb.png,dog\n",
+        "path,label\r\na.png,cat\r\nb.png,dog",  # Windows, without a last end of line
+        "\ufeffpath;label\na.png;cat\nb.png;dog\n",  # a spreadsheet's byte-order mark, semicolons
+        "label\tnote\tpath\ncat\tblurred\t./a.png\ndog\t\t b.png \n",
+        'path,label\n"a.png","cat"\nb.png,dog\nc.png,\n,\nb.png,dog\n',  # empty and double rows
+        "path,label\npictures/../a.png,cat\nb.png, dog\n",
+    ],
+)
+def test_the_same_labels_however_they_are_written(tmp_path, text):
+    table = write(tmp_path / "labels.csv", text)
+    assert labeling.read_labels(table, "images").of_path == {"a.png": "cat", "b.png": "dog"}
+
+
+def test_absolute_paths(tmp_path):
+    table = write(tmp_path / "labels.csv", f"path,label\n{tmp_path}/in/a.png,cat\n")
+    assert labeling.read_labels(table, str(tmp_path)).of_path == {"in/a.png": "cat"}
+
+
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_no_table_no_labels(tmp_path, text):
+    table = tmp_path / "labels.csv"
+    if text is not None:
+        write(table, text)
+    assert labeling.read_labels(table, "images").of_path == {}
+    labeling.add_labels(table, {"a.png": "cat"})
+    assert table.read_text() == "path,label\na.png,cat\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na.png,cat\n", "has the columns file, label; it needs path and label"),
+        ("path,label\na.png,cat\na.png,dog\n", r"line 3 of .* labels a.png 'dog', .* 'cat'"),
+        ("path,label\n,cat\n", "line 2 of .* has a label but no path"),
+        ("path,label\na.png,cat,dog\n", "line 2 of .* has more cells than the header"),
+    ],
+)
+def test_what_is_no_table_of_labels(tmp_path, text, message):
+    table = write(tmp_path / "labels.csv", text)
+    with pytest.raises(dj.UserError, match=message):
+        labeling.read_labels(table, "images")
+
+
+def test_other_encodings(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_bytes("path,label\na.png,Käse\n".encode("latin-1"))
+    with pytest.raises(dj.UserError, match="is not UTF-8; save it as CSV in UTF-8"):
+        labeling.read_labels(table, "images")
+    with pytest.raises(dj.UserError, match="cannot read"):
+        labeling.read_labels(tmp_path, "images")
+
+
+def test_two_tables_that_disagree(tmp_path):
+    joined = labeling.joined({"a": "cat"}, {"a": "cat", "b": "dog"}, tmp_path)
+    assert joined == {"a": "cat", "b": "dog"}
+    with pytest.raises(dj.UserError, match="labels a 'dog', but it is labeled 'cat' already"):
+        labeling.joined({"a": "cat"}, {"a": "dog"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("path,label\na,cat\n", "path,label\na,cat\nb,dog\nc,big cat\n"),
+        ("path,label\na,cat", "path,label\na,cat\nb,dog\nc,big cat\n"),
+        (
+            "\ufefflabel;by;path\r\ncat;me;a\r\n",
+            "\ufefflabel;by;path\r\ncat;me;a\r\ndog;;b\r\nbig cat;;c\r\n",
+        ),
+    ],
+)
+def test_adding_keeps_the_form_of_the_table(tmp_path, before, after):
+    table = write(tmp_path / "labels.csv", before)
+    labeling.add_labels(table, {"b": "dog", "c": "big cat"})
+    assert table.read_bytes() == after.encode()
+
+
+def test_a_proposal_comes_back_filled_in(tmp_path):
+    table = tmp_path / "to_label.csv"
+    proposed = [
+        labeling.Proposed("in, out/a.png", "cat", 0.9, 1.5),
+        labeling.Proposed("b.png", "dog", 0.5, 0.25),
+        labeling.Proposed("c.png", "dog", 0.5, -1.0),
+        labeling.Proposed("d.png"),
+    ]
+    labeling.write_proposal(table, proposed)
+    assert table.read_text().splitlines()[:3] == [
+        "path,label,predicted,confidence,score,rank",
+        '"in, out/a.png",,cat,0.9,1.5,1',
+        "b.png,,dog,0.5,0.25,2",
+    ]
+    assert labeling.read_labels(table, "images") == ({}, 0, 0)
+    text = table.read_text().replace(",,cat", ",cat,cat").replace("b.png,,", "b.png,cat,")
+    write(table, text.replace("d.png,,", "d.png,owl,"))
+    labels = labeling.read_labels(table, "images")
+    assert labels.of_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
+    assert (labels.num_right, labels.num_predicted) == (1, 2)
