@@ -1,18 +1,34 @@
-"""The README's Python runs as it stands."""
+"""The Python of the README and of the pages in docs/ runs as it stands."""
 
 import pathlib
-import re
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+import numpy as np
+import pytest
+import toy
+
+DOCS = sorted((toy.ROOT / "docs").glob("*.md"))
+
+
+def run(page: pathlib.Path) -> dict:
+    """Runs the blocks of a page one after the other; returns the names they leave."""
+    names = {}
+    for block in toy.python_blocks(page):
+        # Two rounds say as much as seven.
+        exec(block.replace("num_rounds=6", "num_rounds=1"), names)
+    return names
 
 
 def test_python_of_the_readme(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    names = {}
-    for block in blocks:
-        # Two rounds say as much as seven.
-        exec(block.replace("num_rounds=6", "num_rounds=1"), names)
+    assert len(toy.python_blocks(toy.ROOT / "README.md")) == 3
+    names = run(toy.ROOT / "README.md")
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
     assert labels == ["50", "75"]
     assert names["query"].positions.shape == (25,)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_python_of_the_docs(page):
+    names = run(page)
+    if page.name == "extend.md":
+        assert names["happened"].num_labeled == 75
+        assert np.isnan(names["y"][names["query_idx"]]).all()

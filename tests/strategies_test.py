@@ -1,6 +1,7 @@
 """The contract of every strategy, and what each promises of its own."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -29,8 +30,22 @@ def make_view(size=20, seed=0, **fields):
     return dj.LearnerView(**{**given, **fields})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@functools.cache
+def strategy_of_the_docs():
+    (block,) = [
+        block for block in toy.python_blocks(toy.ROOT / "docs/extend.md") if "(dj.strat" in block
+    ]
+    names = {}
+    exec(block, names)
+    return names["Balanced"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "of the docs"])
 class TestContract:
+    @pytest.fixture(autouse=True)
+    def _add_strategy_of_the_docs(self, monkeypatch):
+        monkeypatch.setitem(dj.STRATEGIES, "of the docs", strategy_of_the_docs())
+
     @pytest.mark.parametrize("batch_size", [1, 7, 20])
     def test_as_many_as_asked_for_and_none_twice(self, name, batch_size):
         query = dj.STRATEGIES[name]().query(KEY, make_view(), batch_size)

@@ -1,6 +1,8 @@
 """Small data and small models that the tests share."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -8,6 +10,8 @@ from flax import linen as nn
 
 import dynamical_jax as dj
 from dynamical_jax.models import layers
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 NUM_CLASSES = 3
 
@@ -84,3 +88,7 @@ def assert_close(terms, expected, direction, tolerance):
     bound = tolerance * norm * np.sqrt(expected.squared_norm)
     assert np.all(error <= bound), error / bound
     np.testing.assert_array_equal(terms.label, expected.label)
+
+
+def python_blocks(page: pathlib.Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
