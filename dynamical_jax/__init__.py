@@ -18,11 +18,13 @@ from dynamical_jax import dynamics as dynamics
 from dynamical_jax import errors as errors
 from dynamical_jax import generalization as generalization
 from dynamical_jax import gradients as gradients
+from dynamical_jax import images as images
 from dynamical_jax import labeling as labeling
 from dynamical_jax import losses as losses
 from dynamical_jax import mmd as mmd
 from dynamical_jax import models as models
 from dynamical_jax import ntk as ntk
+from dynamical_jax import own_data as own_data
 from dynamical_jax import plotting as plotting
 from dynamical_jax import pool as pool
 from dynamical_jax import progress as progress

@@ -219,7 +219,7 @@ class Experiment:
             nonlocal best, test, tested_at
             with watch("evaluate"):
                 test = training.evaluate(
-                    self.model.apply, variables, self.dataset.test_on_device, self.eval_batch_size
+                    self.model.apply, variables, self.dataset.test_examples, self.eval_batch_size
                 )
             best, tested_at = max(best, test.accuracy), epoch
 
@@ -254,7 +254,7 @@ class Experiment:
         pool, strategy_state = state.pool, state.strategy_state
         query, scores = np.array([], np.int64), np.array([])
         if state.round_index < self.budget.num_rounds:
-            images = self.dataset.pool_images_on_device
+            images = self.dataset.pool_images
             view = LearnerView(
                 self.model.apply,
                 fit.variables,

@@ -1,25 +1,26 @@
 """Image classification data as NumPy arrays: a pool to query from and a test set.
 
-`load(name)` gives one of `DATASETS`; a `Dataset` of your own arrays needs no more than its
-constructor. Images are uint8 `[n, h, w, c]` and stay so until a model standardises them.
+`load(name)` gives one of `DATASETS`, `load(path)` a folder or an .npz file of your own; a `Dataset`
+of your own arrays needs no more than its constructor. Images are uint8 `[n, h, w, c]` and stay so
+until a model standardises them.
 """
 
-import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from PIL import Image
 
+from dynamical_jax import images, own_data
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
 
@@ -28,6 +29,8 @@ TEST_IMAGES_PER_CLASS = 10
 CALTECH101_IMAGE_SIZE = 64
 # To be raised when decoding or resizing changes, so that older caches are not used.
 CACHE_FORMAT = 1
+# Bytes up to which images that are not in memory are copied to the device all the same.
+LARGEST_COPY = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Dataset:
 
     Attributes:
       name: what records call it.
-      pool: x `[n, h, w, c]` and labels y `[n]`, NumPy.
+      pool: x `[n, h, w, c]` and labels y `[n]`, NumPy; x may be anything that has a shape and a
+        dtype and gives rows as arrays, such as `images.OnDisk`, `types.Rows` or a memory map.
       test: the same for the test set.
       class_names: the K classes, in the order of the labels.
       version: of the data, for records.
       index: `[n]` where each row of the pool stands in the data set it was taken from; its own
         position by default. Records name examples by it.
+      paths: of image files: `paths[i]` is the file of the image with index i. Otherwise empty.
 
     Raises:
       UserError: on construction, if shapes or labels do not fit, or an image is not finite.
@@ -53,6 +58,7 @@ class Dataset:
     class_names: tuple[str, ...]
     version: str = ""
     index: Any = None
+    paths: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.index is None:
@@ -72,23 +78,25 @@ class Dataset:
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         # Summed over blocks of images, which needs no float copy of the pool.
         count, total, squares = 0, 0.0, 0.0
-        for start in range(0, len(self.pool.x), 1024):
-            block = np.asarray(self.pool.x[start : start + 1024], np.float64)
-            block = block.reshape(-1, block.shape[-1])
+        for block in _blocks(self.pool.x):
+            block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
             count, total = count + len(block), total + block.sum(axis=0)
             squares = squares + (block**2).sum(axis=0)
         mean = total / count
         return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
     @functools.cached_property
-    def pool_images_on_device(self) -> jax.Array:
-        """`pool.x`, copied to the default device once, whoever asks."""
-        return jnp.asarray(self.pool.x)
+    def pool_images(self) -> Any:
+        """`pool.x` to compute with: copied to the default device once, whoever asks.
+
+        What is not in memory and larger than `LARGEST_COPY` stays where it is.
+        """
+        return _at_hand(self.pool.x)
 
     @functools.cached_property
-    def test_on_device(self) -> Examples:
+    def test_examples(self) -> Examples:
         """`test` with its images likewise."""
-        return Examples(jnp.asarray(self.test.x), self.test.y)
+        return Examples(_at_hand(self.test.x), self.test.y)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -108,28 +116,44 @@ def load(
     data_dir: str | None = None,
     cache_dir: str | None = None,
     download: bool = False,
+    test_dir: str | None = None,
+    test_fraction: float | None = None,
+    channels: int | None = None,
+    unreadable: str = "skip",
 ) -> Dataset:
-    """Returns one of `DATASETS`.
+    """Returns one of `DATASETS`, or data of your own.
+
+    Those are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of arrays
+    image `[n, h, w]` or `[n, h, w, c]` and label `[n]`, whole numbers or strings, and perhaps
+    test_image, test_label and class_names.
 
     Args:
-      name: its key.
-      image_size: side to which images are resized; their own size if None (Caltech-101, whose
-        images differ in size: 64).
+      name: its key, or the path of a folder or .npz file.
+      image_size: side to which images are resized; their own size if None. For Caltech-101 and
+        image files that differ in size, or are larger than 256: 64.
       data_dir: where TFDS keeps its data; `TFDS_DATA_DIR` or TFDS's own default if None.
       cache_dir: where decoded arrays are kept between runs; `default_cache_dir()` if None.
       download: whether TFDS may download and prepare what is not in `data_dir`.
+      test_dir: folder with images for testing, of the same classes.
+      test_fraction: of each class, to hold out for testing where there is no test set of its own;
+        0.2 if None.
+      channels: of image files, 1 (grey) or 3 (RGB); 1 if None and all are grey.
+      unreadable: whether image files that cannot be read are left out ("skip"), with a warning, or
+        refused ("refuse").
 
     Raises:
-      UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared, or
-        a cache file is corrupt.
+      UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared or
+        not as described, an argument has no effect, or a cache file is corrupt.
     """
+    cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"the image size must be at least 1, got {image_size}")
+        return _load_own(name, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
+    images.check_options(image_size, channels, unreadable)
+    own = {"test_dir": test_dir, "test_fraction": test_fraction, "channels": channels}
+    if given := [option for option, value in own.items() if value is not None]:
+        raise UserError(f"{given[0]} has no effect on {name}, only on data of your own")
     if name == "digits":
         return _load_digits(image_size)
-    cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     return _load_tfds(name, image_size, data_dir, cache_dir, download)
 
 
@@ -141,19 +165,57 @@ def default_cache_dir() -> str:
 
 def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     x, y = examples
-    if x.ndim != 4:
+    if len(x.shape) != 4:
         raise UserError(f"{what}: images must be [n, height, width, channels], got {x.shape}")
     if len(x) == 0 or y.shape != (len(x),):
         raise UserError(f"{what}: {len(x)} images but labels of shape {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= num_classes:
         raise UserError(f"{what}: labels must be integers from 0 to {num_classes - 1}")
     if np.issubdtype(x.dtype, np.floating):
-        finite = np.isfinite(x).all(axis=(1, 2, 3))
+        finite = np.concatenate([np.isfinite(block).all(axis=(1, 2, 3)) for block in _blocks(x)])
         if not finite.all():
             raise UserError(
                 f"{what}: {np.sum(~finite)} images are not finite, the first at position "
                 f"{np.argmin(finite)}"
             )
+
+
+def _blocks(x: Any) -> Iterator[np.ndarray]:
+    """The rows of an array, some at a time."""
+    size = max(1, 2**22 // math.prod(x.shape[1:]))
+    return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
+
+
+def _at_hand(x: Any) -> Any:
+    """The array on the device, unless it is large and not in memory."""
+    in_memory = isinstance(x, np.ndarray | jax.Array) and not isinstance(x, np.memmap)
+    small = math.prod(x.shape) * x.dtype.itemsize <= LARGEST_COPY
+    return jnp.asarray(x[:]) if in_memory or small else x
+
+
+def _load_own(
+    path: str,
+    test_dir: str | None,
+    test_fraction: float | None,
+    cache_dir: pathlib.Path,
+    image_size: int | None,
+    channels: int | None,
+    unreadable: str,
+) -> Dataset:
+    if os.path.isdir(path):
+        own = own_data.from_folder(
+            path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable
+        )
+        return Dataset(os.path.basename(os.path.abspath(path)), **own._asdict())
+    if not path.endswith(".npz"):
+        raise UserError(
+            f"unknown dataset {path!r}; choose from {', '.join(DATASETS)}, or give a folder that "
+            "holds one of images for each class, or an .npz file"
+        )
+    if test_dir is not None:
+        raise UserError(f"test_dir has no effect on {path}, which can hold a test_image itself")
+    own = own_data.from_npz(path, test_fraction, image_size, channels)
+    return Dataset(pathlib.Path(path).stem, **own._asdict())
 
 
 def _load_digits(image_size: int | None) -> Dataset:
@@ -164,7 +226,7 @@ def _load_digits(image_size: int | None) -> Dataset:
     x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     y = digits.target.astype(np.int32)
     if image_size is not None:
-        x = np.stack([_resized(image, image_size) for image in x])
+        x = np.stack([images.resized(image, image_size, image_size) for image in x])
     test = np.zeros(len(y), bool)
     for label in range(10):
         test[np.flatnonzero(y == label)[::5]] = True
@@ -223,24 +285,17 @@ def _decode(builder: Any, image_size: int | None) -> dict[str, np.ndarray]:
     arrays = {}
     for split in ("train", "test"):
         source = builder.as_data_source(split=split)
-        images, labels = [], []
+        x, y = [], []
         progress = tqdm.tqdm(source, f"decoding {builder.name} {split}", disable=None, leave=False)
         for example in progress:
             image = example["image"]
-            images.append(image if image_size is None else _resized(image, image_size))
-            labels.append(example["label"])
-        arrays[f"{split}_x"] = np.stack(images)
-        arrays[f"{split}_y"] = np.asarray(labels, np.int32)
+            if image_size is not None:
+                image = images.resized(image, image_size, image_size)
+            x.append(image)
+            y.append(example["label"])
+        arrays[f"{split}_x"] = np.stack(x)
+        arrays[f"{split}_y"] = np.asarray(y, np.int32)
     return arrays
-
-
-def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes to size × size, bilinear with antialiasing, whatever the aspect ratio."""
-    grey = image.shape[-1] == 1
-    resized = Image.fromarray(image[..., 0] if grey else image).resize(
-        (size, size), Image.Resampling.BILINEAR
-    )
-    return np.asarray(resized).reshape(size, size, image.shape[-1])
 
 
 def _split_caltech101(
@@ -299,19 +354,8 @@ def cached_arrays(
             )
         return arrays
     arrays = make()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, source=np.array(source), **arrays)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache {path}: {error}; give another --cache_dir"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()  # There no more, unless something went wrong.
+    with images.written_whole(path) as partial, partial.open("wb") as file:
+        np.savez(file, source=np.array(source), **arrays)
     return arrays
 
 

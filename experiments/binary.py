@@ -17,6 +17,7 @@ CIRCUMSTANCES = {
     "data_dir",
     "download",
     "cache_dir",
+    "unreadable",  # What is left out is not of the data, whose version is compared.
 }
 
 

@@ -15,7 +15,12 @@ PRESET = flags.DEFINE_string(
     None,
     "Settings of one of the paper's tables; other flags given beside it prevail.",
 )
-DATASET = flags.DEFINE_string("dataset", "digits", f"One of {', '.join(dj.datasets.DATASETS)}.")
+DATASET = flags.DEFINE_string(
+    "dataset",
+    "digits",
+    f"One of {', '.join(dj.datasets.DATASETS)}, a folder of your own that holds one of images for "
+    "each class, or an .npz file of image and label.",
+)
 MODEL = flags.DEFINE_string("model", "cnn", f"One of {', '.join(dj.models.MODELS)}.")
 INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "Labels of the initial set.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
@@ -42,7 +47,25 @@ CHUNK_SIZE = flags.DEFINE_integer(
 )
 
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Resize images to this side; by default their own (caltech101: 64)."
+    "image_size",
+    None,
+    "Resize images to this side; by default their own (caltech101, and image files that differ in "
+    "size or are larger than 256: 64).",
+)
+CHANNELS = flags.DEFINE_integer(
+    "channels", None, "Of image files of your own, 1 or 3; by default 1 if all are grey."
+)
+TEST_DIR = flags.DEFINE_string(
+    "test_dir", None, "Folder with test images, of the same classes as the folder --dataset."
+)
+TEST_FRACTION = flags.DEFINE_float(
+    "test_fraction",
+    None,
+    "Share of each class to hold out if your own data have no test set; by default "
+    f"{dj.own_data.TEST_FRACTION}.",
+)
+UNREADABLE = flags.DEFINE_enum(
+    "unreadable", "skip", dj.images.UNREADABLE, "What to do with broken image files of your own."
 )
 STEM = flags.DEFINE_enum(
     "stem", "imagenet", dj.models.STEMS, "resnet18: torchvision's stem or CIFAR's."
@@ -189,6 +212,10 @@ def load_dataset() -> dj.Dataset:
         data_dir=DATA_DIR.value,
         cache_dir=cache_dir,
         download=DOWNLOAD.value,
+        test_dir=TEST_DIR.value,
+        test_fraction=TEST_FRACTION.value,
+        channels=CHANNELS.value,
+        unreadable=UNREADABLE.value,
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 import dynamical_jax as dj
 from experiments import active_learning, common
@@ -102,6 +103,10 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"learning_rate": -1.0}, "learning rate must be positive"),
         ({"target_accuracy": 2.0}, "target accuracy must be in"),
         ({"chunk_size": -3}, "chunk size must be at least 1"),
+        ({"dataset": "own.npz"}, "there is no file own.npz"),
+        ({"dataset": "tests"}, "no folders; images go into a folder for each class"),
+        ({"channels": 2}, "1 channel (grey) or 3 (RGB), got 2"),
+        ({"test_dir": "photos"}, "test_dir has no effect on digits, only on data of your own"),
     ],
 )
 def test_bad_flags_are_one_line(run, tmp_path, values, message):
@@ -232,3 +237,30 @@ def test_records_rest_on_real_indices(run, tmp_path):
     queries = [index for record in read(tmp_path) for index in record["query"]]
     assert len(set(queries)) == 10
     assert np.isin(queries, dj.datasets.load("digits").index).all()
+
+
+def test_a_folder_of_ones_own(run, tmp_path):
+    photos = tmp_path / "photos"
+    for index in range(40):
+        path = photos / ("cat", "dog")[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6), 5 * index).save(path)
+    own = {"dataset": str(photos), "image_size": None, "cache_dir": str(tmp_path / "cache")}
+    own |= {"num_seeds": 1}
+    status, output, errors = run(**own)
+    assert (status, errors) == (None, "")
+    assert "test accuracy (%) on photos" in output
+    rounds = read(tmp_path)
+    data = dj.datasets.load(str(photos), cache_dir=str(tmp_path / "cache"))
+    assert rounds[0]["dataset_version"] == data.version
+    asked = [index for record in rounds[:3] for index in record["initial"] + record["query"]]
+    assert len({data.paths[index] for index in asked}) == 20
+    assert run(**own)[0] is None
+    assert read(tmp_path) == rounds  # Nothing was played again.
+
+    Image.new("L", (6, 6), 0).save(photos / "dog" / "39.png")
+    status, _, errors = run(**own)
+    assert status == 1
+    assert "made with other flags (--dataset_version=" in errors
+    status, _, errors = run(**own, test_fraction=0.5)
+    assert "--test_fraction=None there and 0.5 here" in errors

@@ -20,6 +20,8 @@ LAYERS = (
     {"gradients"},
     {"ntk"},
     # parts of an experiment
+    {"images"},
+    {"own_data"},
     {"datasets", "models", "training", "pool", "strategies"},
     # the algorithm, and what is made of it
     {"active_learning"},

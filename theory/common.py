@@ -39,14 +39,8 @@ JITTER = flags.DEFINE_float(
 
 # Of all binaries; others are for each to declare.
 KEY_FLAGS = (
-    "dataset",
-    "image_size",
-    "data_dir",
-    "cache_dir",
-    "output_dir",
-    "first_seed",
-    "widths",
-    "num_logits",
+    *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
+    *("data_dir", "cache_dir", "output_dir", "first_seed", "widths", "num_logits"),
 )
 
 

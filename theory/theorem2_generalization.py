@@ -61,7 +61,7 @@ def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
         lower, upper = dj.generalization.bounds_by_alignment(theta, targets, common.JITTER.value)
         examples = dj.Examples(data.pool.x[rows], labels.astype(data.pool.y.dtype))
         fit = common.fit(setting, variables, examples, seed)
-        test = dj.training.evaluate(model.apply, fit.variables, data.test_on_device)
+        test = dj.training.evaluate(model.apply, fit.variables, data.test_examples)
         result.append(
             {
                 "seed": seed,

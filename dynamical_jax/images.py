@@ -1,0 +1,301 @@
+"""Image files to arrays: decoded once, then kept on disk and read from there.
+
+Memory does not grow with the number of images, neither while they are decoded nor afterwards.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple
+
+import numpy as np
+import tqdm
+from PIL import ExifTags, Image, ImageOps
+
+from dynamical_jax.errors import UserError
+
+# Files that differ in size, or would fill disks and networks at their own, are resized to this.
+DEFAULT_SIZE = 64
+LARGEST_OWN_SIDE = 256
+UNREADABLE = ("skip", "refuse")
+# To be raised when decoding or resizing changes, so that older caches are not used.
+FORMAT = 1
+
+
+class OnDisk:
+    """An array in a .npy file, of which parts are copied into memory as they are asked for.
+
+    The file is mapped anew for each access: the pages that a lasting memory map has read count as
+    memory of the process, in the end all of them.
+
+    Raises:
+      UserError: if the file is no array, or not whole.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        try:
+            mapped = self._mapped()
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is no whole .npy file ({error})") from error
+        self.shape, self.dtype, self.ndim = mapped.shape, mapped.dtype, mapped.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, positions: Any) -> np.ndarray:
+        return np.array(self._mapped()[positions])
+
+    def _mapped(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+
+class Decoded(NamedTuple):
+    """Decoded image files.
+
+    Attributes:
+      x: `OnDisk` `[n, h, w, c]` uint8, a row for each file.
+      readable: `[n]` bool; the rows of the others are black.
+      checksum: of all pixels.
+    """
+
+    x: OnDisk
+    readable: np.ndarray
+    checksum: int
+
+
+class Kind(NamedTuple):
+    """Height, width and channels of images."""
+
+    height: int
+    width: int
+    channels: int
+
+
+def find(folder: str | os.PathLike) -> list[str]:
+    """Returns the paths of all files below a folder with a suffix that Pillow reads, sorted.
+
+    Hidden files and folders are left out.
+    """
+    suffixes = Image.registered_extensions()
+    readable = {suffix for suffix, name in suffixes.items() if name in Image.OPEN}
+    found = []
+    for directory, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(directory, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in readable
+        ]
+    return sorted(found)
+
+
+def read(path: str | os.PathLike, kind: Kind) -> np.ndarray:
+    """Returns an image file as uint8 `[h, w, c]`, resized where it is of another size.
+
+    Turned as its EXIF orientation says, transparency laid over white, the first frame of an
+    animation. Of 16-bit grey the upper 8 bits are taken. Colour becomes grey as in ITU-R 601.
+
+    Raises:
+      Exception: of any type, if the file is broken: Pillow's decoders are many.
+    """
+    with Image.open(path) as file:
+        image = _flat(ImageOps.exif_transpose(file), kind.channels)
+    pixels = np.asarray(image).reshape(image.height, image.width, kind.channels)
+    return resized(pixels, kind.height, kind.width)
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 `[h, w, c]`, bilinear with antialiasing, whatever the aspect ratio."""
+    grey = image.shape[-1] == 1
+    resized = Image.fromarray(image[..., 0] if grey else image).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
+    return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def infer(paths: Sequence[str], size: int | None = None, channels: int | None = None) -> Kind:
+    """Returns what kind of images files should become, by their headers alone.
+
+    Args:
+      paths: the files; those that cannot be read do not count.
+      size: side of the images. By default their own size, if it is the same for all and no side
+        exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
+      channels: 1 or 3. By default 1 if all are grey.
+    """
+    kinds = set()
+    if size is None or channels is None:
+        with ThreadPool() as threads:
+            headers = threads.imap_unordered(_header, paths, chunksize=16)
+            kinds = set(_progress(headers, len(paths), "looking at images")) - {None}
+    sides = {(kind.height, kind.width) for kind in kinds}
+    height = width = size or DEFAULT_SIZE
+    if size is None and len(sides) == 1 and max(min(sides)) <= LARGEST_OWN_SIDE:
+        ((height, width),) = sides
+    return Kind(height, width, channels or max((kind.channels for kind in kinds), default=3))
+
+
+def decode(
+    paths: Sequence[str],
+    cache_dir: str | os.PathLike,
+    size: int | None = None,
+    channels: int | None = None,
+    unreadable: str = "skip",
+) -> Decoded:
+    """Returns image files as an array on disk, which a second call finds there.
+
+    It is found again while files have the same names, sizes and times of change, wherever they are.
+
+    Args:
+      paths: the files.
+      cache_dir: where the array is kept.
+      size: as in `infer`.
+      channels: as in `infer`.
+      unreadable: "skip" warns of files that cannot be read, "refuse" raises.
+
+    Raises:
+      UserError: if none can be read, or "refuse" is given and some cannot; if an argument is out of
+        range, or the cache is corrupt or cannot be written.
+    """
+    check_options(size, channels, unreadable)
+    description = f"{size} {channels} {FORMAT} {_listing(paths)}"
+    key = f"images-{zlib.crc32(description.encode()):08x}"
+    array = pathlib.Path(cache_dir) / f"{key}.npy"
+    report = array.with_suffix(".json")
+    if not (array.exists() and report.exists()):
+        # Renamed in the end, the report first: where there is an array there is its report.
+        with written_whole(array) as partial, written_whole(report) as partial_report:
+            found = _decode_into(partial, paths, infer(paths, size, channels))
+            partial_report.write_text(json.dumps(found), encoding="utf-8")
+    try:
+        x, found = OnDisk(array), json.loads(report.read_text(encoding="utf-8"))
+        broken = {int(position): why for position, why in found["unreadable"].items()}
+        if x.ndim != 4 or len(x) != len(paths):
+            raise ValueError(f"it is of shape {x.shape}")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cache file {array} is corrupt ({error}): delete it") from error
+    _report({paths[position]: why for position, why in broken.items()}, len(paths), unreadable)
+    return Decoded(x, ~np.isin(np.arange(len(x)), list(broken)), found["checksum"])
+
+
+def check_options(size: int | None, channels: int | None, unreadable: str = "skip") -> None:
+    """Raises `UserError` if an argument of `decode` is out of range."""
+    if size is not None and size < 1:
+        raise UserError(f"the image size must be at least 1, got {size}")
+    if channels not in (None, 1, 3):
+        raise UserError(f"images have 1 channel (grey) or 3 (RGB), got {channels}")
+    if unreadable not in UNREADABLE:
+        raise UserError(f"unreadable must be one of {', '.join(UNREADABLE)}, got {unreadable!r}")
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives another path to write to, which in the end becomes `path`; nothing if that fails.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {path}: {error}; give another --cache_dir"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # There no more, unless something went wrong.
+
+
+def _flat(image: Image.Image, channels: int) -> Image.Image:
+    """Opaque, of 8 bits a channel."""
+    if image.mode == "F":
+        raise ValueError("of floating-point pixels it is not known what is white")
+    if image.mode.startswith("I"):  # Pillow itself would make white of all above 255.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _header(path: str) -> Kind | None:
+    """The kind of image in a file, None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            # To ask a PNG without EXIF for its orientation would be to decode it.
+            exif = image.getexif() if "exif" in image.info else {}
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5:
+                width, height = height, width
+            grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+            return Kind(height, width, 1 if grey else 3)
+    except Exception:  # See `read`.
+        return None
+
+
+def _listing(paths: Sequence[str]) -> str:
+    """What is known of files without opening them."""
+    common = os.path.commonpath([os.path.abspath(path) for path in paths])
+    try:
+        facts = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return json.dumps(
+        [
+            (os.path.relpath(path, common), fact.st_size, fact.st_mtime_ns)
+            for path, fact in zip(paths, facts, strict=True)
+        ]
+    )
+
+
+def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dict[str, Any]:
+    """Writes the array; returns its checksum and why which files cannot be read."""
+    array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *kind))
+    offset = array.offset
+    del array  # What is written through a memory map counts as memory; and a full disk kills.
+
+    def store(position: int) -> int | str:
+        try:
+            image = read(paths[position], kind)
+        except Exception as error:  # See `read`.
+            return _why(paths[position], error)
+        with partial.open("r+b") as file:
+            file.seek(offset + position * image.nbytes)
+            file.write(image.tobytes())
+        return zlib.crc32(image.tobytes())
+
+    with ThreadPool() as threads:  # Pillow decodes without holding the interpreter.
+        jobs = threads.imap(store, range(len(paths)))
+        done = list(_progress(jobs, len(paths), "decoding images"))
+    return {
+        "checksum": zlib.crc32(json.dumps([kind, done]).encode()),
+        "unreadable": {at: why for at, why in enumerate(done) if isinstance(why, str)},
+    }
+
+
+def _progress(work: Iterable, total: int, what: str) -> Iterable:
+    return tqdm.tqdm(work, what, total, disable=None, leave=False)
+
+
+def _why(path: str, error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.partition("\n")[0].replace(f" {path!r}", "")
+
+
+def _report(broken: Mapping[str, str], total: int, unreadable: str) -> None:
+    if not broken:
+        return
+    named = [f"{path} ({why})" for path, why in list(broken.items())[:3]]
+    named += [f"and {len(broken) - 3} more"] if len(broken) > 3 else []
+    message = f"{len(broken)} of {total} image files cannot be read: {', '.join(named)}"
+    if unreadable == "refuse" or len(broken) == total:
+        raise UserError(message)
+    warnings.warn(f"{message}; they are left out", stacklevel=3)
