@@ -133,8 +133,8 @@ class Experiment:
 
     Attributes:
       dataset: the pool and the test set.
-      model: a Flax Linen module of raw images, `(x, train=False)` or `(x)`; what it may return is
-        said in `types.ApplyFn`.
+      model: a Flax Linen module of raw images, `(x, train=False)` or `(x)`, which returns logits
+        `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
       strategy: chooses the queries.
       budget: how many labels, when.
       training_config: how the model is fitted in each round.

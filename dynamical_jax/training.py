@@ -125,7 +125,7 @@ def fit(
     """Trains a model on the labeled set until `config` says that it is fitted.
 
     Args:
-      model: a module of `(x, train=False)` or `(x)`; what it may return is said in `ApplyFn`.
+      model: a module of `(x, train=False)` or `(x)`, which returns what `ApplyFn` says.
       start: variables to start from, which are left as they are; or the progress of an earlier
         call with the same arguments, which is used up: then the fit is what that one would have
         been, bit for bit.
