@@ -110,13 +110,13 @@ class Dataset:
 
 
 def load(
-    name: str,
+    name: str | os.PathLike,
     *,
     image_size: int | None = None,
     data_dir: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
     download: bool = False,
-    test_dir: str | None = None,
+    test_dir: str | os.PathLike | None = None,
     test_fraction: float | None = None,
     channels: int | None = None,
     unreadable: str = "skip",
@@ -147,7 +147,8 @@ def load(
     """
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     if name not in DATASETS:
-        return _load_own(name, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
+        path, test_dir = os.fspath(name), test_dir and os.fspath(test_dir)
+        return _load_own(path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
     images.check_options(image_size, channels, unreadable)
     own = {"test_dir": test_dir, "test_fraction": test_fraction, "channels": channels}
     if given := [option for option, value in own.items() if value is not None]:
@@ -182,7 +183,7 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
 
 def _blocks(x: Any) -> Iterator[np.ndarray]:
     """The rows of an array, some at a time."""
-    size = max(1, 2**22 // math.prod(x.shape[1:]))
+    size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
     return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
 
 

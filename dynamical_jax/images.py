@@ -275,10 +275,10 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dic
     with ThreadPool() as threads:  # Pillow decodes without holding the interpreter.
         jobs = threads.imap(store, range(len(paths)))
         done = list(_progress(jobs, len(paths), "decoding images"))
-    return {
-        "checksum": zlib.crc32(json.dumps([kind, done]).encode()),
-        "unreadable": {at: why for at, why in enumerate(done) if isinstance(why, str)},
-    }
+    broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
+    # Whichever way one version of Pillow or another puts it.
+    pixels = [None if position in broken else part for position, part in enumerate(done)]
+    return {"checksum": zlib.crc32(json.dumps([kind, pixels]).encode()), "unreadable": broken}
 
 
 def _progress(work: Iterable, total: int, what: str) -> Iterable:

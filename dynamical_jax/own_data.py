@@ -110,6 +110,7 @@ def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) 
     Raises:
       UserError: if a class has one example only, which cannot be on both sides.
     """
+    fraction = TEST_FRACTION if fraction is None else fraction
     generator = np.random.default_rng(101)
     result = np.zeros(len(y), bool)
     for label in np.unique(y):
@@ -119,7 +120,7 @@ def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) 
                 f"class {class_names[label]!r} has one image; it needs two, as one is held out for "
                 "testing, or else give a test set"
             )
-        size = round((fraction or TEST_FRACTION) * len(of_class))
+        size = round(fraction * len(of_class))
         result[of_class[: min(max(size, 1), len(of_class) - 1)]] = True
     return result
 
