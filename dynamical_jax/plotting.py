@@ -16,9 +16,8 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
     More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
     """
-    plt = pyplot()
-    rounds = list(rounds)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    rounds, picture = list(rounds), figure(6, 4)
+    axes = picture.subplots()
     curves = records.curves(rounds)
     num_seeds = len({record["seed"] for record in rounds})
     bands = num_seeds > 1 and len(curves) <= MOST_BANDS
@@ -38,8 +37,7 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    picture.savefig(path, dpi=150)
 
 
 def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -49,8 +47,8 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
       points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
       path: of the picture.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    picture = figure(6, 4)
+    axes = picture.subplots()
     epochs = [point["epoch"] for point in points]
     for size in points[0]["ratios"]:
         values = np.array([point["ratios"][size] for point in points])
@@ -61,8 +59,7 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     axes.set_xlabel("epoch")
     axes.set_ylabel("approximation ratio R(Q|S)")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    picture.savefig(path, dpi=150)
 
 
 def contact_sheet(
@@ -75,25 +72,20 @@ def contact_sheet(
       captions: of each, one line or two.
       path: of the picture.
     """
-    plt = pyplot()
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
-    size = (1.3 * columns, 1.6 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    picture = figure(1.3 * columns, 1.6 * rows)
+    grid = picture.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image)
         axes.set_title(caption, fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    picture.savefig(path, dpi=110)
 
 
-def pyplot() -> Any:
-    """Returns matplotlib.pyplot, drawing to files only."""
-    import matplotlib  # here, because drawing comes last and importing takes a while
+def figure(width: float, height: float) -> Any:
+    """Returns an empty matplotlib figure, to be saved; pyplot and its backend are left alone."""
+    from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height), layout="constrained")

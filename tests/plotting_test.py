@@ -14,3 +14,9 @@ def test_picture_is_drawn(tmp_path, rounds):
     # A picture of other numbers is another picture.
     plotting.accuracy([record("a", 0, 0, 0.9), record("a", 0, 1, 0.2)], path)
     assert (plt.imread(path) != picture).any()
+
+
+def test_backend_of_a_notebook_stays(tmp_path):
+    plt.switch_backend("svg")
+    plotting.accuracy(RECORDS, tmp_path / "accuracy.png")
+    assert plt.get_backend() == "svg"

@@ -134,7 +134,6 @@ def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[A
       sentence: what was found, with its numbers.
       draw: draws the picture into a matplotlib figure.
     """
-    plt = dj.plotting.pyplot()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     name = pathlib.Path(module.__file__).stem
     record = {"finding": sentence, "flags": used, **results, **dj.records.environment()}
@@ -143,10 +142,9 @@ def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[A
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dj.records.finite(record), indent=1)
         dj.records.write(directory / f"{name}.json", text + "\n")
-        figure = plt.figure(figsize=(9, 4), layout="constrained")
+        figure = dj.plotting.figure(9, 4)
         draw(figure)
         figure.savefig(directory / f"{name}.png", dpi=150)
-        plt.close(figure)
     except OSError as error:
         raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
     print(f"{sentence}\n{directory / name}.json\n{directory / name}.png")
