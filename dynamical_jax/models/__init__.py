@@ -4,6 +4,7 @@
 place (docs/extend.md).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,8 +85,7 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     Raises:
       UserError: if the model cannot take images of this size.
     """
-    # Dropout of NNX asks for its stream when it is made.
-    return jax.jit(model.init)({"params": key, "dropout": key}, jnp.asarray(x[:1]))
+    return _init(model, key, jnp.asarray(x[:1]))
 
 
 def grown(variables: Variables, larger: Variables) -> Variables:
@@ -102,3 +102,9 @@ def grown(variables: Variables, larger: Variables) -> Variables:
         return new.at[tuple(map(slice, old.shape))].set(old)
 
     return jax.tree.map(put, variables, larger)
+
+
+@functools.partial(jax.jit, static_argnames="model")  # Compiled once for the runs of a process.
+def _init(model: nn.Module, key: Array, x: Array) -> Variables:
+    # Dropout of NNX asks for its stream when it is made.
+    return model.init({"params": key, "dropout": key}, x)
