@@ -12,7 +12,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,14 +76,7 @@ class Dataset:
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        # Summed over blocks of images, which needs no float copy of the pool.
-        count, total, squares = 0, 0.0, 0.0
-        for block in _blocks(self.pool.x):
-            block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
-            count, total = count + len(block), total + block.sum(axis=0)
-            squares = squares + (block**2).sum(axis=0)
-        mean = total / count
-        return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return channel_statistics(self.pool.x)
 
     @functools.cached_property
     def pool_images(self) -> Any:
@@ -164,6 +157,18 @@ def default_cache_dir() -> str:
     return str(pathlib.Path(root) / "dynamical_jax")
 
 
+def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of each channel of images `[n, h, w, c]`."""
+    # Summed over blocks of images, which needs no float copy of the pool.
+    count, total, squares = 0, 0.0, 0.0
+    for block in images.blocks(x):
+        block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
+        count, total = count + len(block), total + block.sum(axis=0)
+        squares = squares + (block**2).sum(axis=0)
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
 def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     x, y = examples
     if len(x.shape) != 4:
@@ -173,18 +178,14 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= num_classes:
         raise UserError(f"{what}: labels must be integers from 0 to {num_classes - 1}")
     if np.issubdtype(x.dtype, np.floating):
-        finite = np.concatenate([np.isfinite(block).all(axis=(1, 2, 3)) for block in _blocks(x)])
+        finite = np.concatenate(
+            [np.isfinite(block).all(axis=(1, 2, 3)) for block in images.blocks(x)]
+        )
         if not finite.all():
             raise UserError(
                 f"{what}: {np.sum(~finite)} images are not finite, the first at position "
                 f"{np.argmin(finite)}"
             )
-
-
-def _blocks(x: Any) -> Iterator[np.ndarray]:
-    """The rows of an array, some at a time."""
-    size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
-    return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
 
 
 def _at_hand(x: Any) -> Any:

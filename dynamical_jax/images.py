@@ -4,7 +4,9 @@ Memory does not grow with the number of images, neither while they are decoded n
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -117,6 +119,26 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
         (width, height), Image.Resampling.BILINEAR
     )
     return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
+    """Returns an image file as people want to see it: uint8 `[side, side, 3]`, its shape kept."""
+    with Image.open(path) as file:
+        image = _flat(ImageOps.exif_transpose(file), 3)
+        return np.asarray(ImageOps.pad(image, (side, side), color="white"))
+
+
+def blocks(x: Any) -> Iterator[np.ndarray]:
+    """Yields the rows of an array `[n, ...]`, some at a time."""
+    size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
+    return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
+
+
+def first_equal(x: Any) -> np.ndarray:
+    """Returns for each image of `[n, h, w, c]` the position of the first that equals it."""
+    seen: dict[bytes, int] = {}
+    digests = (hashlib.blake2b(image, digest_size=16).digest() for b in blocks(x) for image in b)
+    return np.array([seen.setdefault(d, position) for position, d in enumerate(digests)], int)
 
 
 def infer(paths: Sequence[str], size: int | None = None, channels: int | None = None) -> Kind:

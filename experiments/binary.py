@@ -2,7 +2,9 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -29,7 +31,9 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
       interrupted: is printed where the user stops it.
     """
     try:
-        failures = run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            failures = run()
     except dj.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -39,6 +43,12 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else None
+
+
+def _show_warning(message: Any, category: type, *where: Any) -> None:
+    """Prints what the user should know in one line; where it was found is for other programs."""
+    text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def check_no_arguments(argv: list[str]) -> None:

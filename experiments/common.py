@@ -198,14 +198,17 @@ def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
     dj.models.check_name(MODEL.value)
     dataset = load_dataset()
-    options = {"stem": STEM.value} if MODEL.value == "resnet18" else {}
-    return dataset, dj.models.create(MODEL.value, dataset, **options)
+    return dataset, dj.models.create(MODEL.value, dataset, **model_options())
+
+
+def model_options() -> dict[str, Any]:
+    """Returns the options that the flags give the model."""
+    return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
 
 
 def load_dataset() -> dj.Dataset:
     """Returns the data set that the flags name, and keeps compiled programs beside it."""
-    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
-    binary.keep_compiled_programs(cache_dir)
+    cache_dir = prepared_cache_dir()
     return dj.datasets.load(
         DATASET.value,
         image_size=IMAGE_SIZE.value,
@@ -217,6 +220,13 @@ def load_dataset() -> dj.Dataset:
         channels=CHANNELS.value,
         unreadable=UNREADABLE.value,
     )
+
+
+def prepared_cache_dir() -> str:
+    """Returns where decoded data are kept, and keeps compiled programs beside them."""
+    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
+    binary.keep_compiled_programs(cache_dir)
+    return cache_dir
 
 
 def summarize(path: pathlib.Path) -> None:

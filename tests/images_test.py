@@ -283,3 +283,15 @@ def test_no_warning_of_pillow(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuple(images.read(tmp_path / "a.png", Kind(2, 2, 3))[0, 0]) == WHITE
+
+
+def test_first_equal_and_thumbnail(tmp_path):
+    x = np.zeros((7, 2, 2, 1), np.uint8)
+    x[[1, 4]] = 5
+    x[2, 0, 0] = 1
+    np.testing.assert_array_equal(images.first_equal(x), [0, 1, 2, 0, 1, 0, 0])
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "wide.png")
+    thumbnail = images.thumbnail(tmp_path / "wide.png", 16)
+    assert thumbnail.shape == (16, 16, 3)
+    np.testing.assert_array_equal(thumbnail[8, 8], [255, 0, 0])  # the picture
+    np.testing.assert_array_equal(thumbnail[0, 8], [255, 255, 255])  # and above it

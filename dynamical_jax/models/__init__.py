@@ -19,7 +19,7 @@ from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
 from dynamical_jax.models.vgg import VGG11 as VGG11
-from dynamical_jax.types import Array, Variables
+from dynamical_jax.types import AnyArray, Array, Variables
 
 MODELS: Mapping[str, type[nn.Module]] = {
     "cnn": CNN,
@@ -98,7 +98,7 @@ def grown(variables: Variables, larger: Variables) -> Variables:
       larger: freshly drawn ones of the model with more, the new ones last.
     """
 
-    def put(old: Array, new: Array) -> Array:
+    def put(old: AnyArray, new: Array) -> Array:
         return new.at[tuple(map(slice, old.shape))].set(old)
 
     return jax.tree.map(put, variables, larger)

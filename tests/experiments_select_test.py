@@ -1,0 +1,218 @@
+"""The binary, run as a user runs it who labels images between one run and the next."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+import dynamical_jax as dj
+from experiments import select
+
+NAMES = ("zero", "one", "two")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Sixty digits in files of several formats, a copy and two broken ones, and the truth."""
+    folder, truth = tmp_path_factory.mktemp("pictures"), {}
+    digits = dj.datasets.load("digits").pool
+    rows = np.concatenate([np.flatnonzero(digits.y == label)[:20] for label in range(3)])
+    for position, row in enumerate(rows):
+        name = f"{position % 7}/{position}.{('png', 'bmp', 'gif')[position % 3]}"
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(digits.x[row, ..., 0]).save(folder / name)
+        truth[name] = NAMES[digits.y[row]]
+    (folder / "copy.png").write_bytes((folder / "0/0.png").read_bytes())
+    truth["copy.png"] = truth["0/0.png"]
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "empty.jpg").touch()
+    return folder, truth
+
+
+@pytest.fixture
+def run(pictures, tmp_path, cache_dir, capsys, monkeypatch):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dj.images.warnings, "warn", lambda message, stacklevel: None)
+
+    def run(**values):
+        given = {"images": str(pictures[0]), "batch_size": 10, "max_epochs": 2}
+        with flagsaver.flagsaver(**{**given, "cache_dir": cache_dir, **values}):
+            status = select.main(["select"])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fill_in(path, label_of):
+    rows = rows_of(path)
+    for row in rows:
+        row["label"] = label_of(row["path"])
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return [row["path"] for row in rows]
+
+
+def test_three_rounds(run, pictures, tmp_path):
+    table, proposal = tmp_path / "labels.csv", tmp_path / "to_label.csv"
+    _, truth = pictures
+    status, output, errors = run()
+    assert (status, errors) == (None, "")
+    assert "63 images" in output
+    assert "0 labeled, 60 to choose from, 2 cannot be read, 1 are copies of others" in output
+    assert "fewer than two classes are labeled: drawn at random" in output
+    labeled = set()
+    for number in range(3):
+        chosen = fill_in(proposal, truth.get)
+        assert len(chosen) == 10
+        assert not labeled & set(chosen)
+        assert not {"0/0.png", "copy.png"} <= labeled | set(chosen)
+        labeled |= set(chosen)
+        status, output, errors = run()
+        assert (status, errors) == (None, "")
+        assert "10 labels of to_label.csv added to labels.csv" in output
+        assert ("of 10 of them right" in output) == (number > 0)
+        assert {row["path"]: row["label"] for row in rows_of(table)} == {
+            path: truth[path] for path in labeled
+        }
+    rows = rows_of(proposal)
+    assert [row["rank"] for row in rows] == [str(rank) for rank in range(1, 11)]
+    assert {row["predicted"] for row in rows} <= set(NAMES)
+    assert all(1 / 3 <= float(row["confidence"]) <= 1 for row in rows)
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    log = dj.records.read(tmp_path / "to_label.jsonl")
+    assert [line["num_labeled"] for line in log] == [0, 10, 20, 30]
+    assert log[-1]["query"] == [row["path"] for row in rows]
+    assert log[2]["num_predicted"] == 10
+    assert (tmp_path / "to_label.png").stat().st_size > 5000
+
+
+def test_without_new_labels_the_same_is_asked_for(run, pictures, tmp_path):
+    run()
+    fill_in(tmp_path / "to_label.csv", pictures[1].get)
+    run()
+    once = rows_of(tmp_path / "to_label.csv")
+    _, output, _ = run()
+    assert "no new labels: the model stays as it is" in output
+    assert rows_of(tmp_path / "to_label.csv") == once
+
+
+def test_rows_left_empty_stay_in_the_pool(run, pictures, tmp_path):
+    run()
+    kept = fill_in(tmp_path / "to_label.csv", lambda path: "")
+    _, output, _ = run()
+    assert "0 labeled, 60 to choose from" in output
+    assert [row["path"] for row in rows_of(tmp_path / "to_label.csv")] == kept
+
+
+def test_a_new_class_and_predictions(run, pictures, tmp_path):
+    _, truth = pictures
+    table = tmp_path / "labels.csv"
+    first = {path: label for path, label in truth.items() if label != "two"}
+    dj.labeling.add_labels(table, dict(list(first.items())[10:30]))
+    run(max_epochs=20)
+    dj.labeling.add_labels(table, {path: label for path, label in truth.items() if label == "two"})
+    _, output, _ = run(predictions="rest.csv", max_epochs=20)
+    assert "new classes: two; the model grows to 3 outputs" in output
+    rest = rows_of(tmp_path / "rest.csv")
+    assert len(rest) == 60 - 40
+    right = sum(truth[row["path"]] == row["predicted"] for row in rest)
+    assert right > 0.7 * len(rest)
+
+
+def test_another_kind_of_model_begins_anew(run, pictures, tmp_path):
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
+    run()
+    _, output, _ = run(image_size=5)
+    assert "trained from the start: that of the last round was of another kind" in output
+    _, output, _ = run(image_size=5)
+    assert "no new labels: the model stays as it is" in output
+
+
+def test_one_class_is_no_class(run, pictures, tmp_path):
+    dj.labeling.add_labels(tmp_path / "labels.csv", {"0/0.png": "zero"})
+    _, output, _ = run()
+    assert "1 labeled (1 zero), 59 to choose from" in output
+    assert "fewer than two classes are labeled" in output
+
+
+def test_all_are_labeled_and_more_asked_for_than_there_are(run, pictures, tmp_path):
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[:57]))
+    run()
+    assert len(fill_in(tmp_path / "to_label.csv", pictures[1].get)) == 3
+    status, output, _ = run()
+    assert status is None
+    assert "all images are labeled" in output
+
+
+@pytest.mark.parametrize("strategy", ["badge", "coreset", "entropy", "random"])
+def test_other_strategies(run, pictures, tmp_path, strategy):
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
+    status, _, errors = run(strategy=strategy)
+    assert (status, errors) == (None, "")
+    assert len({row["path"] for row in rows_of(tmp_path / "to_label.csv")}) == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": None}, "--images must be a folder of images, got None"),
+        ({"images": "nowhere"}, "--images must be a folder of images, got nowhere"),
+        ({"images": "."}, "there are no image files in ."),
+        ({"output": "labels.csv"}, "--output must be a .csv file other than --labels"),
+        ({"output": "to_label.txt"}, "--output must be a .csv file other than --labels"),
+        ({"output": "/proc/none/to_label.csv"}, "cannot write /proc/none"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"strategy": "best"}, "unknown strategy 'best'; choose from dynamical"),
+        ({"strategy": "albl"}, "albl learns from how its last query was labeled"),
+        ({"model": "alexnet"}, "unknown model 'alexnet'"),
+        ({"learning_rate": 0.0}, "learning rate must be positive"),
+        ({"unreadable": "refuse"}, "2 of 63 image files cannot be read"),
+    ],
+)
+def test_bad_flags_are_one_line(run, tmp_path, values, message):
+    status, output, errors = run(**values)
+    assert (status, output) == (1, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not (tmp_path / "to_label.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\n0/0.png,zero\n0/0.png,one\n", "line 3 of labels.csv labels 0/0.png 'one'"),
+        ("path,label\n0/9.png,zero\n9/9.png,a\n", "2 labeled images are not in"),
+        ("name,class\n0/0.png,zero\n", "labels.csv has the columns name, class; it needs path"),
+    ],
+)
+def test_tables_that_cannot_be(run, tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text)
+    status, output, errors = run()
+    assert (status, output) == (1, "")
+    assert message in errors
+    assert (tmp_path / "labels.csv").read_text() == text
+
+
+def test_a_proposal_that_disagrees_with_the_labels(run, pictures, tmp_path):
+    run()
+    (path, *_) = fill_in(tmp_path / "to_label.csv", pictures[1].get)
+    dj.labeling.add_labels(tmp_path / "labels.csv", {path: "other"})
+    status, _, errors = run()
+    assert status == 1
+    assert f"to_label.csv labels {path} '{pictures[1][path]}'" in errors
+    assert len(rows_of(tmp_path / "labels.csv")) == 1
