@@ -16,7 +16,7 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
     More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
     """
-    rounds, picture = list(rounds), figure(6, 4)
+    rounds, picture = list(rounds), figure(6.0, 4.0)
     axes = picture.subplots()
     curves = records.curves(rounds)
     num_seeds = len({record["seed"] for record in rounds})
@@ -47,7 +47,7 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
       points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
       path: of the picture.
     """
-    picture = figure(6, 4)
+    picture = figure(6.0, 4.0)
     axes = picture.subplots()
     epochs = [point["epoch"] for point in points]
     for size in points[0]["ratios"]:

@@ -142,7 +142,7 @@ def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[A
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dj.records.finite(record), indent=1)
         dj.records.write(directory / f"{name}.json", text + "\n")
-        figure = dj.plotting.figure(9, 4)
+        figure = dj.plotting.figure(9.0, 4.0)
         draw(figure)
         figure.savefig(directory / f"{name}.png", dpi=150)
     except OSError as error:
