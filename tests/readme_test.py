@@ -19,7 +19,7 @@ def run(page: pathlib.Path) -> dict:
 
 
 def test_python_of_the_readme(capsys):
-    assert len(toy.python_blocks(toy.ROOT / "README.md")) == 3
+    assert len(toy.python_blocks(toy.ROOT / "README.md")) == 2
     names = run(toy.ROOT / "README.md")
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0].isdigit()]
     assert labels == ["50", "75"]
