@@ -55,7 +55,7 @@ MATMUL_PRECISION = flags.DEFINE_enum(
     "Of matrix products on a GPU; default: each framework's own (JAX: TensorFloat-32; PyTorch: "
     "TensorFloat-32 in convolutions only). CPUs compute in float32 in any case.",
 )
-OUTPUT = flags.DEFINE_string("output", None, "JSON file for the results, overwritten.")
+JSON = flags.DEFINE_string("json", None, "File for the results, overwritten.")
 
 
 class LeftOutError(Exception):
@@ -325,9 +325,9 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        if OUTPUT.value is None:
+        if JSON.value is None:
             return
-        path = pathlib.Path(OUTPUT.value)
+        path = pathlib.Path(JSON.value)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "ntk.json"
     contenders = ["empirical_ntk", "nt, all at once"]
     status, output, errors = run_benchmark(
-        ntk, contenders=contenders, batch_sizes=["2"], output=str(path)
+        ntk, contenders=contenders, batch_sizes=["2"], json=str(path)
     )
     assert (status, errors) == (None, "")
     first, second = json.loads(path.read_text())["cases"]

@@ -8,7 +8,7 @@ from benchmarks import pool
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "results" / "pool.json"
     status, output, errors = run_benchmark(
-        pool, models=["cnn"], pool_sizes=["5", "20"], batch_sizes=["4"], output=str(path)
+        pool, models=["cnn"], pool_sizes=["5", "20"], batch_sizes=["4"], json=str(path)
     )
     assert (status, errors) == (None, "")
     assert "cnn, 20 images" in output

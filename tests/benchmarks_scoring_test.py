@@ -16,7 +16,7 @@ def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "results" / "scoring.json"
     contenders = ["factored", "forward_backward"]
     status, output, errors = run_benchmark(
-        scoring, models=["cnn"], batch_sizes=["3"], contenders=contenders, output=str(path)
+        scoring, models=["cnn"], batch_sizes=["3"], contenders=contenders, json=str(path)
     )
     assert (status, errors) == (None, "")
     assert "cnn, 3 images" in output
@@ -54,7 +54,7 @@ def test_without_pytorch(run_benchmark, tmp_path, monkeypatch):
         ({"batch_sizes": ["0"]}, "batch_sizes must be positive whole numbers, got '0'"),
         ({"batch_sizes": []}, "batch_sizes must be positive whole numbers, got ''"),
         ({"repetitions": 0}, "repetitions must be at least 1, got 0"),
-        ({"output": "/dev/null/results.json"}, "cannot write to /dev/null/results.json: "),
+        ({"json": "/dev/null/results.json"}, "cannot write to /dev/null/results.json: "),
     ],
 )
 def test_bad_flags_are_one_line(run_benchmark, values, message):

@@ -8,7 +8,7 @@ from benchmarks import selection
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "selection.json"
     status, output, errors = run_benchmark(
-        selection, models=["badge"], pool_size=30, batch_sizes=["4"], output=str(path)
+        selection, models=["badge"], pool_size=30, batch_sizes=["4"], json=str(path)
     )
     assert (status, errors) == (None, "")
     assert "badge, 101 classes" in output

@@ -8,7 +8,7 @@ from benchmarks import training
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "training.json"
     status, output, errors = run_benchmark(
-        training, models=["cnn"], batch_sizes=["3"], contenders=["jax"], output=str(path)
+        training, models=["cnn"], batch_sizes=["3"], contenders=["jax"], json=str(path)
     )
     assert (status, errors) == (None, "")
     assert "cnn, 3 images" in output
