@@ -45,7 +45,8 @@ def squared_error_training_dynamics(
       ntk: Θ, where 𝒦 = Θ ⊗ I_K as in the limit of infinite width; not divided by K.
       residual: f(X) − Y.
     """
-    return jnp.vdot(residual, jnp.matmul(ntk, residual))
+    product = jnp.matmul(ntk, residual, precision="highest")
+    return jnp.vdot(residual, product, precision="highest")
 
 
 def change_of_training_dynamics(

@@ -68,7 +68,8 @@ def positive_definite(ntk: Float[AnyArray, "n n"], jitter: float = 0.0) -> Float
     regular = symmetric(ntk)
     regular = regular + jitter * np.mean(np.diag(regular)) * np.eye(len(regular))
     least, most = scipy.linalg.eigvalsh(regular)[[0, -1]]
-    if least <= rounding * abs(most):
+    # The eigenvalues themselves are found to within n roundings of the largest, in float64.
+    if least <= max(rounding, len(regular) * np.finfo(np.float64).eps) * abs(most):
         raise UserError(
             f"the kernel matrix is not positive definite: λ_min = {least:.3g} is not above the "
             f"rounding of λ_max = {most:.3g}; leave out examples that stand there twice, compute "

@@ -288,6 +288,8 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dic
         try:
             image = read(paths[position], kind)
         except Exception as error:  # See `read`.
+            if getattr(error, "errno", None):  # No fault of the file's: not to be remembered.
+                raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
             return _why(paths[position], error)
         with partial.open("r+b") as file:
             file.seek(offset + position * image.nbytes)

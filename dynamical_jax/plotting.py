@@ -80,7 +80,7 @@ def contact_sheet(
         axes.axis("off")
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=7)
+        axes.set_title(caption, fontsize=7, parse_math=False)
     picture.savefig(path, dpi=110)
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Trains, and looks at R on the way; returns what failed: nothing."""
     binary.check_no_arguments(argv)
-    sizes = sorted(binary.positive("ratio_sizes", SIZES.value))
+    sizes = sorted(set(binary.positive("ratio_sizes", SIZES.value)))
     config, (dataset, model) = common.training_config(), common.load()
     size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
     if size < 1 or needed > len(dataset.pool.y):

@@ -75,7 +75,8 @@ class Files(NamedTuple):
       x: `[n, h, w, c]`.
       labels: path → class name, in the order in which labels came.
       labeled: rows of `x` that have a label, in this order.
-      unlabeled: rows to choose from.
+      unlabeled: rows to choose from: of copies only the first, and none of what is labeled.
+      readable: rows that are images.
     """
 
     paths: list[str]
@@ -83,6 +84,7 @@ class Files(NamedTuple):
     labels: dict[str, str]
     labeled: np.ndarray
     unlabeled: np.ndarray
+    readable: np.ndarray
 
     @property
     def labels_checksum(self) -> int:
@@ -122,9 +124,8 @@ def run(argv: list[str]) -> list[str]:
             proposed = choose(strategy, files, learner)
             write(files, proposed, output, {**agreement, **fit})
             if PREDICTIONS.value and learner is not None:
-                dj.labeling.write_proposal(
-                    pathlib.Path(PREDICTIONS.value), predicted(files, learner, files.unlabeled)
-                )
+                rest = predicted(files, learner, np.setdiff1d(files.readable, files.labeled))
+                dj.labeling.write_proposal(pathlib.Path(PREDICTIONS.value), rest)
                 print(f"{PREDICTIONS.value}: what the model takes all others for")
     except filelock.Timeout as error:
         raise dj.UserError(f"{output} is in use by another process: wait for it") from error
@@ -138,8 +139,11 @@ def checked() -> tuple[dj.strategies.Strategy, dj.TrainingConfig, pathlib.Path]:
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
         raise dj.UserError(f"--images must be a folder of images, got {IMAGES.value}")
     output = pathlib.Path(OUTPUT.value)
-    if output.suffix != ".csv" or output.resolve() == pathlib.Path(LABELS.value).resolve():
-        raise dj.UserError(f"--output must be a .csv file other than --labels, got {output}")
+    tables = [pathlib.Path(table) for table in (output, LABELS.value, PREDICTIONS.value) if table]
+    if len({table.resolve() for table in tables}) < len(tables):
+        raise dj.UserError("--labels, --output and --predictions must be different files")
+    if any(table.suffix != ".csv" for table in tables):
+        raise dj.UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
     if common.BATCH_SIZE.value < 1:
         raise dj.UserError(f"batch_size must be at least 1, got {common.BATCH_SIZE.value}")
     dj.models.check_name(common.MODEL.value)
@@ -158,7 +162,8 @@ def read_files(output: pathlib.Path) -> tuple[Files, dict[str, Any]]:
     known = dj.labeling.read_labels(table, folder).of_path
     filled = dj.labeling.read_labels(output, folder)
     labels = dj.labeling.joined(known, filled.of_path, output)
-    found = dj.images.find(folder)
+    sheet = output.with_suffix(".png").resolve()  # It may lie among the images.
+    found = [path for path in dj.images.find(folder) if pathlib.Path(path).resolve() != sheet]
     if not found:
         raise dj.UserError(f"there are no image files in {folder}")
     paths = [pathlib.Path(path).relative_to(folder).as_posix() for path in found]
@@ -197,6 +202,11 @@ def split(paths: list[str], decoded: dj.images.Decoded, labels: dict[str, str]) 
     labeled = np.array([row_of[path] for path in labels], int)
     unique = np.unique(first[readable])
     unlabeled = np.setdiff1d(unique, first[labeled])
+    by_image: dict[int, str] = {}
+    for path, label in labels.items():
+        other = by_image.setdefault(first[row_of[path]], label)
+        if other != label:
+            print(f"{path} is labeled {label!r}, but a copy of it {other!r}")
     classes = Counter(labels.values())
     counts = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
     print(
@@ -205,7 +215,7 @@ def split(paths: list[str], decoded: dj.images.Decoded, labels: dict[str, str]) 
         f"{len(paths) - len(readable)} cannot be read, "
         f"{len(readable) - len(unique)} are copies of others"
     )
-    return Files(paths, decoded.x, labels, labeled, unlabeled)
+    return Files(paths, decoded.x, labels, labeled, unlabeled, readable)
 
 
 def trained(
@@ -262,7 +272,7 @@ def warm_start(files: Files, store: dj.checkpoints.Store) -> tuple[Learner, int 
     if not same_kind:
         print("the model is trained from the start: that of the last round was of another kind")
     if leaves is None or not same_kind:
-        mean, std = dj.datasets.channel_statistics(files.x)
+        mean, std = dj.datasets.channel_statistics(dj.types.Rows(files.x, files.readable))
         return learner_of(files, names, mean.tolist(), std.tolist()), None, number
     mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
     old = learner_of(files, known, mean, std)

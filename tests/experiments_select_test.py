@@ -128,7 +128,7 @@ def test_a_new_class_and_predictions(run, pictures, tmp_path):
     _, output, _ = run(predictions="rest.csv", max_epochs=20)
     assert "new classes: two; the model grows to 3 outputs" in output
     rest = rows_of(tmp_path / "rest.csv")
-    assert len(rest) == 60 - 40
+    assert len(rest) == 61 - 40  # Copies too.
     right = sum(truth[row["path"]] == row["predicted"] for row in rest)
     assert right > 0.7 * len(rest)
 
@@ -147,6 +147,45 @@ def test_one_class_is_no_class(run, pictures, tmp_path):
     _, output, _ = run()
     assert "1 labeled (1 zero), 59 to choose from" in output
     assert "fewer than two classes are labeled" in output
+
+
+def test_no_copy_of_what_is_labeled(run, pictures, tmp_path):
+    dj.labeling.add_labels(tmp_path / "labels.csv", {"copy.png": "zero"})
+    _, output, _ = run(batch_size=60)
+    assert "1 labeled (1 zero), 59 to choose from" in output
+    asked = {row["path"] for row in rows_of(tmp_path / "to_label.csv")}
+    assert not {"0/0.png", "copy.png"} & asked
+    dj.labeling.add_labels(tmp_path / "labels.csv", {"0/0.png": "one"})
+    _, output, _ = run()
+    assert "0/0.png is labeled 'one', but a copy of it 'zero'" in output
+
+
+def test_a_class_that_sorts_first_does_not_mix_up_the_others(run, pictures, tmp_path):
+    table, (_, truth) = tmp_path / "labels.csv", pictures
+    known = {path: label for path, label in truth.items() if label != "one"}
+    dj.labeling.add_labels(table, dict(list(known.items())[5:35]))
+    run(max_epochs=30, predictions="before.csv")
+    (path,) = list(truth)[25:26]
+    dj.labeling.add_labels(table, {path: "a new class"})
+    run(max_epochs=1, learning_rate=1e-9, predictions="after.csv")
+    before, after = (
+        {row["path"]: row["predicted"] for row in rows_of(tmp_path / name)}
+        for name in ("before.csv", "after.csv")
+    )
+    del before[path]
+    same = [before[path] == after[path] for path in before if after[path] in before.values()]
+    assert np.mean(same) == 1
+    assert len(same) > 0.5 * len(before)
+
+
+def test_the_contact_sheet_is_not_asked_for(pictures, run, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for position in range(4):
+        Image.new("L", (8, 8), 60 * position).save(folder / f"{position}.png")
+    for _ in range(2):
+        _, output, _ = run(images=str(folder), output=str(folder / "to_label.csv"))
+        assert "4 images" in output
 
 
 def test_all_are_labeled_and_more_asked_for_than_there_are(run, pictures, tmp_path):
@@ -172,8 +211,9 @@ def test_other_strategies(run, pictures, tmp_path, strategy):
         ({"images": None}, "--images must be a folder of images, got None"),
         ({"images": "nowhere"}, "--images must be a folder of images, got nowhere"),
         ({"images": "."}, "there are no image files in ."),
-        ({"output": "labels.csv"}, "--output must be a .csv file other than --labels"),
-        ({"output": "to_label.txt"}, "--output must be a .csv file other than --labels"),
+        ({"output": "labels.csv"}, "--labels, --output and --predictions must be different"),
+        ({"predictions": "labels.csv"}, "--labels, --output and --predictions must be different"),
+        ({"output": "to_label.txt"}, "tables must be .csv files, got to_label.txt, labels.csv"),
         ({"output": "/proc/none/to_label.csv"}, "cannot write /proc/none"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"strategy": "best"}, "unknown strategy 'best'; choose from dynamical"),

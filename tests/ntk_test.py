@@ -136,7 +136,34 @@ def test_approaches_the_infinite_width_kernel():
 
 
 @installed
-def test_kernel_regression_is_equation_3(float64):
+def test_blocks_of_the_infinite_width_kernel():
+    x = np.random.default_rng(0).normal(size=(5, 3, 3, 1))
+    whole = ntk.infinite_width_ntk(x, x[1:4], depth=2)
+    for block in (1, 2):
+        memory = block**2 * bytes_of_a_pair(3)
+        parts = ntk.infinite_width_ntk(x, x[1:4], depth=2, memory_bytes=memory)
+        np.testing.assert_allclose(parts, whole, rtol=1e-12)
+    np.testing.assert_allclose(ntk.infinite_width_ntk(x, depth=2)[:, 1:4], whole, rtol=1e-12)
+    with pytest.raises(dj.UserError, match="two images of 3 × 3 pixels needs 0 MiB, and 0 MiB"):
+        ntk.infinite_width_ntk(x, memory_bytes=bytes_of_a_pair(3) - 1)
+
+
+def bytes_of_a_pair(side):
+    return dj.ntk.reference.PAIRS_HELD * 8 * side**4
+
+
+@installed
+def test_kernel_regression_of_an_ill_conditioned_kernel():
+    # It gives its own training set back, which float32 could not.
+    generator = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(generator.normal(size=(24, 24)))
+    kernel = basis @ np.diag(np.logspace(-9, 0, 24)) @ basis.T
+    y = generator.normal(size=(24, 2))
+    np.testing.assert_allclose(ntk.kernel_regression(kernel, y, kernel), y, atol=1e-5)
+
+
+@installed
+def test_kernel_regression_is_equation_3():
     generator = np.random.default_rng(0)
     features = generator.normal(size=(9, 20))
     kernel, y = features @ features.T, generator.normal(size=(6, 2))

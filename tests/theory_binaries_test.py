@@ -4,11 +4,14 @@ import importlib
 import json
 import sys
 
+import numpy as np
 import pytest
+import scipy.stats
 from absl import flags
 from absl.testing import flagsaver
 
 import dynamical_jax as dj
+from theory import common as theory_common
 
 BINARIES = (
     "fig1_bound_and_mmd",
@@ -100,10 +103,89 @@ def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch):
 
 
 def test_the_theorems_hold(run, tmp_path):
-    _, output, _ = run("theorem1_convergence")
+    _, output, _ = run("theorem1_convergence", widths=["64", "64"])
     assert "between the sides of Theorem 1 at 150 of 150 times" in output
+    curves = json.loads((tmp_path / "run" / "theorem1_convergence.json").read_text())["curves"]
+    for curve in curves:
+        error, term = curve["error"], curve["convergence_term"]
+        assert error[0] == pytest.approx(term[0], rel=1e-4)  # ‖Y‖², centred
+        assert error[0] - error[-1] == pytest.approx(term[0] - term[-1], rel=0.2)
     _, output, _ = run("theorem2_generalization")
     assert "by alignment in 6 of 6 cases" in output
+    rows = json.loads((tmp_path / "run" / "theorem2_generalization.json").read_text())["rows"]
+    for row in rows:
+        assert row["middle"] == pytest.approx(10 * row["bound"] ** 2)  # n/2 with n = 20
+
+
+@pytest.fixture
+def setting(cache_dir):
+    """Setting and flags as the binaries have them, on twenty labels."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    with flagsaver.flagsaver(**{**SMALL, "cache_dir": cache_dir}):
+        yield theory_common.setting()
+
+
+def test_figure_1_by_definition(setting):
+    module, pool = MODULES["fig1_bound_and_mmd"], setting.dataset.pool
+    raw = module.of_seed(setting, 0, [5])[0]
+    rows, variables = setting.draw(0, 20), setting.variables(0)
+    fit = theory_common.fit(setting, variables, dj.Examples(pool.x[rows], pool.y[rows]), 0)
+    others = np.setdiff1d(np.arange(len(pool.y)), rows)
+    apply, labeled = setting.model.apply, dj.Examples(pool.x[rows], pool.y[rows])
+    grad_s = dj.gradients.set_gradient(apply, fit.variables, labeled)
+    terms = dj.gradients.norms_and_products(apply, fit.variables, pool.x[others], grad_s)
+    best = np.argsort(-(terms.squared_norm + 2 * terms.inner_product), kind="stable")[:5]
+    both = np.append(rows, others[best])
+    theta = theory_common.kernel(apply, variables, pool.x[both])
+    y = np.eye(10)[pool.y[both]]
+    assert raw["bound"] == pytest.approx(
+        np.sqrt(2 * np.trace(y.T @ np.linalg.inv(theta) @ y) / 25), rel=1e-4
+    )
+    pairs = [np.mean(block[~np.eye(len(block), dtype=bool)]) for block in (theta[:20, :20], theta)]
+    across = np.sum(theta[:20]) - np.trace(theta[:20, :20])
+    assert raw["squared_mmd"] == pytest.approx(sum(pairs) - 2 * across / (20 * 24), rel=1e-4)
+
+
+def test_figure_2_by_definition(setting):
+    module, pool = MODULES["fig2_alignment"], setting.dataset.pool
+    rows, variables = setting.draw(0, 20), setting.variables(0)
+    points = module.quantities(setting, variables, rows, 0)
+    others = np.setdiff1d(np.arange(len(pool.y)), rows)
+    query = dj.streams.generator(0, "draws", 3).choice(others, 10, replace=False)
+    both = np.append(rows, query)
+    theta = theory_common.kernel(setting.model.apply, variables, pool.x[both])
+    y = np.eye(10)[pool.y[both]]
+    residual = np.asarray(setting.model.apply(variables, pool.x[both]).logits) - y
+    assert points["alignment"][3] == pytest.approx(np.trace(y.T @ theta @ y), rel=1e-4)
+    expected = np.trace(residual.T @ theta @ residual)
+    assert points["squared_error"][3] == pytest.approx(expected, rel=1e-4)
+    examples = dj.Examples(pool.x[both], pool.y[both])
+    grad = dj.gradients.set_gradient(setting.model.apply, variables, examples)
+    expected = float(dj.dynamics.training_dynamics(grad))
+    assert points["cross_entropy"][3] == pytest.approx(expected, rel=1e-4)
+
+
+def test_figure_2_correlates_what_it_says(run, tmp_path):
+    run("fig2_alignment")
+    results = json.loads((tmp_path / "run" / "fig2_alignment.json").read_text())
+    for when in ("at initialisation", "after training"):
+        points = results[when]["points"]
+        for name in ("squared_error", "cross_entropy"):
+            tau = scipy.stats.kendalltau(points[name], points["alignment"]).statistic
+            assert results[when][name]["tau"] == pytest.approx(tau)
+    start, trained = (results[when]["points"] for when in ("at initialisation", "after training"))
+    assert np.mean(trained["cross_entropy"]) != np.mean(start["cross_entropy"])
+    paired = MODULES["fig2_alignment"].correlation([*range(12)], [*range(11), 9.5])
+    assert paired["low"] > 0.5
+
+
+def test_noise_is_as_much_as_asked_for_and_nested():
+    labels = np.arange(1000) % 10
+    noisy = [theory_common.with_noise(labels, share, 10, 0) for share in (0.0, 0.5, 1.0)]
+    changed = [np.mean(one != labels) for one in noisy]
+    np.testing.assert_allclose(changed, [0, 0.45, 0.9], atol=0.04)
+    assert np.all((noisy[1] == labels) | (noisy[1] == noisy[2]))
 
 
 @pytest.mark.parametrize(

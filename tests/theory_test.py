@@ -189,3 +189,12 @@ def test_squared_error_training_dynamics(float64):
     assert dynamics.squared_error_training_dynamics(theta, residual) == pytest.approx(
         float(dynamics.training_dynamics_from_kernel(full, residual))
     )
+
+
+def test_singular_kernels_are_told_from_regular_ones():
+    # Centred features: exactly one eigenvalue is 0, which comes out as ± rounding.
+    for seed in range(20):
+        features = np.random.default_rng(seed).normal(size=(50, 80))
+        features = features - features.mean(axis=0)
+        with pytest.raises(dj.UserError, match="not positive definite"):
+            dj.generalization.generalization_bound(features @ features.T, np.ones((50, 1)))

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Computes ℬ and MMD for each seed and b, then writes them; returns what failed."""
     binary.check_no_arguments(argv)
-    sizes = binary.positive("query_sizes", QUERY_SIZES.value)
+    sizes = sorted(set(binary.positive("query_sizes", QUERY_SIZES.value)))
     if INFINITE_WIDTH.value:
         dj.ntk.neural_tangents()  # What is missing should be said now and not after training.
     setting = common.setting()
@@ -115,7 +115,8 @@ def draw(rows: list[dict[str, Any]], sizes: list[int], figure: Any) -> None:
                 ]
             )
             places = np.arange(len(sizes)) + shift
-            bars = axes.bar(places, values.mean(axis=1), 0.4, yerr=values.std(axis=1), label=name)
+            spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
+            bars = axes.bar(places, values.mean(axis=1), 0.4, yerr=spread, label=name)
             axes.bar_label(bars, fmt="%.2g", padding=2)
         axes.margins(y=0.25)
         axes.set_xticks(range(len(sizes)), [f"b = {size}" for size in sizes])

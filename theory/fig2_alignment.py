@@ -24,7 +24,7 @@ from experiments import common as experiment
 from theory import common
 
 QUERY_SIZE = flags.DEFINE_integer("query_size", 25, "|Q|.", lower_bound=1)
-DRAWS = flags.DEFINE_integer("draws", 150, "How many Q.", lower_bound=3)
+DRAWS = flags.DEFINE_integer("draws", 150, "How many Q.", lower_bound=8)
 for _name in (*common.KEY_FLAGS, "num_labeled", "epochs", "training_rate"):
     flags.declare_key_flag(_name)
 

@@ -129,7 +129,9 @@ def _jacobian(
     def fill(positions: np.ndarray, count: int) -> Array:
         nonlocal buffer
         start, stop = piece
-        rows = _block_jacobian(apply, variables, x[positions], indices, start, stop - start)
+        # By default GPUs multiply in TensorFloat-32, whose rounding λ_min would feel.
+        with jax.default_matmul_precision("highest"):
+            rows = _block_jacobian(apply, variables, x[positions], indices, start, stop - start)
         if buffer is None:
             buffer = jnp.zeros((len(x), *rows.shape[1:]), rows.dtype)
         # Repeated positions of the last block carry the same row again.

@@ -111,6 +111,8 @@ def kernel_regression(
 ) -> Float[np.ndarray, "m k"]:
     """Returns f(x; θ(t)) = Θ(x, X) Θ⁻¹ (I − e^{−ηΘt}) Y, the trained network's outputs, Eq. 3.
 
+    In float64.
+
     From f = 0 at t = 0, for the loss ½‖f − Y‖² summed over examples and classes.
 
     Args:
@@ -121,21 +123,22 @@ def kernel_regression(
       learning_rate: η.
 
     Raises:
-      UserError: if neural-tangents cannot be used here.
+      UserError: if neural-tangents cannot be used here, or Θ(X, X) is singular.
     """
     nt = neural_tangents()
-    targets = jnp.asarray(targets)
-    # Its loss is the mean over all entries of Y, so its time runs slower by their number.
-    predict = nt.predict.gradient_descent_mse(
-        jnp.asarray(ntk), targets, learning_rate=learning_rate * targets.size
-    )
-    start = jnp.zeros((len(ntk_to_training), targets.shape[1]), targets.dtype)
-    _, outputs = predict(
-        None if math.isinf(time) else time,
-        jnp.zeros_like(targets),
-        start,
-        jnp.asarray(ntk_to_training),
-    )
+    with jax.enable_x64(True):
+        ntk, targets, ntk_to_training = (
+            jnp.asarray(part, jnp.float64) for part in (ntk, targets, ntk_to_training)
+        )
+        # Its loss is the mean over all entries of Y, so its time runs slower by their number.
+        predict = nt.predict.gradient_descent_mse(
+            ntk, targets, learning_rate=learning_rate * targets.size
+        )
+        start = jnp.zeros((len(ntk_to_training), targets.shape[1]))
+        when = None if math.isinf(time) else time
+        _, outputs = predict(when, jnp.zeros_like(targets), start, ntk_to_training)
+    if not np.all(np.isfinite(outputs)):
+        raise UserError("kernel regression is not finite: Θ of the training set is singular")
     return np.asarray(outputs)
 
 
