@@ -109,7 +109,7 @@ def test_the_theorems_hold(run, tmp_path):
     for curve in curves:
         error, term = curve["error"], curve["convergence_term"]
         assert error[0] == pytest.approx(term[0], rel=1e-4)  # ‖Y‖², centred
-        assert error[0] - error[-1] == pytest.approx(term[0] - term[-1], rel=0.2)
+        assert error[0] - error[-1] == pytest.approx(term[0] - term[-1], rel=0.5)
     _, output, _ = run("theorem2_generalization")
     assert "by alignment in 6 of 6 cases" in output
     rows = json.loads((tmp_path / "run" / "theorem2_generalization.json").read_text())["rows"]
