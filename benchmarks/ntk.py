@@ -16,9 +16,9 @@ from benchmarks import harness, pool
 
 CONTENDERS = {
     "empirical_ntk": "ntk_contenders.empirical",
-    "nt.batch, blocks of 60": "ntk_contenders.blocks_of_60",
-    "nt.batch, blocks of 300": "ntk_contenders.blocks_of_300",
-    "nt, all at once": "ntk_contenders.at_once",
+    "nt.batch of 60": "ntk_contenders.blocks_of_60",
+    "nt.batch of 300": "ntk_contenders.blocks_of_300",
+    "nt at once": "ntk_contenders.at_once",
 }
 BATCH_SIZES = {"ntk_cnn": (1500,)}
 

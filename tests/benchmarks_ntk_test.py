@@ -11,7 +11,7 @@ from benchmarks import ntk
 @pytest.mark.skipif(not dj.ntk.compatibility.is_installed(), reason="needs neural-tangents")
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "ntk.json"
-    contenders = ["empirical_ntk", "nt, all at once"]
+    contenders = ["empirical_ntk", "nt at once"]
     status, output, errors = run_benchmark(
         ntk, contenders=contenders, batch_sizes=["2"], json=str(path)
     )
