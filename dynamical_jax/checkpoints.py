@@ -20,6 +20,7 @@ import numpy as np
 
 from dynamical_jax import records, training
 from dynamical_jax.active_learning import Experiment, State, Underway
+from dynamical_jax.errors import UserError
 from dynamical_jax.pool import Pool
 
 T = TypeVar("T")
@@ -46,6 +47,9 @@ class Store:
           name: names sort as what is saved follows each other.
           tree: of arrays.
           description: JSON values.
+
+        Raises:
+          UserError: if the disk is full.
         """
         import orbax.checkpoint as ocp  # here, because it takes a while
 
@@ -54,8 +58,13 @@ class Store:
         _remove(arrays)
         # With names that sort in the order of the tree.
         leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(arrays.resolve(), args=ocp.args.StandardSave(leaves))
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(arrays.resolve(), args=ocp.args.StandardSave(leaves))
+        except ValueError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(f"cannot write {arrays}: there is no space left") from error
         manifest = {**description, "files": _checksums(arrays)}
         records.write(arrays.with_suffix(".json"), json.dumps(manifest))
         for old in self._manifests()[KEPT:]:

@@ -5,6 +5,7 @@ name. A proposal is a table of images to label whose labels are empty, with colu
 when they are filled in, `add_labels` takes them over.
 """
 
+import codecs
 import csv
 import io
 import os
@@ -97,15 +98,25 @@ def joined(
     return {**labels, **more}
 
 
-def write_proposal(path: pathlib.Path, proposed: Iterable[Proposed]) -> None:
-    """Writes images to label, the first the most wanted, whole or not at all."""
+def write_proposal(
+    path: pathlib.Path, proposed: Iterable[Proposed], like: pathlib.Path | None = None
+) -> None:
+    """Writes images to label, the first the most wanted, whole or not at all.
+
+    Args:
+      path: the table.
+      proposed: its rows.
+      like: a table whose delimiter and byte-order mark this one shall have, since the same program
+        will open it.
+    """
     table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
+    delimiter = "," if like is None else _text(like)[1]
+    writer = csv.writer(table, lineterminator="\n", delimiter=delimiter)
     writer.writerow([*COLUMNS, "predicted", "confidence", "score", "rank"])
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([image.path, "", image.predicted, *numbers, rank])
-    records.write(path, table.getvalue())
+    records.write(path, _mark(like) + table.getvalue())
 
 
 def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
@@ -123,8 +134,7 @@ def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
         writer.writeheader()
     writer.writerows({"path": name, "label": label} for name, label in labels.items())
     between = end if text and not text.endswith("\n") else ""
-    mark = "\ufeff" if path.exists() and path.read_bytes().startswith(b"\xef\xbb\xbf") else ""
-    records.write(path, f"{mark}{text}{between}{table.getvalue()}")
+    records.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -160,6 +170,13 @@ def _text(path: pathlib.Path) -> tuple[str, str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     # Spreadsheets of many countries write semicolons.
     return text if text.strip() else "", max(",;\t", key=text.partition("\n")[0].count)
+
+
+def _mark(path: pathlib.Path | None) -> str:
+    """The byte-order mark of a table, if it has one."""
+    if path is None or not path.exists():
+        return ""
+    return "\ufeff" if path.read_bytes().startswith(codecs.BOM_UTF8) else ""
 
 
 def _relative(path: str, folder: str) -> str:

@@ -5,6 +5,7 @@ for all, whatever the seed of a run.
 """
 
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,11 @@ def from_folder(
     elif not for_test.any():
         raise UserError(f"{test_dir}: no image can be read")
     pool, test = rows[~for_test], rows[for_test]
+    first = images.first_equal(Rows(x, np.append(pool, test)))
+    if copies := np.sum(first[len(pool) :] < len(pool)):
+        warnings.warn(
+            f"{copies} of {len(test)} test images are copies of images in the pool", stacklevel=2
+        )
     return OwnData(
         *(Examples(Rows(x, part), y[part]) for part in (pool, test)),
         class_names,

@@ -40,6 +40,9 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # Who reads our output has had enough, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else None

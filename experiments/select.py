@@ -40,7 +40,8 @@ OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label
 PREDICTIONS = flags.DEFINE_string(
     "predictions", None, "Also write a table of what the model takes each unlabeled image for."
 )
-STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(dj.STRATEGIES)}.")
+NAMES = [name for name, strategy in dj.STRATEGIES.items() if strategy().init() is None]
+STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
 SEED = flags.DEFINE_integer("seed", 0, "Of all randomness.", lower_bound=0)
 for _name in (
     "batch_size",
@@ -114,21 +115,29 @@ def run(argv: list[str]) -> list[str]:
     binary.check_no_arguments(argv)
     strategy, config, output = checked()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        for table in filter(None, (OUTPUT.value, LABELS.value, PREDICTIONS.value)):
+            pathlib.Path(table).parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(output.with_suffix(".lock"), timeout=0):
             files, agreement = read_files(output)
             if not len(files.unlabeled):
+                dj.labeling.write_proposal(output, [])
+                output.with_suffix(".png").unlink(missing_ok=True)
                 print("all images are labeled")
                 return []
             learner, fit = trained(files, config, output.with_suffix(".checkpoint"))
             proposed = choose(strategy, files, learner)
             write(files, proposed, output, {**agreement, **fit})
-            if PREDICTIONS.value and learner is not None:
+            if PREDICTIONS.value and learner is None:
+                print(f"{PREDICTIONS.value} is not written: there is no model yet")
+            elif PREDICTIONS.value:
                 rest = predicted(files, learner, np.setdiff1d(files.readable, files.labeled))
-                dj.labeling.write_proposal(pathlib.Path(PREDICTIONS.value), rest)
+                path = pathlib.Path(PREDICTIONS.value)
+                dj.labeling.write_proposal(path, rest, pathlib.Path(LABELS.value))
                 print(f"{PREDICTIONS.value}: what the model takes all others for")
     except filelock.Timeout as error:
         raise dj.UserError(f"{output} is in use by another process: wait for it") from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise dj.UserError(f"cannot write {error.filename}: {error.strerror}") from error
     return []
@@ -148,10 +157,10 @@ def checked() -> tuple[dj.strategies.Strategy, dj.TrainingConfig, pathlib.Path]:
         raise dj.UserError(f"batch_size must be at least 1, got {common.BATCH_SIZE.value}")
     dj.models.check_name(common.MODEL.value)
     strategy = active_learning.make_strategy(STRATEGY.value)
-    if strategy.init() is not None:
+    if STRATEGY.value not in NAMES:
         raise dj.UserError(
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
-            "which a person need not do: choose another strategy"
+            f"which a person need not do: choose from {', '.join(NAMES)}"
         )
     return strategy, common.training_config(), output
 
@@ -170,7 +179,7 @@ def read_files(output: pathlib.Path) -> tuple[Files, dict[str, Any]]:
     if missing := sorted(set(labels) - set(paths)):
         raise dj.UserError(
             f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}"
+            f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
         )
     if new := {path: label for path, label in labels.items() if path not in known}:
         dj.labeling.add_labels(table, new)
@@ -198,7 +207,10 @@ def split(paths: list[str], decoded: dj.images.Decoded, labels: dict[str, str]) 
     readable = np.flatnonzero(decoded.readable)
     first = np.full(len(paths), -1)
     first[readable] = readable[dj.images.first_equal(dj.types.Rows(decoded.x, readable))]
-    labels = {path: label for path, label in labels.items() if decoded.readable[row_of[path]]}
+    broken = [path for path in labels if not decoded.readable[row_of[path]]]
+    if broken:
+        print(f"{len(broken)} labels are of images that cannot be read: {', '.join(broken[:3])}")
+    labels = {path: label for path, label in labels.items() if path not in broken}
     labeled = np.array([row_of[path] for path in labels], int)
     unique = np.unique(first[readable])
     unlabeled = np.setdiff1d(unique, first[labeled])
@@ -229,10 +241,10 @@ def trained(
     if len(set(files.labels.values())) < 2:
         return None, {}
     store = dj.checkpoints.Store(directory)
-    learner, trained_on, number = warm_start(files, store)
-    if trained_on == files.labels_checksum:
-        print("no new labels: the model stays as it is")
-        return learner, {}
+    learner, before, number = warm_start(files, store)
+    if before.get("labels") == files.labels_checksum:
+        print("no labels that the model was not trained on: it stays as it is")
+        return learner, before["fit"]
     labeled = dj.Examples(dj.types.Rows(files.x, files.labeled), learner.targets(files))
     count = len(labeled.y)
     with dj.progress.Bar() as bar:
@@ -250,6 +262,7 @@ def trained(
         )
     print(f"trained for {fit.epochs} epochs: {fit.labeled.accuracy:.1%} of the labels right")
     learner = learner._replace(variables=fit.variables)
+    facts = {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
     description = {
         **kind(files),
         "class_names": learner.class_names,
@@ -257,33 +270,35 @@ def trained(
         "std": learner.model.std,
         "labels": files.labels_checksum,
         "round": number,
+        "fit": facts,
     }
     store.save(f"round-{number:05d}", fit.variables, description)
-    return learner, {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
+    return learner, facts
 
 
-def warm_start(files: Files, store: dj.checkpoints.Store) -> tuple[Learner, int | None, int]:
-    """Returns the learner to train, the checksum of the labels it knows, and the round's number."""
+def warm_start(files: Files, store: dj.checkpoints.Store) -> tuple[Learner, dict[str, Any], int]:
+    """Returns the learner to train, what is known of its training, and the round's number."""
     kept = store.restore(lambda description, leaves: (description, leaves))
     description, leaves = kept or ({"round": -1, **kind(files)}, None)
     number = description["round"] + 1
     names = sorted(set(files.labels.values()))
-    same_kind = all(description.get(name) == value for name, value in kind(files).items())
-    if not same_kind:
-        print("the model is trained from the start: that of the last round was of another kind")
-    if leaves is None or not same_kind:
+    if difference := dj.run_directory.differing(
+        kind(files), {name: description.get(name) for name in kind(files)}
+    ):
+        print(f"the model is trained from the start: that of the last round had {difference}")
+    if leaves is None or difference:
         mean, std = dj.datasets.channel_statistics(dj.types.Rows(files.x, files.readable))
-        return learner_of(files, names, mean.tolist(), std.tolist()), None, number
+        return learner_of(files, names, mean.tolist(), std.tolist()), {}, number
     mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
     old = learner_of(files, known, mean, std)
     old = old._replace(variables=dj.checkpoints.unflattened(old.variables, leaves))
     new = [name for name in names if name not in known]
     if not new:
-        return old, description["labels"], number
+        return old, description, number
     print(f"new classes: {', '.join(new)}; the model grows to {len(known + new)} outputs")
     larger = learner_of(files, known + new, mean, std)
     grown = dj.models.grown(old.variables, larger.variables)
-    return larger._replace(variables=grown), None, number
+    return larger._replace(variables=grown), {}, number
 
 
 def learner_of(files: Files, class_names: list[str], mean: Any, std: Any) -> Learner:
@@ -295,9 +310,9 @@ def learner_of(files: Files, class_names: list[str], mean: Any, std: Any) -> Lea
 
 
 def kind(files: Files) -> dict[str, Any]:
-    """What must be the same for a model to be trained on."""
+    """What must be the same for a model to be trained further, as flags name it."""
     shape = list(files.x.shape[1:])
-    return {"model": common.MODEL.value, "options": common.model_options(), "image_shape": shape}
+    return {"model": common.MODEL.value, **common.model_options(), "image_size": shape}
 
 
 def choose(
@@ -360,12 +375,13 @@ def write(
     """Writes the proposal, its contact sheet and a line of the log."""
     shown = proposed[:LARGEST_SHEET]
     captions = [
-        f"{rank}. {image.predicted}\n{image.confidence:.0%}" if image.predicted else f"{rank}."
+        f"{rank}. {image.predicted}{f' {image.confidence:.0%}' if image.predicted else ''}\n"
+        f"{pathlib.PurePath(image.path).name[-22:]}"
         for rank, image in enumerate(shown, start=1)
     ]
     thumbnails = [dj.images.thumbnail(pathlib.Path(IMAGES.value) / i.path) for i in shown]
     dj.plotting.contact_sheet(thumbnails, captions, output.with_suffix(".png"))
-    dj.labeling.write_proposal(output, proposed)
+    dj.labeling.write_proposal(output, proposed, pathlib.Path(LABELS.value))
     record = {
         "num_labeled": len(files.labeled),
         "num_unlabeled": len(files.unlabeled),

@@ -106,7 +106,9 @@ def test_without_new_labels_the_same_is_asked_for(run, pictures, tmp_path):
     run()
     once = rows_of(tmp_path / "to_label.csv")
     _, output, _ = run()
-    assert "no new labels: the model stays as it is" in output
+    assert "no labels that the model was not trained on" in output
+    log = dj.records.read(tmp_path / "to_label.jsonl")
+    assert log[2]["epochs"] == log[1]["epochs"] >= 1
     assert rows_of(tmp_path / "to_label.csv") == once
 
 
@@ -137,15 +139,19 @@ def test_another_kind_of_model_begins_anew(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
     run()
     _, output, _ = run(image_size=5)
-    assert "trained from the start: that of the last round was of another kind" in output
+    assert (
+        "trained from the start: that of the last round had --image_size=8,8,3 there and 5,5,3"
+        in output
+    )
     _, output, _ = run(image_size=5)
-    assert "no new labels: the model stays as it is" in output
+    assert "no labels that the model was not trained on" in output
 
 
 def test_one_class_is_no_class(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", {"0/0.png": "zero"})
-    _, output, _ = run()
+    _, output, _ = run(predictions="new/rest.csv")
     assert "1 labeled (1 zero), 59 to choose from" in output
+    assert "new/rest.csv is not written: there is no model yet" in output
     assert "fewer than two classes are labeled" in output
 
 
@@ -195,6 +201,8 @@ def test_all_are_labeled_and_more_asked_for_than_there_are(run, pictures, tmp_pa
     status, output, _ = run()
     assert status is None
     assert "all images are labeled" in output
+    assert rows_of(tmp_path / "to_label.csv") == []
+    assert not (tmp_path / "to_label.png").exists()
 
 
 @pytest.mark.parametrize("strategy", ["badge", "coreset", "entropy", "random"])

@@ -90,6 +90,13 @@ def test_adding_keeps_the_form_of_the_table(tmp_path, before, after):
     assert table.read_bytes() == after.encode()
 
 
+def test_a_proposal_looks_like_the_table_of_labels(tmp_path):
+    table = write(tmp_path / "labels.csv", "\ufeffpath;label\na.png;cat\n")
+    labeling.write_proposal(tmp_path / "to_label.csv", [labeling.Proposed("ö.png")], table)
+    written = (tmp_path / "to_label.csv").read_text()
+    assert written == "\ufeffpath;label;predicted;confidence;score;rank\nö.png;;;;;1\n"
+
+
 def test_a_proposal_comes_back_filled_in(tmp_path):
     table = tmp_path / "to_label.csv"
     proposed = [
