@@ -8,7 +8,7 @@ import toy
 
 import dynamical_jax as dj
 from dynamical_jax import comparison, records, run_directory
-from dynamical_jax.checkpoints import Checkpoints
+from dynamical_jax.checkpoints import Checkpoints, Store
 
 FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
 
@@ -26,6 +26,18 @@ def outcome(rounds):
     for record in kept:
         del record["seconds"]
     return kept
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def save(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    with pytest.raises(dj.UserError, match=r"cannot write .*one: there is no space left"):
+        Store(tmp_path).save("one", [np.zeros(2)], {})
+    assert Store(tmp_path).restore(lambda description, leaves: leaves) is None
 
 
 class Killed(BaseException):

@@ -55,6 +55,12 @@ class TestFolder:
         assert {image.tobytes() for image in data.test.x[:]} == expected
         np.testing.assert_allclose(data.mean, data.pool.x[:].mean(axis=(0, 1, 2)))
 
+    def test_copies_in_the_test_set_are_said(self, photos, load):
+        for path in sorted((photos / "cat").glob("*.png")):
+            shutil.copy(path, path.with_name(f"copy of {path.name}"))
+        with pytest.warns(UserWarning, match=r"\d of \d test images are copies of images in the"):
+            load(photos)
+
     def test_the_same_again_and_other_data(self, photos, load):
         first, again = load(photos), dj.datasets.load(photos, cache_dir=photos.parent / "cache")
         assert (again.version, again.name) == (first.version, "photos")
