@@ -36,6 +36,14 @@ def _strict_arrays():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_module():
+    # Each compiled program holds some memory maps, of which Linux allows a process 65,530: when
+    # they are used up, XLA crashes in the middle of some innocent test.
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):
