@@ -126,7 +126,15 @@ def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) ->
 
 
 def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]) -> None:
-    """Writes `<name>.json` and `<name>.png`, and prints the finding.
+    """Does what `save` does, and prints the finding and where it is."""
+    path = save(module, results, sentence, draw)
+    print(f"{sentence}\n{path}\n{path.with_suffix('.png')}")
+
+
+def save(
+    module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]
+) -> pathlib.Path:
+    """Writes `<name>.json` and `<name>.png`; returns the path of the former.
 
     Args:
       module: the binary; its key flags are recorded.
@@ -147,4 +155,4 @@ def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[A
         figure.savefig(directory / f"{name}.png", dpi=150)
     except OSError as error:
         raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
-    print(f"{sentence}\n{directory / name}.json\n{directory / name}.png")
+    return directory / f"{name}.json"

@@ -53,10 +53,16 @@ def run(argv: list[str]) -> list[str]:
     for seed in experiment.seeds():
         try:
             rows += of_seed(setting, seed, sizes)
+            common.save(*results_of(rows, sizes))  # A seed takes long: what there is, is kept.
         except dj.UserError as error:
             failures.append(f"seed {seed}: {error}")
-    if not rows:
-        return failures
+    if rows:
+        common.write(*results_of(rows, sizes))
+    return failures
+
+
+def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
+    """Returns the arguments of `common.write`."""
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES
@@ -64,8 +70,7 @@ def run(argv: list[str]) -> list[str]:
     parts = [f"{min(s):.2g} to {max(s):.2g} for Θ {scale}" for scale, s in shares.items()]
     sentence = f"MMD / ℬ over b = {', '.join(map(str, sizes))}: {'; '.join(parts)}."
     results = {"rows": rows, "jitter": common.JITTER.value, "num_labeled": common.NUM_LABELED.value}
-    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, rows, sizes))
-    return failures
+    return sys.modules[__name__], results, sentence, functools.partial(draw, rows, sizes)
 
 
 def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
