@@ -126,7 +126,7 @@ def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
     """
     text, delimiter = _text(path)
     header = next(csv.reader(io.StringIO(text), delimiter=delimiter), COLUMNS)
-    columns = [name.strip() for name in header]
+    columns = [_column(name) for name in header]
     end = "\r\n" if "\r\n" in text else "\n"
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, delimiter=delimiter, lineterminator=end)
@@ -143,7 +143,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
     if not text:
         return
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-    columns = [name.strip() for name in reader.fieldnames or ()]
+    columns = [_column(name) for name in reader.fieldnames or ()]
     if not set(COLUMNS) <= set(columns):
         raise UserError(f"{path} has the columns {', '.join(columns)}; it needs path and label")
     reader.fieldnames = columns
@@ -155,6 +155,12 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, row
         elif row["label"]:
             raise UserError(f"line {reader.line_num} of {path} has a label but no path")
+
+
+def _column(name: str) -> str:
+    """The name of a column; of ours, capital letters do not matter."""
+    name = name.strip()
+    return name.lower() if name.lower() in COLUMNS else name
 
 
 def _text(path: pathlib.Path) -> tuple[str, str]:

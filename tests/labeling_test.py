@@ -19,6 +19,7 @@ def write(path, text):
         "\ufeffpath;label\na.png;cat\nb.png;dog\n",  # a spreadsheet's byte-order mark, semicolons
         "label\tnote\tpath\ncat\tblurred\t./a.png\ndog\t\t b.png \n",
         'path,label\n"a.png","cat"\nb.png,dog\nc.png,\n,\nb.png,dog\n',  # empty and double rows
+        "Path,LABEL\na.png,cat\nb.png,dog\n",
         "path,label\npictures/../a.png,cat\nb.png, dog\n",
     ],
 )
@@ -77,6 +78,7 @@ def test_two_tables_that_disagree(tmp_path):
     ("before", "after"),
     [
         ("path,label\na,cat\n", "path,label\na,cat\nb,dog\nc,big cat\n"),
+        ("Path,Label\na,cat\n", "Path,Label\na,cat\nb,dog\nc,big cat\n"),
         ("path,label\na,cat", "path,label\na,cat\nb,dog\nc,big cat\n"),
         (
             "\ufefflabel;by;path\r\ncat;me;a\r\n",
