@@ -1,8 +1,9 @@
 """What the binaries share: flags, and the way from them to a directory of records."""
 
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from absl import flags
@@ -227,6 +228,39 @@ def prepared_cache_dir() -> str:
     cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
     binary.keep_compiled_programs(cache_dir)
     return cache_dir
+
+
+def save(
+    module: Any,
+    directory: pathlib.Path,
+    name: str,
+    results: dict[str, Any],
+    draw: Callable[[pathlib.Path], None],
+) -> pathlib.Path:
+    """Writes `<name>.json` and `<name>.png`; returns the path of the former.
+
+    Args:
+      module: the binary; its key flags are recorded.
+      directory: made if it is not there.
+      name: of both files.
+      results: what was found, JSON values.
+      draw: draws the picture to a path.
+    """
+    used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    record = dj.records.finite({**results, "flags": used, **dj.records.environment()})
+    path = directory / f"{name}.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        dj.records.write(path, json.dumps(record, indent=1) + "\n")
+        draw(path.with_suffix(".png"))
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
+    return path
+
+
+def tell(finding: str, path: pathlib.Path) -> None:
+    """Prints what was found, and where `save` wrote it."""
+    print(f"{finding}\n{path}\n{path.with_suffix('.png')}")
 
 
 def summarize(path: pathlib.Path) -> None:

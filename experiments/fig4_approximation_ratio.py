@@ -11,9 +11,9 @@ Written to --output_dir: approximation_ratio.json and .png.
 """
 
 import functools
-import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -49,7 +49,6 @@ def run(argv: list[str]) -> list[str]:
         )
     seed = common.FIRST_SEED.value
     points = ratios(dataset, model, config, sizes, seed)
-    used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)}
     last = points[-1]
     parts = [
         f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
@@ -59,19 +58,15 @@ def run(argv: list[str]) -> list[str]:
         f"After {last['epoch']} epochs, at {last['train_accuracy']:.0%} of S, R is on average over "
         f"{NUM_QUERIES.value} random Q {', '.join(parts)}."
     )
-    results = {"finding": finding, "points": points, "flags": used, **dj.records.environment()}
-    directory = pathlib.Path(
-        common.OUTPUT_DIR.value
-        or os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    path = common.save(
+        sys.modules[__name__],
+        pathlib.Path(common.OUTPUT_DIR.value or default),
+        NAME,
+        {"finding": finding, "points": points},
+        functools.partial(dj.plotting.approximation_ratio, points),
     )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dj.records.finite(results), indent=1)
-        dj.records.write(directory / f"{NAME}.json", text + "\n")
-        dj.plotting.approximation_ratio(points, directory / f"{NAME}.png")
-    except OSError as error:
-        raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
-    print(f"{finding}\n{directory / NAME}.json\n{directory / NAME}.png")
+    common.tell(finding, path)
     return []
 
 

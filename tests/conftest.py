@@ -56,6 +56,22 @@ def dataset():
 
 
 @pytest.fixture
+def run_binary(capsys, cache_dir):
+    """Runs a binary's main with flags; returns exit status, standard output, standard error."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+
+    def run(binary, *arguments, **values):
+        if "cache_dir" in flags.FLAGS:  # Not where only the report was imported.
+            values = {"cache_dir": cache_dir, **values}
+        with flagsaver.flagsaver(**values):
+            status = binary.main([binary.__name__, *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def run_benchmark(capfd):
     """Runs a benchmark's main on the smallest setting, with flags.
 

@@ -1,7 +1,5 @@
 """The binary, run as a user runs it."""
 
-import sys
-
 import numpy as np
 import pytest
 from absl import flags
@@ -22,18 +20,11 @@ SMALL = {
 
 
 @pytest.fixture
-def run(tmp_path, cache_dir, capsys):
-    """Runs main with flags; returns exit status, standard output and standard error."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
-
-    def run(*arguments, **values):
-        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": cache_dir}
-        with flagsaver.flagsaver(**{**given, **values}):
-            status = active_learning.main(["active_learning", *arguments])
-        return status, *capsys.readouterr()
-
-    return run
+def run(run_binary, tmp_path):
+    small = {**SMALL, "output_dir": str(tmp_path / "run")}
+    return lambda *arguments, **values: run_binary(
+        active_learning, *arguments, **{**small, **values}
+    )
 
 
 def read(directory):

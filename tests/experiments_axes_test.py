@@ -1,10 +1,6 @@
 """The binaries with other axes than strategies: γ, and how often to ask."""
 
-import sys
-
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import dynamical_jax as dj
 from experiments import gamma_variants, query_rounds
@@ -13,17 +9,9 @@ SMALL = {"initial_size": 10, "num_seeds": 1, "max_epochs": 2, "image_size": 4}
 
 
 @pytest.fixture
-def run(tmp_path, cache_dir, capsys):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
-
-    def run(binary, **values):
-        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": cache_dir}
-        with flagsaver.flagsaver(**{**given, **values}):
-            status = binary.main([binary.__name__])
-        return status, *capsys.readouterr()
-
-    return run
+def run(run_binary, tmp_path):
+    small = {**SMALL, "output_dir": str(tmp_path / "run")}
+    return lambda binary, **values: run_binary(binary, **{**small, **values})
 
 
 def test_gammas_are_compared(run, tmp_path):

@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import toy
 from absl import flags
-from absl.testing import flagsaver
 
 import dynamical_jax as dj
 from experiments import fig4_approximation_ratio as fig4
 
 
 @pytest.fixture
-def run(tmp_path, cache_dir, capsys):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
+def run(run_binary, tmp_path):
     small = {
         "initial_size": 10,
         "image_size": 4,
@@ -26,14 +23,8 @@ def run(tmp_path, cache_dir, capsys):
         "num_queries": 3,
         "every": 3,
         "output_dir": str(tmp_path),
-        "cache_dir": cache_dir,
     }
-
-    def run(**values):
-        with flagsaver.flagsaver(**{**small, **values}):
-            return fig4.main(["fig4"]), *capsys.readouterr()
-
-    return run
+    return lambda **values: run_binary(fig4, **{**small, **values})
 
 
 def test_json_and_picture(run, tmp_path):

@@ -1,12 +1,9 @@
 """The report, read by a stranger: right numbers in the right cells, and no claim without ground."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import dynamical_jax as dj
 from experiments import paper, report
@@ -41,10 +38,7 @@ def records(seeds=range(5), strategies=MEANS, num_rounds=4, **changed):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
-
+def run(run_binary, tmp_path):
     def run(*directories, **values):
         paths = []
         for number, lines in enumerate(directories):
@@ -53,9 +47,7 @@ def run(tmp_path, capsys):
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (path / dj.records.FILE_NAME).write_text(text)
             paths.append(str(path))
-        with flagsaver.flagsaver(**values):
-            status = report.main(["report", *paths])
-        return status, *capsys.readouterr()
+        return run_binary(report, *paths, **values)
 
     return run
 

@@ -1,12 +1,9 @@
 """The binary, run as a user runs it who labels images between one run and the next."""
 
 import csv
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 import dynamical_jax as dj
@@ -34,19 +31,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def run(pictures, tmp_path, cache_dir, capsys, monkeypatch):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
+def run(run_binary, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dj.images.warnings, "warn", lambda message, stacklevel: None)
-
-    def run(**values):
-        given = {"images": str(pictures[0]), "batch_size": 10, "max_epochs": 2}
-        with flagsaver.flagsaver(**{**given, "cache_dir": cache_dir, **values}):
-            status = select.main(["select"])
-        return status, *capsys.readouterr()
-
-    return run
+    given = {"images": str(pictures[0]), "batch_size": 10, "max_epochs": 2}
+    return lambda **values: run_binary(select, **{**given, **values})
 
 
 def rows_of(path):

@@ -33,17 +33,9 @@ SMALL = {
 
 
 @pytest.fixture
-def run(tmp_path, cache_dir, capsys):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])
-
-    def run(name, **values):
-        given = {**SMALL, "output_dir": str(tmp_path / "run"), "cache_dir": cache_dir}
-        with flagsaver.flagsaver(**{**given, **values}):
-            status = MODULES[name].main([name])
-        return status, *capsys.readouterr()
-
-    return run
+def run(run_binary, tmp_path):
+    small = {**SMALL, "output_dir": str(tmp_path / "run")}
+    return lambda name, **values: run_binary(MODULES[name], **{**small, **values})
 
 
 @pytest.mark.parametrize("name", BINARIES)

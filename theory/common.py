@@ -1,7 +1,6 @@
 """What the theory's binaries share: data, a network, its kernel, and what they write."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -127,14 +126,13 @@ def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) ->
 
 def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]) -> None:
     """Does what `save` does, and prints the finding and where it is."""
-    path = save(module, results, sentence, draw)
-    print(f"{sentence}\n{path}\n{path.with_suffix('.png')}")
+    common.tell(sentence, save(module, results, sentence, draw))
 
 
 def save(
     module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]
 ) -> pathlib.Path:
-    """Writes `<name>.json` and `<name>.png`; returns the path of the former.
+    """Writes `<name of the binary>.json` and `.png`; returns the path of the former.
 
     Args:
       module: the binary; its key flags are recorded.
@@ -142,17 +140,12 @@ def save(
       sentence: what was found, with its numbers.
       draw: draws the picture into a matplotlib figure.
     """
-    used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
-    name = pathlib.Path(module.__file__).stem
-    record = {"finding": sentence, "flags": used, **results, **dj.records.environment()}
-    directory = pathlib.Path(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dj.records.finite(record), indent=1)
-        dj.records.write(directory / f"{name}.json", text + "\n")
+
+    def picture(path: pathlib.Path) -> None:
         figure = dj.plotting.figure(9.0, 4.0)
         draw(figure)
-        figure.savefig(directory / f"{name}.png", dpi=150)
-    except OSError as error:
-        raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
-    return directory / f"{name}.json"
+        figure.savefig(path, dpi=150)
+
+    directory = pathlib.Path(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
+    name = pathlib.Path(module.__file__).stem
+    return common.save(module, directory, name, {"finding": sentence, **results}, picture)

@@ -49,20 +49,21 @@ def run(argv: list[str]) -> list[str]:
     needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
     if needed > there:
         raise dj.UserError(f"|S| and b need {needed} images, {setting.dataset.name} has {there}")
-    rows, failures = [], []
+    rows, failures, path = [], [], None
     for seed in experiment.seeds():
         try:
             rows += of_seed(setting, seed, sizes)
-            common.save(*results_of(rows, sizes))  # A seed takes long: what there is, is kept.
+            # A seed takes long: what there is, is kept.
+            path = common.save(sys.modules[__name__], *results_of(rows, sizes))
         except dj.UserError as error:
             failures.append(f"seed {seed}: {error}")
-    if rows:
-        common.write(*results_of(rows, sizes))
+    if path:
+        experiment.tell(results_of(rows, sizes)[1], path)
     return failures
 
 
 def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
-    """Returns the arguments of `common.write`."""
+    """Returns what `common.save` takes: the numbers, the finding, and who draws it."""
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES
@@ -70,7 +71,7 @@ def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
     parts = [f"{min(s):.2g} to {max(s):.2g} for Θ {scale}" for scale, s in shares.items()]
     sentence = f"MMD / ℬ over b = {', '.join(map(str, sizes))}: {'; '.join(parts)}."
     results = {"rows": rows, "jitter": common.JITTER.value, "num_labeled": common.NUM_LABELED.value}
-    return sys.modules[__name__], results, sentence, functools.partial(draw, rows, sizes)
+    return results, sentence, functools.partial(draw, rows, sizes)
 
 
 def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
