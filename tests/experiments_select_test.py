@@ -253,3 +253,16 @@ def test_a_proposal_that_disagrees_with_the_labels(run, pictures, tmp_path):
     assert status == 1
     assert f"to_label.csv labels {path} '{pictures[1][path]}'" in errors
     assert len(rows_of(tmp_path / "labels.csv")) == 1
+
+
+def test_what_is_asked_for_is_what_the_strategy_chose(run, pictures, tmp_path):
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
+    run(strategy="confidence", predictions="rest.csv")
+    asked = {row["path"]: row for row in rows_of(tmp_path / "to_label.csv")}
+    rest = {row["path"]: row for row in rows_of(tmp_path / "rest.csv")}
+    assert {name: row["confidence"] for name, row in asked.items()} == {
+        name: rest[name]["confidence"] for name in asked
+    }
+    del rest["copy.png"]  # Never asked for, its original is.
+    sure = [float(row["confidence"]) for name, row in rest.items() if name not in asked]
+    assert max(float(row["confidence"]) for row in asked.values()) <= min(sure)
