@@ -55,7 +55,7 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
         "",
         *_accuracies(records.curves(rounds, "test_accuracy"), len(seeds)),
     ]
-    if any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds):
+    if _has_best(rounds):
         lines += [
             "",
             "The best over those epochs of each round at which the test set was looked at:",
@@ -154,6 +154,11 @@ def _area(run: Mapping[int, float]) -> float:
     return statistics.area_under_curve(labels.astype(float), np.array([run[n] for n in labels]))
 
 
+def _has_best(rounds: Sequence[records.Record]) -> bool:
+    """Whether the test set was looked at before the last epoch, too (--evaluate_every)."""
+    return any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds)
+
+
 def _accuracies(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str]:
     labels = sorted({int(count) for curve in curves.values() for count in curve.num_labeled})
     rows = []
@@ -170,10 +175,10 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
     """The published numbers, and how many of ours lie within one of their standard deviations."""
     lines = [f"## Beside {published.source}", ""]
     counts = []
-    for value, title in (
-        ("test_accuracy", "after the last epoch"),
-        ("best_test_accuracy", "at the best epoch"),
-    ):
+    measures = {"test_accuracy": "after the last epoch"}
+    if _has_best(rounds):
+        measures["best_test_accuracy"] = "at the best epoch"
+    for value, title in measures.items():
         curves = records.curves(rounds, value)
         means = {
             (name, int(n)): 100 * mean

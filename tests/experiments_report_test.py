@@ -89,6 +89,14 @@ def test_accuracies_and_the_papers(run, tmp_path):
     assert (tmp_path / "run0" / "accuracy.png").stat().st_size > 10_000
 
 
+def test_no_best_epoch_where_only_the_last_was_looked_at(run):
+    rounds = [{**r, "best_test_accuracy": r["test_accuracy"]} for r in records()]
+    output = run(rounds)[1]
+    assert "Ours after the last epoch" in output
+    assert "at the best epoch" not in output
+    assert "The best over" not in output
+
+
 def test_another_setting_is_not_put_beside_the_papers(run):
     for changed in ({"learning_rate": 0.01}, {"max_epochs": 5}, {"model": "vgg11"}):
         assert "the paper's" not in run(records(**changed))[1]
