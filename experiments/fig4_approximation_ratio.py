@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from absl import app, flags, logging
 
 import dynamical_jax as dj
@@ -95,11 +96,15 @@ def ratios(
     variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
     look(0, variables, None)
 
-    def on_epoch(progress: dj.training.Progress, evaluation: dj.training.Evaluation) -> None:
-        if progress.epoch % EVERY.value == 0:
-            look(progress.epoch, progress.variables, evaluation)
+    with tqdm.tqdm(desc="epochs", total=config.max_epochs, disable=None, leave=False) as bar:
 
-    fit = dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
+        def on_epoch(progress: dj.training.Progress, evaluation: dj.training.Evaluation) -> None:
+            bar.set_postfix_str(f"accuracy {evaluation.accuracy:.1%}", refresh=False)
+            bar.update()
+            if progress.epoch % EVERY.value == 0:
+                look(progress.epoch, progress.variables, evaluation)
+
+        fit = dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
     if points[-1]["epoch"] != fit.epochs:
         look(fit.epochs, fit.variables, fit.labeled)
     return points

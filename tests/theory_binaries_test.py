@@ -78,20 +78,43 @@ def test_figure_1_of_infinite_width(run, tmp_path):
     assert errors[1] < min(errors[0], 0.1)
 
 
-def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch):
-    original = MODULES["fig1_bound_and_mmd"].of_seed
+@pytest.mark.parametrize(
+    ("name", "of", "finding"),
+    [
+        ("fig1_bound_and_mmd", "rows", "MMD / ℬ"),
+        ("theorem1_convergence", "curves", "stays within"),
+        ("theorem2_generalization", "rows", "in 6 of 6 cases"),
+    ],
+)
+def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch, name, of, finding):
+    original = MODULES[name].of_seed
 
-    def of_seed(setting, seed, sizes):
+    def of_seed(setting, seed, *arguments):
         if seed == 0:
             raise dj.UserError("the kernel matrix is not positive definite")
-        return original(setting, seed, sizes)
+        return original(setting, seed, *arguments)
 
-    monkeypatch.setattr(MODULES["fig1_bound_and_mmd"], "of_seed", of_seed)
-    status, output, errors = run("fig1_bound_and_mmd", num_seeds=2)
+    monkeypatch.setattr(MODULES[name], "of_seed", of_seed)
+    status, output, errors = run(name, num_seeds=2)
     assert (status, errors) == (1, "error: seed 0: the kernel matrix is not positive definite\n")
-    assert "MMD / ℬ" in output
-    rows = json.loads((tmp_path / "run" / "fig1_bound_and_mmd.json").read_text())["rows"]
+    assert finding in output
+    rows = json.loads((tmp_path / "run" / f"{name}.json").read_text())[of]
     assert {row["seed"] for row in rows} == {1}
+
+
+@pytest.mark.parametrize("name", ["fig1_bound_and_mmd", "theorem1_convergence"])
+def test_what_earlier_seeds_gave_is_kept(run, tmp_path, monkeypatch, name):
+    original = MODULES[name].of_seed
+
+    def of_seed(setting, seed, *arguments):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return original(setting, seed, *arguments)
+
+    monkeypatch.setattr(MODULES[name], "of_seed", of_seed)
+    run(name, num_seeds=2)
+    results = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+    assert {row["seed"] for row in results.get("rows") or results["curves"]} == {0}
 
 
 def test_the_theorems_hold(run, tmp_path):
@@ -183,13 +206,20 @@ def test_noise_is_as_much_as_asked_for_and_nested():
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("fig1_bound_and_mmd", {"num_labeled": 1430}, "need 1440 images, digits has 1433"),
+        (
+            "fig1_bound_and_mmd",
+            {"num_labeled": 1430},
+            "S and Q need 1440 images",
+        ),
         ("fig1_bound_and_mmd", {"widths": ["wide"]}, "widths must be positive whole numbers"),
         ("fig1_bound_and_mmd", {"query_sizes": []}, "query_sizes must be positive whole numbers"),
-        ("fig2_alignment", {"query_size": 1430}, "images, digits has 1433"),
-        ("theorem1_convergence", {"num_labeled": 2000}, "cannot draw 2000 images from the 1433"),
+        ("fig2_alignment", {"query_size": 1430}, "images, the pool of digits has 1433"),
+        (
+            "theorem1_convergence",
+            {"num_labeled": 2000},
+            "S needs 2000 images, the pool of digits",
+        ),
         ("theorem2_generalization", {"num_seeds": 0}, "num_seeds must be at least 1, got 0"),
-        ("theorem2_generalization", {"jitter": -1.0}, "jitter must not be negative"),
         ("theorem2_generalization", {"dataset": "mnist"}, "unknown dataset 'mnist'"),
         ("theorem2_generalization", {"widths": ["1"]}, "not positive definite: λ_min"),
     ],

@@ -3,15 +3,16 @@
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from absl import flags
 
 import dynamical_jax as dj
-from dynamical_jax.types import ApplyFn, Array, OnProgress, Variables, ignore_progress
+from dynamical_jax.types import ApplyFn, Array, Variables
 from experiments import binary, common
 
 WIDTHS = flags.DEFINE_list(
@@ -33,7 +34,7 @@ TRAINING_RATE = flags.DEFINE_float(
     "elsewhere.",
 )
 JITTER = flags.DEFINE_float(
-    "jitter", 0.0, "Added to the diagonal of Θ, in units of its mean; recorded."
+    "jitter", 0.0, "Added to the diagonal of Θ, in units of its mean; recorded.", lower_bound=0.0
 )
 
 # Of all binaries; others are for each to declare.
@@ -59,16 +60,7 @@ class Setting(NamedTuple):
         return dj.models.init(self.model, dj.streams.key(seed, "weights"), self.dataset.pool.x)
 
     def draw(self, seed: int, size: int) -> np.ndarray:
-        """Returns the rows of an initial set S, those that an experiment of this seed begins with.
-
-        Raises:
-          UserError: if the pool is smaller.
-        """
-        if not 1 <= size <= len(self.dataset.pool.y):
-            raise dj.UserError(
-                f"cannot draw {size} images from the {len(self.dataset.pool.y)} of "
-                f"{self.dataset.name}"
-            )
+        """Returns the rows of an initial set S: of an experiment of this seed, the first."""
         generator = dj.streams.generator(seed, "initial_set")
         return dj.pool.initial_pool(len(self.dataset.pool.y), size, generator).labeled
 
@@ -77,19 +69,34 @@ class Setting(NamedTuple):
         return np.eye(len(self.dataset.class_names))[labels]
 
 
-def setting() -> Setting:
-    """Returns the data and the network that the flags name, and keeps compiled programs."""
+def setting(query_size: int = 0) -> Setting:
+    """Returns the data and the network that the flags name, and keeps compiled programs.
+
+    Args:
+      query_size: images needed beside S.
+
+    Raises:
+      UserError: if the pool is smaller, or a flag is wrong.
+    """
     widths = tuple(binary.positive("widths", WIDTHS.value))
     dataset = common.load_dataset()
+    needed, there = NUM_LABELED.value + query_size, len(dataset.pool.y)
+    if needed > there:
+        beside = " and Q need" if query_size else " needs"
+        raise dj.UserError(f"S{beside} {needed} images, the pool of {dataset.name} has {there}")
     return Setting(dataset, dj.models.create("ntk_cnn", dataset, widths=widths))
 
 
-def kernel(
-    apply: ApplyFn, variables: Variables, x: Any, on_progress: OnProgress = ignore_progress
-) -> np.ndarray:
+def kernel(apply: ApplyFn, variables: Variables, x: Any) -> np.ndarray:
     """Returns Θ of images, averaged over as many logits as the flag says."""
     fewer = _first_logits(apply, NUM_LOGITS.value or None)
-    return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=on_progress)
+    with tqdm.tqdm(desc="Θ", disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=show)
 
 
 def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
@@ -124,9 +131,35 @@ def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) ->
     return noisy
 
 
-def write(module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]) -> None:
-    """Does what `save` does, and prints the finding and where it is."""
-    common.tell(sentence, save(module, results, sentence, draw))
+def progress(work: Iterable, what: str) -> Iterable:
+    """Goes through work, with a bar where there is a terminal."""
+    return tqdm.tqdm(work, what, disable=None, leave=False)
+
+
+def over_seeds(
+    module: Any,
+    of_seed: Callable[[int], list[dict[str, Any]]],
+    results_of: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
+) -> list[str]:
+    """Repeats an experiment for each seed, prints the finding, and returns what failed.
+
+    A seed takes long: what there is, is written after each.
+
+    Args:
+      module: the binary.
+      of_seed: returns what a seed gives; one that raises UserError does not stop the others.
+      results_of: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
+    """
+    found, failures, path = [], [], None
+    for seed in common.seeds():
+        try:
+            found += of_seed(seed)
+            path = save(module, *results_of(found))
+        except dj.UserError as error:
+            failures.append(f"seed {seed}: {error}")
+    if path:
+        common.tell(results_of(found)[1], path)
+    return failures
 
 
 def save(

@@ -21,7 +21,6 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
-from experiments import common as experiment
 from theory import common
 
 QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")
@@ -45,25 +44,16 @@ def run(argv: list[str]) -> list[str]:
     sizes = sorted(set(binary.positive("query_sizes", QUERY_SIZES.value)))
     if INFINITE_WIDTH.value:
         dj.ntk.neural_tangents()  # What is missing should be said now and not after training.
-    setting = common.setting()
-    needed, there = common.NUM_LABELED.value + max(sizes), len(setting.dataset.pool.y)
-    if needed > there:
-        raise dj.UserError(f"|S| and b need {needed} images, {setting.dataset.name} has {there}")
-    rows, failures, path = [], [], None
-    for seed in experiment.seeds():
-        try:
-            rows += of_seed(setting, seed, sizes)
-            # A seed takes long: what there is, is kept.
-            path = common.save(sys.modules[__name__], *results_of(rows, sizes))
-        except dj.UserError as error:
-            failures.append(f"seed {seed}: {error}")
-    if path:
-        experiment.tell(results_of(rows, sizes)[1], path)
-    return failures
+    setting = common.setting(query_size=max(sizes))
+    return common.over_seeds(
+        sys.modules[__name__],
+        lambda seed: of_seed(setting, seed, sizes),
+        lambda rows: results_of(rows, sizes),
+    )
 
 
 def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
-    """Returns what `common.save` takes: the numbers, the finding, and who draws it."""
+    """Returns the numbers, the finding, and who draws it."""
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES

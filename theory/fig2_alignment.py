@@ -40,19 +40,14 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Draws every Q, then writes the correlations; returns what failed: nothing."""
     binary.check_no_arguments(argv)
-    setting = common.setting()
+    setting = common.setting(QUERY_SIZE.value)
     pool, seed = setting.dataset.pool, experiment.FIRST_SEED.value
-    if common.NUM_LABELED.value + QUERY_SIZE.value > len(pool.y):
-        raise dj.UserError(
-            f"|S| and |Q| need {common.NUM_LABELED.value + QUERY_SIZE.value} images, "
-            f"{setting.dataset.name} has {len(pool.y)}"
-        )
     rows = setting.draw(seed, common.NUM_LABELED.value)
     start = setting.variables(seed)
     fit = common.fit(setting, start, dj.Examples(pool.x[rows], pool.y[rows]), seed)
     results = {}
     for when, variables in (("at initialisation", start), ("after training", fit.variables)):
-        points = quantities(setting, variables, rows, seed)
+        points = quantities(setting, variables, rows, seed, when)
         results[when] = {"points": points}
         for name in ("squared_error", "cross_entropy"):
             results[when][name] = correlation(points[name], points["alignment"])
@@ -65,12 +60,17 @@ def run(argv: list[str]) -> list[str]:
         f"{results['at initialisation']['cross_entropy']['tau']:.2f} and "
         f"{results['after training']['cross_entropy']['tau']:.2f}."
     )
-    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, results))
+    draw_results = functools.partial(draw, results)
+    experiment.tell(sentence, common.save(sys.modules[__name__], results, sentence, draw_results))
     return []
 
 
 def quantities(
-    setting: common.Setting, variables: dj.types.Variables, rows: np.ndarray, seed: int
+    setting: common.Setting,
+    variables: dj.types.Variables,
+    rows: np.ndarray,
+    seed: int,
+    when: str = "",
 ) -> dict[str, list[float]]:
     """Returns for each Q the alignment, G_MSE and the cross-entropy's G of S ∪ Q."""
     pool, model = setting.dataset.pool, setting.model
@@ -80,7 +80,7 @@ def quantities(
         model.apply, variables, dj.Examples(pool.x[rows], pool.y[rows])
     )
     points: dict[str, list[float]] = {"alignment": [], "squared_error": [], "cross_entropy": []}
-    for start in range(0, DRAWS.value, TOGETHER):
+    for start in common.progress(range(0, DRAWS.value, TOGETHER), f"Q {when}"):
         # Always as many, of one shape, though of the last not all may be asked for.
         queries = [
             dj.streams.generator(seed, "draws", start + i).choice(unlabeled, size, replace=False)

@@ -21,7 +21,6 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
-from experiments import common as experiment
 from theory import common
 
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of gradient descent.", lower_bound=1)
@@ -38,10 +37,14 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains with each share of noise, then writes the curves; returns what failed: nothing."""
+    """Trains with each share of noise, and writes the curves; returns what failed."""
     binary.check_no_arguments(argv)
     setting = common.setting()
-    curves = [curve for seed in experiment.seeds() for curve in of_seed(setting, seed)]
+    return common.over_seeds(sys.modules[__name__], lambda seed: of_seed(setting, seed), results_of)
+
+
+def results_of(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Returns the numbers, the finding, and who draws it."""
     apart = max(
         float(np.max(np.abs(np.sqrt(c["error"]) - np.sqrt(c["convergence_term"]))))
         / np.sqrt(c["error"][0])
@@ -64,8 +67,7 @@ def run(argv: list[str]) -> list[str]:
         f"{tau.statistic:.2f} (p = {tau.pvalue:.1g})."
     )
     results = {"curves": curves, "tau": float(tau.statistic), "pvalue": float(tau.pvalue)}
-    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, curves))
-    return []
+    return results, sentence, functools.partial(draw, curves)
 
 
 def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     of_theta = dj.alignment.spectrum(theta)
     rate = SHARE_OF_LARGEST_RATE / of_theta.eigenvalues[-1]
     steps, result = np.arange(STEPS.value + 1.0), []
-    for noise in NOISE:
+    for noise in common.progress(NOISE, f"seed {seed}, label noise"):
         labels = common.with_noise(pool.y[rows], noise, num_classes, seed)
         # Centred: what is common to all examples is learned at once, whatever the labels.
         targets = setting.targets(labels)

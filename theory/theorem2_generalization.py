@@ -16,7 +16,6 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from experiments import binary
-from experiments import common as experiment
 from theory import common
 
 for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):
@@ -31,10 +30,14 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains with each share of noise, then writes the points; returns what failed: nothing."""
+    """Trains with each share of noise, and writes the points; returns what failed."""
     binary.check_no_arguments(argv)
     setting = common.setting()
-    rows = [row for seed in experiment.seeds() for row in of_seed(setting, seed)]
+    return common.over_seeds(sys.modules[__name__], lambda seed: of_seed(setting, seed), results_of)
+
+
+def results_of(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Returns the numbers, the finding, and who draws it."""
     inside = sum(r["lower"] <= r["middle"] <= r["upper"] for r in rows)
     tau = scipy.stats.kendalltau([r["bound"] for r in rows], [r["test_error"] for r in rows])
     sentence = (
@@ -43,8 +46,7 @@ def run(argv: list[str]) -> list[str]:
         f"{tau.statistic:.2f} (p = {tau.pvalue:.1g})."
     )
     results = {"rows": rows, "tau": float(tau.statistic), "pvalue": float(tau.pvalue)}
-    common.write(sys.modules[__name__], results, sentence, functools.partial(draw, rows))
-    return []
+    return results, sentence, functools.partial(draw, rows)
 
 
 def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     variables = setting.variables(seed)
     theta = common.kernel(model.apply, variables, data.pool.x[rows])
     result = []
-    for noise in NOISE:
+    for noise in common.progress(NOISE, f"seed {seed}, label noise"):
         labels = common.with_noise(data.pool.y[rows], noise, len(data.class_names), seed)
         targets = setting.targets(labels)
         bound = dj.generalization.generalization_bound(theta, targets, common.JITTER.value)
