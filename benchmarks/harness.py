@@ -46,7 +46,9 @@ MODELS = flags.DEFINE_list(
 BATCH_SIZES = flags.DEFINE_list(
     "batch_sizes", None, "Images at a time; by default what suits each model."
 )
-REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Turns of each contender.")
+REPETITIONS = flags.DEFINE_integer(
+    "repetitions", 7, "Turns of each contender, where they take turns."
+)
 CONTENDERS = flags.DEFINE_list("contenders", None, "Some of those printed; by default all.")
 MATMUL_PRECISION = flags.DEFINE_enum(
     "matmul_precision",

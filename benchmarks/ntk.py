@@ -10,9 +10,11 @@ its time falls and its memory grows with the block. --batch_sizes is the number 
 multiple of 300.
 """
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from benchmarks import harness, pool
+
+flags.adopt_module_key_flags(harness)
 
 CONTENDERS = {
     "empirical_ntk": "ntk_contenders.empirical",

@@ -15,6 +15,8 @@ from benchmarks import harness
 from benchmarks.task import Task
 from experiments import binary
 
+flags.adopt_module_key_flags(harness)
+
 POOL_SIZES = flags.DEFINE_list("pool_sizes", ["5000", "49500"], "Images in each pool.")
 
 CONTENDERS = {"factored": "jax_contenders.pool"}

@@ -20,9 +20,11 @@ of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the time is scaled to 
 memory is that of one part. For fewer cores: `taskset -c 0 python -m benchmarks.scoring`.
 """
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from benchmarks import harness
+
+flags.adopt_module_key_flags(harness)
 
 CONTENDERS = {
     "factored": "jax_contenders.factored",

@@ -13,6 +13,8 @@ from absl import app, flags, logging
 import dynamical_jax as dj
 from benchmarks import harness, pool
 
+flags.adopt_module_key_flags(harness)
+
 POOL_SIZE = flags.DEFINE_integer("pool_size", 49_500, "Images to choose from.", lower_bound=1)
 
 CONTENDERS = {

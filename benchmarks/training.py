@@ -14,9 +14,11 @@ compiled. The contenders:
 For fewer cores: `taskset -c 0 python -m benchmarks.training`.
 """
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from benchmarks import harness
+
+flags.adopt_module_key_flags(harness)
 
 CONTENDERS = {
     "jax": "jax_contenders.training_step",

@@ -198,12 +198,19 @@ def seeds() -> range:
 def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
     dj.models.check_name(MODEL.value)
+    options = model_options()
     dataset = load_dataset()
-    return dataset, dj.models.create(MODEL.value, dataset, **model_options())
+    return dataset, dj.models.create(MODEL.value, dataset, **options)
 
 
 def model_options() -> dict[str, Any]:
-    """Returns the options that the flags give the model."""
+    """Returns the options that the flags give the model.
+
+    Raises:
+      UserError: if one is given that the model does not have.
+    """
+    if not flags.FLAGS["stem"].using_default_value and MODEL.value != "resnet18":
+        raise dj.UserError(f"only resnet18 has a --stem, and the model is {MODEL.value}")
     return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
 
 

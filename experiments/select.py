@@ -156,6 +156,7 @@ def checked() -> tuple[dj.strategies.Strategy, dj.TrainingConfig, pathlib.Path]:
     if common.BATCH_SIZE.value < 1:
         raise dj.UserError(f"batch_size must be at least 1, got {common.BATCH_SIZE.value}")
     dj.models.check_name(common.MODEL.value)
+    common.model_options()
     strategy = active_learning.make_strategy(STRATEGY.value)
     if STRATEGY.value not in NAMES:
         raise dj.UserError(
