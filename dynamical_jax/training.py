@@ -47,7 +47,7 @@ class TrainingConfig:
       batch_size: examples per step at most; an epoch's steps are of equal size to within one.
       weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
       target_accuracy: training stops at the end of the first epoch with at least this accuracy on
-        the labeled set, in evaluation mode.
+        the labeled set, in evaluation mode; None: after `max_epochs` only.
       max_epochs: training stops after so many epochs in any case.
     """
 
@@ -56,7 +56,7 @@ class TrainingConfig:
     schedule: str = "constant"
     batch_size: int = 128
     weight_decay: float = 0.0
-    target_accuracy: float = 0.99
+    target_accuracy: float | None = 0.99
     max_epochs: int = 200
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ class TrainingConfig:
             raise UserError("the training batch size and max_epochs must be at least 1")
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise UserError("the learning rate must be positive, weight decay not negative")
-        if not 0 <= self.target_accuracy <= 1:
+        if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
             raise UserError(f"target accuracy must be in [0, 1], got {self.target_accuracy}")
 
 
@@ -181,7 +181,9 @@ def fit(
 
 
 def _is_fitted(evaluation: Evaluation | None, config: TrainingConfig) -> bool:
-    return evaluation is not None and evaluation.accuracy >= config.target_accuracy
+    if evaluation is None or config.target_accuracy is None:
+        return False
+    return evaluation.accuracy >= config.target_accuracy
 
 
 def evaluate(

@@ -5,15 +5,17 @@ random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by 
 the sum of single changes, which dynamicAL makes largest, is the change by the whole set.
 
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
-      --ratio_sizes=250,500,1000
+      --ratio_sizes=250,500,1000 --all_epochs --max_epochs=100 --every=10
 
-Written to --output_dir: approximation_ratio.json and .png.
+Written to --output_dir after each look: approximation_ratio.json and .png.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +29,12 @@ from experiments import binary, common
 SIZES = flags.DEFINE_list("ratio_sizes", ["25", "50", "100"], "The values of b = |Q|.")
 NUM_QUERIES = flags.DEFINE_integer("num_queries", 20, "Random Q at each epoch.", lower_bound=2)
 EVERY = flags.DEFINE_integer("every", 5, "Epochs between looks at R.", lower_bound=1)
+ALL_EPOCHS = flags.DEFINE_bool(
+    "all_epochs",
+    False,
+    "Train for --max_epochs, past --target_accuracy too: R is 1 when the model is converged, says "
+    "the paper.",
+)
 flags.adopt_module_key_flags(common)
 
 NAME = "approximation_ratio"
@@ -48,39 +56,51 @@ def run(argv: list[str]) -> list[str]:
             f"an initial set of {size} and queries of {sizes[-1]} need {needed} images; the pool "
             f"of {dataset.name} has {len(dataset.pool.y)}"
         )
-    seed = common.FIRST_SEED.value
-    points = ratios(dataset, model, config, sizes, seed)
-    last = points[-1]
-    parts = [
-        f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
-        for size, found in last["ratios"].items()
-    ]
-    finding = (
-        f"After {last['epoch']} epochs, at {last['train_accuracy']:.0%} of S, R is on average over "
-        f"{NUM_QUERIES.value} random Q {', '.join(parts)}."
-    )
+    if ALL_EPOCHS.value:
+        config = dataclasses.replace(config, target_accuracy=None)
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
-    path = common.save(
-        sys.modules[__name__],
-        pathlib.Path(common.OUTPUT_DIR.value or default),
-        NAME,
-        {"finding": finding, "points": points},
-        functools.partial(dj.plotting.approximation_ratio, points),
-    )
-    common.tell(finding, path)
+    directory = pathlib.Path(common.OUTPUT_DIR.value or default)
+
+    def keep(points: list[dict[str, Any]]) -> pathlib.Path:
+        results = {"finding": finding_of(points[-1]), "points": points}
+        draw = functools.partial(dj.plotting.approximation_ratio, points)
+        return common.save(sys.modules[__name__], directory, NAME, results, draw)
+
+    points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
+    common.tell(finding_of(points[-1]), keep(points))
     return []
 
 
+def finding_of(point: dict[str, Any]) -> str:
+    """Returns a sentence on R at an epoch."""
+    parts = [
+        f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
+        for size, found in point["ratios"].items()
+    ]
+    return (
+        f"After {point['epoch']} epochs, at {point['train_accuracy']:.0%} of S, R is on average "
+        f"over {NUM_QUERIES.value} random Q {', '.join(parts)}."
+    )
+
+
 def ratios(
-    dataset: dj.Dataset, model: Any, config: dj.TrainingConfig, sizes: list[int], seed: int
+    dataset: dj.Dataset,
+    model: Any,
+    config: dj.TrainingConfig,
+    sizes: list[int],
+    seed: int,
+    keep: Callable[[list[dict[str, Any]]], Any],
 ) -> list[dict[str, Any]]:
-    """Returns for each epoch looked at, and the last, R of each b and draw."""
+    """Returns for each epoch looked at, and the last, R of each b and draw.
+
+    Looks take long: `keep` is called with what there is after each.
+    """
     generator = dj.streams.generator(seed, "initial_set")
     pool = dj.pool.initial_pool(len(dataset.pool.y), common.INITIAL_SIZE.value, generator)
     labeled = dj.Examples(dataset.pool.x[pool.labeled], dataset.pool.y[pool.labeled])
     points: list[dict[str, Any]] = []
 
-    def look(epoch: int, variables: Any, evaluation: dj.training.Evaluation | None) -> None:
+    def look(epoch: int, variables: Any, evaluation: dj.training.Evaluation) -> None:
         grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
         found: dict[str, list[float]] = {str(size): [] for size in sizes}
         for index in range(NUM_QUERIES.value):
@@ -90,11 +110,12 @@ def ratios(
                 sizes, of_query(model, variables, query, grad_s, sizes), strict=True
             ):
                 found[str(size)].append(ratio)
-        accuracy = evaluation.accuracy if evaluation else None
+        accuracy = evaluation.accuracy
         points.append({"epoch": epoch, "train_accuracy": accuracy, "ratios": found})
+        keep(points)
 
     variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
-    look(0, variables, None)
+    look(0, variables, dj.training.evaluate(model.apply, variables, labeled))
 
     with tqdm.tqdm(desc="epochs", total=config.max_epochs, disable=None, leave=False) as bar:
 

@@ -38,6 +38,26 @@ def test_json_and_picture(run, tmp_path):
     assert (tmp_path / "approximation_ratio.png").stat().st_size > 10_000
 
 
+def test_all_epochs_past_the_target(run, tmp_path):
+    epochs = []
+    for all_epochs in (False, True):
+        run(target_accuracy=0.0, all_epochs=all_epochs)
+        results = json.loads((tmp_path / "approximation_ratio.json").read_text())
+        epochs.append([point["epoch"] for point in results["points"]])
+    assert epochs == [[0, 1], [0, 3, 4]]
+
+
+def test_what_was_seen_is_kept(run, tmp_path, monkeypatch):
+    def fit(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dj.training, "fit", fit)
+    run()
+    results = json.loads((tmp_path / "approximation_ratio.json").read_text())
+    assert [point["epoch"] for point in results["points"]] == [0]
+    assert results["points"][0]["train_accuracy"] is not None
+
+
 def test_ratio_by_definition():
     # R = Σ_u (G(S ∪ u) − G(S)) / (G(S ∪ Q) − G(S)), with G = ‖g‖² of sets.
     if not flags.FLAGS.is_parsed():
