@@ -219,6 +219,7 @@ def test_noise_is_as_much_as_asked_for_and_nested():
             {"num_labeled": 2000},
             "S needs 2000 images, the pool of digits",
         ),
+        ("theorem1_convergence", {"num_labeled": 2, "first_seed": 10}, "labels of S are the same"),
         ("theorem2_generalization", {"num_seeds": 0}, "num_seeds must be at least 1, got 0"),
         ("theorem2_generalization", {"dataset": "mnist"}, "unknown dataset 'mnist'"),
         ("theorem2_generalization", {"widths": ["1"]}, "not positive definite: λ_min"),

@@ -81,6 +81,11 @@ def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     steps, result = np.arange(STEPS.value + 1.0), []
     for noise in common.progress(NOISE, f"seed {seed}, label noise"):
         labels = common.with_noise(pool.y[rows], noise, num_classes, seed)
+        if np.ptp(labels) == 0:
+            raise dj.UserError(
+                f"all labels of S are the same with {noise:.0%} noise, so that there is nothing to "
+                "learn: take a larger --num_labeled"
+            )
         # Centred: what is common to all examples is learned at once, whatever the labels.
         targets = setting.targets(labels)
         targets = targets - np.mean(targets, axis=0)
