@@ -243,8 +243,12 @@ def save(
     name: str,
     results: dict[str, Any],
     draw: Callable[[pathlib.Path], None],
+    finished: bool = True,
 ) -> pathlib.Path:
     """Writes `<name>.json` and `<name>.png`; returns the path of the former.
+
+    What is not finished goes to `<name>.partial.json` and `.png`, so that it neither replaces nor
+    passes for a whole result, and is removed when there is one.
 
     Args:
       module: the binary; its key flags are recorded.
@@ -252,14 +256,19 @@ def save(
       name: of both files.
       results: what was found, JSON values.
       draw: draws the picture to a path.
+      finished: whether this is all.
     """
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     record = dj.records.finite({**results, "flags": used, **dj.records.environment()})
-    path = directory / f"{name}.json"
+    partial = directory / f"{name}.partial.json"
+    path = directory / f"{name}.json" if finished else partial
     try:
         directory.mkdir(parents=True, exist_ok=True)
         dj.records.write(path, json.dumps(record, indent=1) + "\n")
         draw(path.with_suffix(".png"))
+        if finished:
+            partial.unlink(missing_ok=True)
+            partial.with_suffix(".png").unlink(missing_ok=True)
     except OSError as error:
         raise dj.UserError(f"cannot write to {directory}: {error.strerror}") from error
     return path

@@ -70,6 +70,23 @@ def test_parts_and_chunks_change_nothing(options):
     assert sorted(seen) == seen
 
 
+@pytest.mark.parametrize("chunk_size", [3, 7, 32])
+def test_combined_gradients_give_the_quadratic_form(chunk_size):
+    model, variables, x = network()
+    weights = np.random.default_rng(0).normal(size=(7, 4))
+    theta = ntk.empirical_ntk(model.apply, variables, x)
+    found = ntk.combined_gradients(model.apply, variables, x, weights, chunk_size=chunk_size)
+    k = found.shape[0]
+    np.testing.assert_allclose(
+        np.einsum("kcp,kdp->cd", found, found) / k, weights.T @ theta @ weights, rtol=1e-5
+    )
+    parts = [
+        ntk.combined_gradients(model.apply, variables, x[part], weights[part])
+        for part in (slice(0, 2), slice(2, 7))
+    ]
+    np.testing.assert_allclose(sum(parts), found, rtol=1e-5, atol=1e-6)
+
+
 def test_small_eigenvalues_survive_float32_parameters():
     # Two images nearly the same: λ_max / λ_min is beyond what products in float32 can tell apart.
     model, variables, x = network()

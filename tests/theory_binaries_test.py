@@ -98,8 +98,10 @@ def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch, 
     status, output, errors = run(name, num_seeds=2)
     assert (status, errors) == (1, "error: seed 0: the kernel matrix is not positive definite\n")
     assert finding in output
-    rows = json.loads((tmp_path / "run" / f"{name}.json").read_text())[of]
-    assert {row["seed"] for row in rows} == {1}
+    results = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+    assert {row["seed"] for row in results[of]} == {1} == set(results["seeds"])
+    assert set(results["failed_seeds"]) == {"0"}
+    assert results["finding"].endswith("(1 of 2 seeds.)")
 
 
 @pytest.mark.parametrize("name", ["fig1_bound_and_mmd", "theorem1_convergence"])
@@ -113,8 +115,15 @@ def test_what_earlier_seeds_gave_is_kept(run, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(MODULES[name], "of_seed", of_seed)
     run(name, num_seeds=2)
-    results = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+    partial = tmp_path / "run" / f"{name}.partial.json"
+    results = json.loads(partial.read_text())
     assert {row["seed"] for row in results.get("rows") or results["curves"]} == {0}
+    assert results["finding"].endswith("(1 of 2 seeds.)")
+    assert not (tmp_path / "run" / f"{name}.json").exists()
+    monkeypatch.setattr(MODULES[name], "of_seed", original)
+    run(name, num_seeds=2)
+    assert not partial.exists()
+    assert json.loads((tmp_path / "run" / f"{name}.json").read_text())["seeds"] == [0, 1]
 
 
 def test_the_theorems_hold(run, tmp_path):
@@ -175,6 +184,14 @@ def test_figure_2_by_definition(setting):
     assert points["alignment"][3] == pytest.approx(np.trace(y.T @ theta @ y), rel=1e-4)
     expected = np.trace(residual.T @ theta @ residual)
     assert points["squared_error"][3] == pytest.approx(expected, rel=1e-4)
+    outputs = residual + y
+    assert points["outputs"][3] == pytest.approx(np.trace(outputs.T @ theta @ outputs), rel=1e-4)
+    order = dj.streams.generator(0, "noise").permutation(len(pool.y))
+    other_y = np.eye(10)[pool.y[order][both]]
+    residual = outputs - other_y
+    expected = [np.trace(v.T @ theta @ v) for v in (other_y, residual)]
+    found = [points[name][3] for name in ("permuted_alignment", "permuted_squared_error")]
+    assert found == pytest.approx(expected, rel=1e-4)
     examples = dj.Examples(pool.x[both], pool.y[both])
     grad = dj.gradients.set_gradient(setting.model.apply, variables, examples)
     expected = float(dj.dynamics.training_dynamics(grad))
@@ -189,6 +206,9 @@ def test_figure_2_correlates_what_it_says(run, tmp_path):
         for name in ("squared_error", "cross_entropy"):
             tau = scipy.stats.kendalltau(points[name], points["alignment"]).statistic
             assert results[when][name]["tau"] == pytest.approx(tau)
+        permuted = [points["permuted_squared_error"], points["permuted_alignment"]]
+        tau = scipy.stats.kendalltau(*permuted).statistic
+        assert results[when]["permuted"]["tau"] == pytest.approx(tau)
     start, trained = (results[when]["points"] for when in ("at initialisation", "after training"))
     assert np.mean(trained["cross_entropy"]) != np.mean(start["cross_entropy"])
     paired = MODULES["fig2_alignment"].correlation([*range(12)], [*range(11), 9.5])

@@ -99,6 +99,14 @@ def kernel(apply: ApplyFn, variables: Variables, x: Any) -> np.ndarray:
         return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=show)
 
 
+def combined_gradients(
+    apply: ApplyFn, variables: Variables, x: Any, weights: np.ndarray
+) -> np.ndarray:
+    """Returns Σ w ∇f of as many logits as the flag says; its square over them is Tr(Wᵀ Θ W)."""
+    fewer = _first_logits(apply, NUM_LOGITS.value or None)
+    return dj.ntk.combined_gradients(fewer, variables, jnp.asarray(x), weights)
+
+
 def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
     """Returns Θ of images in the limit of infinite width."""
     network = setting.model
@@ -143,27 +151,38 @@ def over_seeds(
 ) -> list[str]:
     """Repeats an experiment for each seed, prints the finding, and returns what failed.
 
-    A seed takes long: what there is, is written after each.
+    A seed takes long: what there is, is written after each, as partial.
 
     Args:
       module: the binary.
       of_seed: returns what a seed gives; one that raises UserError does not stop the others.
       results_of: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
     """
-    found, failures, path = [], [], None
-    for seed in common.seeds():
+    seeds, found, done, failures = common.seeds(), [], [], {}
+    for seed in seeds:
         try:
             found += of_seed(seed)
-            path = save(module, *results_of(found))
+            done.append(seed)
         except dj.UserError as error:
-            failures.append(f"seed {seed}: {error}")
-    if path:
-        common.tell(results_of(found)[1], path)
-    return failures
+            failures[seed] = str(error)
+        if not found:
+            continue
+        results, sentence, draw = results_of(found)
+        if len(done) < len(seeds):
+            sentence += f" ({len(done)} of {len(seeds)} seeds.)"
+        results = {**results, "seeds": done, "failed_seeds": failures}
+        path = save(module, results, sentence, draw, finished=seed == seeds[-1])
+    if done:
+        common.tell(sentence, path)
+    return [f"seed {seed}: {why}" for seed, why in failures.items()]
 
 
 def save(
-    module: Any, results: dict[str, Any], sentence: str, draw: Callable[[Any], None]
+    module: Any,
+    results: dict[str, Any],
+    sentence: str,
+    draw: Callable[[Any], None],
+    finished: bool = True,
 ) -> pathlib.Path:
     """Writes `<name of the binary>.json` and `.png`; returns the path of the former.
 
@@ -172,6 +191,8 @@ def save(
       results: numbers, JSON values.
       sentence: what was found, with its numbers.
       draw: draws the picture into a matplotlib figure.
+      finished: whether this is all; else the names are `<name of the binary>.partial.json` and so
+        on, until it is.
     """
 
     def picture(path: pathlib.Path) -> None:
@@ -181,4 +202,5 @@ def save(
 
     directory = pathlib.Path(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
     name = pathlib.Path(module.__file__).stem
-    return common.save(module, directory, name, {"finding": sentence, **results}, picture)
+    results = {"finding": sentence, **results}
+    return common.save(module, directory, name, results, picture, finished)

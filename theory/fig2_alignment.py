@@ -1,8 +1,12 @@
 """Figure 2: does alignment grow with training dynamics?
 
 S is fixed and Q drawn at random, again and again. G_MSE(S ∪ Q) against 𝒜(X ∪ X_Q, Y ∪ Y_Q), and
-Kendall's τ; with f and Θ at initialisation, and after training on S. Beside it G(S ∪ Q) of the
-cross-entropy, which is what dynamicAL really increases.
+Kendall's τ; with f and Θ at initialisation, and after training on S by the cross-entropy. And:
+
+- G(S ∪ Q) of the cross-entropy, at the true labels, against 𝒜;
+- as a control, G_MSE against 𝒜 with the labels permuted over all images. Were f = 0, as theory has
+  it at initialisation, G_MSE would be 𝒜; where f is large G_MSE is mostly Tr(fᵀΘf), and the two may
+  go together because Θ is larger on some Q than on others, whatever the labels.
 
   python -m theory.fig2_alignment --dataset=cifar10 --num_labeled=500 --query_size=250
       --draws=150
@@ -29,7 +33,12 @@ for _name in (*common.KEY_FLAGS, "num_labeled", "epochs", "training_rate"):
     flags.declare_key_flag(_name)
 
 RESAMPLES = 2000
-TOGETHER = 8  # Queries for which S passes through the network once.
+# τ of which two quantities.
+PAIRS = {
+    "squared_error": ("squared_error", "alignment"),
+    "cross_entropy": ("cross_entropy", "alignment"),
+    "permuted": ("permuted_squared_error", "permuted_alignment"),
+}
 
 
 def main(argv: list[str]) -> int | None:
@@ -44,25 +53,39 @@ def run(argv: list[str]) -> list[str]:
     pool, seed = setting.dataset.pool, experiment.FIRST_SEED.value
     rows = setting.draw(seed, common.NUM_LABELED.value)
     start = setting.variables(seed)
-    fit = common.fit(setting, start, dj.Examples(pool.x[rows], pool.y[rows]), seed)
-    results = {}
-    for when, variables in (("at initialisation", start), ("after training", fit.variables)):
-        points = quantities(setting, variables, rows, seed, when)
-        results[when] = {"points": points}
-        for name in ("squared_error", "cross_entropy"):
-            results[when][name] = correlation(points[name], points["alignment"])
-    at = results["at initialisation"]["squared_error"]
-    sentence = (
-        f"Kendall's τ of G_MSE and alignment over {DRAWS.value} draws at initialisation: "
-        f"{at['tau']:.2f} (95 % bootstrap interval {at['low']:.2f} to {at['high']:.2f}, "
-        f"p = {at['pvalue']:.1g}); after training "
-        f"{results['after training']['squared_error']['tau']:.2f}; of the cross-entropy's G "
-        f"{results['at initialisation']['cross_entropy']['tau']:.2f} and "
-        f"{results['after training']['cross_entropy']['tau']:.2f}."
-    )
+    labeled = dj.Examples(pool.x[rows], pool.y[rows])
+    fit = common.fit(setting, start, labeled, seed)
+    results: dict[str, Any] = {}
     draw_results = functools.partial(draw, results)
-    experiment.tell(sentence, common.save(sys.modules[__name__], results, sentence, draw_results))
+    states = {"at initialisation": start, "after training": fit.variables}
+    for when, variables in states.items():
+        points = quantities(setting, variables, rows, seed, when)
+        taus = {name: correlation(points[x], points[y]) for name, (x, y) in PAIRS.items()}
+        accuracy = dj.training.evaluate(setting.model.apply, variables, labeled).accuracy
+        results[when] = {"points": points, "train_accuracy": accuracy, **taus}
+        finished = len(results) == len(states)
+        sentence = finding(results)
+        path = common.save(sys.modules[__name__], results, sentence, draw_results, finished)
+    experiment.tell(sentence, path)
     return []
+
+
+def finding(results: dict[str, Any]) -> str:
+    """Returns a sentence on the correlations."""
+    parts = []
+    for when, result in results.items():
+        of_mse, permuted, of_entropy = (
+            f"{result[name]['tau']:.2f} ({result[name]['low']:.2f} to {result[name]['high']:.2f})"
+            for name in ("squared_error", "permuted", "cross_entropy")
+        )
+        parts.append(
+            f"{when} {of_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
+            f"permuted {permuted}, of the cross-entropy's G and alignment {of_entropy}"
+        )
+    return (
+        f"Kendall's τ of G_MSE and alignment over {DRAWS.value} draws, with 95 % bootstrap "
+        f"intervals: {'; '.join(parts)}."
+    )
 
 
 def quantities(
@@ -72,35 +95,41 @@ def quantities(
     seed: int,
     when: str = "",
 ) -> dict[str, list[float]]:
-    """Returns for each Q the alignment, G_MSE and the cross-entropy's G of S ∪ Q."""
+    """Returns for each Q what is correlated, of S ∪ Q."""
     pool, model = setting.dataset.pool, setting.model
     unlabeled, size = np.setdiff1d(np.arange(len(pool.y)), rows), QUERY_SIZE.value
+    permuted = pool.y[dj.streams.generator(seed, "noise").permutation(len(pool.y))]
     apply = jax.jit(model.apply)
-    grad_s = dj.gradients.set_gradient(
-        model.apply, variables, dj.Examples(pool.x[rows], pool.y[rows])
-    )
-    points: dict[str, list[float]] = {"alignment": [], "squared_error": [], "cross_entropy": []}
-    for start in common.progress(range(0, DRAWS.value, TOGETHER), f"Q {when}"):
-        # Always as many, of one shape, though of the last not all may be asked for.
-        queries = [
-            dj.streams.generator(seed, "draws", start + i).choice(unlabeled, size, replace=False)
-            for i in range(TOGETHER)
-        ]
-        all_rows = np.concatenate([rows, *queries])
-        theta = common.kernel(model.apply, variables, pool.x[all_rows])
-        targets = setting.targets(pool.y[all_rows])
-        residual = np.asarray(apply(variables, pool.x[all_rows]).logits) - targets
-        for i in range(min(TOGETHER, DRAWS.value - start)):
-            first = len(rows) + i * size
-            both = np.append(np.arange(len(rows)), np.arange(first, first + size))
-            part = theta[np.ix_(both, both)]
-            query = dj.Examples(pool.x[queries[i]], pool.y[queries[i]])
-            grad_q = dj.gradients.set_gradient(model.apply, variables, query)
-            grad = jax.tree.map(jnp.add, grad_s, grad_q)
-            of_mse = dj.dynamics.squared_error_training_dynamics(part, residual[both])
-            points["alignment"].append(dj.alignment.alignment(part, targets[both]))
-            points["squared_error"].append(float(of_mse))
-            points["cross_entropy"].append(float(dj.dynamics.training_dynamics(grad)))
+
+    def of(which: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Σ w ∇f for the columns of f, Y and permuted Y; and g of the cross-entropy."""
+        logits = np.asarray(apply(variables, pool.x[which]).logits)
+        weights = [logits, setting.targets(pool.y[which]), setting.targets(permuted[which])]
+        combined = common.combined_gradients(
+            model.apply, variables, pool.x[which], np.concatenate(weights, axis=1)
+        )
+        examples = dj.Examples(pool.x[which], pool.y[which])
+        return combined, dj.gradients.set_gradient(model.apply, variables, examples)
+
+    combined_s, grad_s = of(rows)
+    points: dict[str, list[float]] = {}
+    for index in common.progress(range(DRAWS.value), f"Q {when}"):
+        draw = dj.streams.generator(seed, "draws", index)
+        combined_q, grad_q = of(draw.choice(unlabeled, size, replace=False))
+        f, y, other_y = np.split(combined_s + combined_q, 3, axis=1)
+        quadratic_form = lambda combined: float(np.sum(combined**2)) / len(combined)
+        point = {
+            "alignment": quadratic_form(y),
+            "squared_error": quadratic_form(f - y),
+            "permuted_alignment": quadratic_form(other_y),
+            "permuted_squared_error": quadratic_form(f - other_y),
+            "outputs": quadratic_form(f),
+            "cross_entropy": float(
+                dj.dynamics.training_dynamics(jax.tree.map(jnp.add, grad_s, grad_q))
+            ),
+        }
+        for name, value in point.items():
+            points.setdefault(name, []).append(value)
     return points
 
 
@@ -131,11 +160,13 @@ def correlation(one: list[float], other: list[float]) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any], figure: Any) -> None:
-    """A scatter of G_MSE against alignment for each state of the network."""
-    for axes, (when, result) in zip(figure.subplots(1, 2), results.items(), strict=True):
+    """A scatter of alignment over G_MSE for each state of the network."""
+    panels = np.atleast_1d(figure.subplots(1, len(results)))
+    for axes, (when, result) in zip(panels, results.items(), strict=True):
         points = result["points"]
         axes.scatter(points["squared_error"], points["alignment"], s=12)
-        axes.set_title(f"{when}: τ = {result['squared_error']['tau']:.2f}", fontsize=10)
+        taus = [result[name]["tau"] for name in ("squared_error", "permuted")]
+        axes.set_title(f"{when}: τ = {taus[0]:.2f} (labels permuted: {taus[1]:.2f})", fontsize=10)
         axes.set_xlabel(r"$G_{MSE}(S \cup Q)$")
         axes.set_ylabel(r"alignment $\mathcal{A}$")
 

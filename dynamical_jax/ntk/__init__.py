@@ -1,11 +1,13 @@
 """The neural tangent kernel of any Flax model, and what follows from it (§2.2, Eq. 1–3).
 
-- `empirical_ntk`: Θ or 𝒦 of thousands of examples; needs nothing but JAX;
+- `empirical_ntk`: Θ or 𝒦 of thousands of examples; `combined_gradients`: Tr(Wᵀ Θ W) without Θ. They
+  need nothing but JAX;
 - `reference_ntk`, `infinite_width_ntk`, `kernel_regression`: by neural-tangents, which the extra
   `theory` installs and `neural_tangents()` makes work on today's JAX.
 """
 
 from dynamical_jax.ntk.compatibility import neural_tangents as neural_tangents
+from dynamical_jax.ntk.empirical import combined_gradients as combined_gradients
 from dynamical_jax.ntk.empirical import empirical_ntk as empirical_ntk
 from dynamical_jax.ntk.reference import infinite_width_ntk as infinite_width_ntk
 from dynamical_jax.ntk.reference import kernel_regression as kernel_regression

@@ -94,6 +94,42 @@ def empirical_ntk(
     return np.asarray(kernel)
 
 
+def combined_gradients(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    weights: Float[AnyArray, "n c"],
+    *,
+    chunk_size: int = CHUNK_SIZE,
+) -> Float[np.ndarray, "k c p"]:
+    """Returns Σ_i w_i ∇f^k(x_i) for each column w of the weights, in float64.
+
+    Tr(Wᵀ Θ W) is its squared norm over K: alignment (Eq. 16) and G_MSE without Θ, and of S ∪ Q
+    from the sums of S and of Q.
+
+    Args:
+      apply: the model, `apply(variables, x)`, in evaluation mode.
+      variables: its variables; statistics of BatchNorm are constants.
+      x: examples.
+      weights: W.
+      chunk_size: examples whose Jacobians are computed together; changes no result.
+    """
+    leaves = jax.tree.leaves(variables["params"])
+    indices, size = tuple(range(len(leaves))), sum(leaf.size for leaf in leaves)
+    weights, total = np.asarray(weights, float), 0.0
+
+    def add(positions: np.ndarray, count: int) -> None:
+        nonlocal total
+        with jax.default_matmul_precision("highest"):
+            rows = _block_jacobian(apply, variables, x[positions], indices, 0, size)
+        counted = np.arange(len(positions)) < count
+        with jax.enable_x64(True):
+            total = _add_combination(total, rows, np.where(counted[:, None], weights[positions], 0))
+
+    map_blocks(add, len(x), min(chunk_size, len(x)))
+    return np.asarray(total)
+
+
 def _parts(leaves: list[AnyArray], limit: int) -> list[tuple[tuple[int, ...], int, int]]:
     """Cuts the parameters into parts of at most `limit`: (leaves, from, to) in their row.
 
@@ -178,6 +214,11 @@ def _add_product(kernel: Array, left: Array, right: Array, trace: bool) -> Array
     if trace:
         return kernel + jnp.einsum("nkp,mkp->nm", left, right) / left.shape[1]
     return kernel + jnp.einsum("nkp,mlp->nmkl", left, right)
+
+
+@jax.jit
+def _add_combination(total: Array, rows: Array, weights: Array) -> Array:
+    return total + jnp.einsum("nkp,nc->kcp", rows.astype(jnp.float64), weights)
 
 
 def _gib(size: int) -> str:
