@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every strategy with every seed; returns what failed."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     names = STRATEGIES.value
     if common.PRESET.value and flags.FLAGS["strategies"].using_default_value:

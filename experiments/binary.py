@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from absl import flags
 
 import dynamical_jax as dj
 
@@ -54,10 +55,20 @@ def _show_warning(message: Any, category: type, *where: Any) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def check_no_arguments(argv: list[str]) -> None:
-    """Raises `UserError` if something is left of the command line after the flags."""
+def check_command_line(argv: list[str], module: Any) -> None:
+    """Raises `UserError` if something is given that would have no effect.
+
+    Args:
+      argv: what is left of the command line after the flags.
+      module: the binary; its key flags are those that it reads.
+    """
     if len(argv) > 1:
         raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
+    read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    for where, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if where.startswith(("experiments.", "theory.")) else ():
+            if flag.name not in read and not flag.using_default_value:
+                raise dj.UserError(f"--{flag.name} has no effect here; --help lists what has")
 
 
 def keep_compiled_programs(cache_dir: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -237,6 +238,21 @@ def prepared_cache_dir() -> str:
     return cache_dir
 
 
+def writable(directory: str) -> pathlib.Path:
+    """Returns a directory for results, made if it is not there: before the work, not after it.
+
+    Raises:
+      UserError: if it cannot be.
+    """
+    path = pathlib.Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise dj.UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
 def save(
     module: Any,
     directory: pathlib.Path,
@@ -252,7 +268,7 @@ def save(
 
     Args:
       module: the binary; its key flags are recorded.
-      directory: made if it is not there.
+      directory: is there.
       name: of both files.
       results: what was found, JSON values.
       draw: draws the picture to a path.
@@ -263,7 +279,6 @@ def save(
     partial = directory / f"{name}.partial.json"
     path = directory / f"{name}.json" if finished else partial
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         dj.records.write(path, json.dumps(record, indent=1) + "\n")
         draw(path.with_suffix(".png"))
         if finished:

@@ -35,7 +35,13 @@ ALL_EPOCHS = flags.DEFINE_bool(
     "Train for --max_epochs, past --target_accuracy too: R is 1 when the model is converged, says "
     "the paper.",
 )
-flags.adopt_module_key_flags(common)
+for _name in (
+    *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
+    *("data_dir", "download", "cache_dir", "output_dir", "first_seed", "initial_size"),
+    *("model", "stem", "optimizer", "learning_rate", "schedule", "weight_decay"),
+    *("train_batch_size", "max_epochs", "target_accuracy", "engine", "chunk_size"),
+):
+    flags.declare_key_flag(_name)
 
 NAME = "approximation_ratio"
 
@@ -47,11 +53,13 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Trains, and looks at R on the way; returns what failed: nothing."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     sizes = sorted(set(binary.positive("ratio_sizes", SIZES.value)))
+    if common.INITIAL_SIZE.value < 1:
+        raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
     config, (dataset, model) = common.training_config(), common.load()
     size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
-    if size < 1 or needed > len(dataset.pool.y):
+    if needed > len(dataset.pool.y):
         raise dj.UserError(
             f"an initial set of {size} and queries of {sizes[-1]} need {needed} images; the pool "
             f"of {dataset.name} has {len(dataset.pool.y)}"
@@ -59,15 +67,15 @@ def run(argv: list[str]) -> list[str]:
     if ALL_EPOCHS.value:
         config = dataclasses.replace(config, target_accuracy=None)
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
-    directory = pathlib.Path(common.OUTPUT_DIR.value or default)
+    directory = common.writable(common.OUTPUT_DIR.value or default)
 
-    def keep(points: list[dict[str, Any]]) -> pathlib.Path:
+    def keep(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
         results = {"finding": finding_of(points[-1]), "points": points}
         draw = functools.partial(dj.plotting.approximation_ratio, points)
-        return common.save(sys.modules[__name__], directory, NAME, results, draw)
+        return common.save(sys.modules[__name__], directory, NAME, results, draw, finished)
 
     points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
-    common.tell(finding_of(points[-1]), keep(points))
+    common.tell(finding_of(points[-1]), keep(points, finished=True))
     return []
 
 
@@ -78,7 +86,7 @@ def finding_of(point: dict[str, Any]) -> str:
         for size, found in point["ratios"].items()
     ]
     return (
-        f"After {point['epoch']} epochs, at {point['train_accuracy']:.0%} of S, R is on average "
+        f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S, R is on average "
         f"over {NUM_QUERIES.value} random Q {', '.join(parts)}."
     )
 

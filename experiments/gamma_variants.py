@@ -27,11 +27,8 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every γ with every seed; returns what failed."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(active_learning.PRESETS)
-    for name in ("gamma", "strategies"):
-        if not flags.FLAGS[name].using_default_value:
-            raise dj.UserError(f"--{name} has no effect here, see --gammas")
     budget = dj.Budget(common.INITIAL_SIZE.value, common.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {}
     for text in GAMMAS.value:

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every R with every seed; returns what failed."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     for name in OTHERS:
         if not flags.FLAGS[name].using_default_value:

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Takes up the new labels, trains, chooses, and writes; returns what failed: nothing."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     strategy, config, output = checked()
     try:
         for table in filter(None, (OUTPUT.value, LABELS.value, PREDICTIONS.value)):

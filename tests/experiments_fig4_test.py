@@ -53,7 +53,7 @@ def test_what_was_seen_is_kept(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dj.training, "fit", fit)
     run()
-    results = json.loads((tmp_path / "approximation_ratio.json").read_text())
+    results = json.loads((tmp_path / "approximation_ratio.partial.json").read_text())
     assert [point["epoch"] for point in results["points"]] == [0]
     assert results["points"][0]["train_accuracy"] is not None
 
@@ -88,6 +88,8 @@ def test_ratio_by_definition():
     [
         ({"ratio_sizes": ["many"]}, "ratio_sizes must be positive whole numbers, got 'many'"),
         ({"initial_size": 1430}, "need 1436 images; the pool of digits has 1433"),
+        ({"initial_size": 0}, "initial_size must be at least 1, got 0"),
+        ({"num_seeds": 3}, "--num_seeds has no effect here"),
         ({"model": "alexnet"}, "unknown model 'alexnet'"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 import tqdm
 from absl import flags
 
@@ -40,7 +41,7 @@ JITTER = flags.DEFINE_float(
 # Of all binaries; others are for each to declare.
 KEY_FLAGS = (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
-    *("data_dir", "cache_dir", "output_dir", "first_seed", "widths", "num_logits"),
+    *("data_dir", "download", "cache_dir", "output_dir", "first_seed", "widths", "num_logits"),
 )
 
 
@@ -139,6 +140,29 @@ def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) ->
     return noisy
 
 
+def tau_within_seeds(
+    rows: list[dict[str, Any]], one: list[float], other: list[float]
+) -> list[float]:
+    """Returns Kendall's τ of two quantities of the rows for each seed.
+
+    Rows of a seed share S, the network and the order in which noise comes: they are no sample from
+    which a p-value could be had, and those of several seeds differ in the scale of Θ.
+    """
+    result = []
+    for seed in sorted({row["seed"] for row in rows}):
+        own = [i for i, row in enumerate(rows) if row["seed"] == seed]
+        tau = scipy.stats.kendalltau([one[i] for i in own], [other[i] for i in own])
+        result.append(float(tau.statistic))
+    return result
+
+
+def of_taus(taus: list[float]) -> str:
+    """Returns a few words on τ of each seed."""
+    if len(taus) == 1:
+        return f"is {taus[0]:.2f}"
+    return f"is {np.mean(taus):.2f} ({min(taus):.2f} to {max(taus):.2f} in {len(taus)} seeds)"
+
+
 def progress(work: Iterable, what: str) -> Iterable:
     """Goes through work, with a bar where there is a terminal."""
     return tqdm.tqdm(work, what, disable=None, leave=False)
@@ -159,6 +183,7 @@ def over_seeds(
       results_of: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
     """
     seeds, found, done, failures = common.seeds(), [], [], {}
+    directory()
     for seed in seeds:
         try:
             found += of_seed(seed)
@@ -175,6 +200,11 @@ def over_seeds(
     if done:
         common.tell(sentence, path)
     return [f"seed {seed}: {why}" for seed, why in failures.items()]
+
+
+def directory() -> pathlib.Path:
+    """Returns where results go."""
+    return common.writable(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
 
 
 def save(
@@ -200,7 +230,6 @@ def save(
         draw(figure)
         figure.savefig(path, dpi=150)
 
-    directory = pathlib.Path(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
     name = pathlib.Path(module.__file__).stem
     results = {"finding": sentence, **results}
-    return common.save(module, directory, name, results, picture, finished)
+    return common.save(module, directory(), name, results, picture, finished)

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Computes ℬ and MMD for each seed and b, then writes them; returns what failed."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     sizes = sorted(set(binary.positive("query_sizes", QUERY_SIZES.value)))
     if INFINITE_WIDTH.value:
         dj.ntk.neural_tangents()  # What is missing should be said now and not after training.

@@ -48,8 +48,9 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Draws every Q, then writes the correlations; returns what failed: nothing."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting(QUERY_SIZE.value)
+    common.directory()
     pool, seed = setting.dataset.pool, experiment.FIRST_SEED.value
     rows = setting.draw(seed, common.NUM_LABELED.value)
     start = setting.variables(seed)

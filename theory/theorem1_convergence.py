@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from absl import app, flags, logging
 
 import dynamical_jax as dj
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, and writes the curves; returns what failed."""
-    binary.check_no_arguments(argv)
+    binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
     return common.over_seeds(sys.modules[__name__], lambda seed: of_seed(setting, seed), results_of)
 
@@ -56,18 +55,22 @@ def results_of(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
         for low, term, high in zip(c["lower"], c["convergence_term"][1:], c["upper"], strict=True)
     )
     total = sum(len(c["lower"]) for c in curves)
-    left = [c["error"][-1] / c["error"][0] for c in curves]
-    # Of several seeds, too: in units of each one's own learning rate and labels, as in Theorem 1.
-    promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
-    tau = scipy.stats.kendalltau(promised, left)
+    promised, left = fall(curves)
+    taus = common.tau_within_seeds(curves, promised, left)
     sentence = (
         f"‖Y − f_t‖ of the network stays within {apart:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies between the "
         f"sides of Theorem 1 at {inside} of {total} times; over label noise from 0 to 100 % "
-        f"Kendall's τ of alignment and the share of ‖Y − f‖² left after {STEPS.value} steps is "
-        f"{tau.statistic:.2f} (p = {tau.pvalue:.1g})."
+        f"Kendall's τ of η𝒜 / ‖Y‖² and the share of ‖Y − f‖² left after {STEPS.value} steps "
+        f"{common.of_taus(taus)}."
     )
-    results = {"curves": curves, "tau": float(tau.statistic), "pvalue": float(tau.pvalue)}
+    results = {"curves": curves, "tau_of_seeds": taus}
     return results, sentence, functools.partial(draw, curves)
+
+
+def fall(curves: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Returns what alignment promises, η𝒜 / ‖Y‖² (Theorem 1), and the share of ‖Y − f‖² left."""
+    promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
+    return promised, [c["error"][-1] / c["error"][0] for c in curves]
 
 
 def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
@@ -145,12 +148,9 @@ def draw(curves: list[dict[str, Any]], figure: Any) -> None:
     left.set_xlabel("step t")
     left.set_title("true labels", fontsize=10)
     left.legend(frameon=False)
-    shares = [c["error"][-1] / c["error"][0] for c in curves]
-    points = right.scatter(
-        [c["alignment"] for c in curves], shares, c=[100 * c["noise"] for c in curves]
-    )
+    points = right.scatter(*fall(curves), c=[100 * c["noise"] for c in curves])
     figure.colorbar(points, label="label noise (%)")
-    right.set_xlabel(r"alignment $\mathcal{A}$")
+    right.set_xlabel(r"$\eta\,\mathcal{A}\,/\,\|Y\|^2$")
     right.set_ylabel(f"share of the error left after {len(steps) - 1} steps")
 
 
