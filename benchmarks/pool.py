@@ -7,12 +7,10 @@ taken beyond parameters and images, in a process of its own that finds its progr
 --batch_sizes is the number of images in a block; by default the library chooses.
 """
 
-from typing import Any
 
 from absl import app, flags, logging
 
 from benchmarks import harness
-from benchmarks.task import Task
 from experiments import binary
 
 flags.adopt_module_key_flags(harness)
@@ -38,21 +36,12 @@ def run() -> None:
     (contender,) = contenders.values()
     with harness.worker_environment() as environment:
         for task in (task._replace(pool_size=size) for task in tasks for size in sizes):
-            case = score(contender, task, environment)
+            case = harness.run_once(contender, task, environment)
             report.add(case)
             per_image = 1e3 * case["seconds"] / task.pool_size
             title = f"{task.model}, {task.pool_size} images"
             numbers = f"{case['seconds']:10.1f}{per_image:12.3f}{case['peak_mib']:12.0f}"
             print(f"{title:28}{numbers}", flush=True)
-
-
-def score(contender: str, task: Task, environment: dict[str, str]) -> dict[str, Any]:
-    """Returns seconds and peak memory of one pool."""
-    with harness.closing_worker(contender, task, environment) as worker:
-        worker.ask("warm_up")  # Compiles for the worker that is measured.
-    with harness.closing_worker(contender, task, environment) as worker:
-        seconds, peak = harness.run_alone(worker)
-    return {**task._asdict(), "seconds": round(seconds, 6), "peak_mib": round(peak / 2**20, 1)}
 
 
 if __name__ == "__main__":

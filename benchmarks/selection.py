@@ -11,7 +11,7 @@ takes strategies here, --batch_sizes the number of images to choose.
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from benchmarks import harness, pool
+from benchmarks import harness
 
 flags.adopt_module_key_flags(harness)
 
@@ -42,7 +42,7 @@ def run() -> None:
         for task in tasks:
             for name, contender in contenders.items():
                 task = task._replace(pool_size=POOL_SIZE.value)
-                case = {"classes": name, **pool.score(contender, task, environment)}
+                case = {"classes": name, **harness.run_once(contender, task, environment)}
                 report.add(case)
                 numbers = f"{case['seconds']:10.3f}{case['peak_mib']:12.0f}"
                 print(f"{f'{task.model}, {name}':28}{numbers}", flush=True)
