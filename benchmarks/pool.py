@@ -7,7 +7,6 @@ taken beyond parameters and images, in a process of its own that finds its progr
 --batch_sizes is the number of images in a block; by default the library chooses.
 """
 
-
 from absl import app, flags, logging
 
 from benchmarks import harness
