@@ -5,12 +5,13 @@ random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by 
 the sum of single changes, which dynamicAL makes largest, is the change by the whole set.
 
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
-      --ratio_sizes=250,500,1000 --all_epochs --max_epochs=100 --every=10
+      --ratio_sizes=250,500,1000 --all_epochs --max_epochs=200 --every=20
 
-Recorded so with the small CNN and 200 epochs, 2 minutes on one core: R = 1.01, 0.95, 1.01; with
---model=resnet18 below 1, and the lower the larger b.
+Recorded so, 2 minutes on one core: R = 1.01, 0.95, 1.01; with --model=resnet18 below 1, and the
+lower the larger b.
 
-Written to --output_dir after each look: approximation_ratio.json and .png.
+Written to --output_dir: approximation_ratio.json and .png; what there is on the way is kept as
+approximation_ratio.partial.json.
 """
 
 import dataclasses

@@ -87,6 +87,22 @@ def test_combined_gradients_give_the_quadratic_form(chunk_size):
     np.testing.assert_allclose(sum(parts), found, rtol=1e-5, atol=1e-6)
 
 
+def test_a_block_for_which_memory_runs_out_counts_once(monkeypatch):
+    model, variables, x = network()
+    weights = np.random.default_rng(0).normal(size=(7, 2))
+    expected = ntk.combined_gradients(model.apply, variables, x, weights)
+    add = empirical._add_combination
+
+    def add_few(total, rows, of_rows):
+        if len(rows) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return add(total, rows, of_rows)
+
+    monkeypatch.setattr(empirical, "_add_combination", add_few)
+    found = ntk.combined_gradients(model.apply, variables, x, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_small_eigenvalues_survive_float32_parameters():
     # Two images nearly the same: λ_max / λ_min is beyond what products in float32 can tell apart.
     model, variables, x = network()

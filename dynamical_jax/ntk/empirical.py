@@ -124,7 +124,9 @@ def combined_gradients(
             rows = _block_jacobian(apply, variables, x[positions], indices, 0, size)
         counted = np.arange(len(positions)) < count
         with jax.enable_x64(True):
-            total = _add_combination(total, rows, np.where(counted[:, None], weights[positions], 0))
+            more = _add_combination(total, rows, np.where(counted[:, None], weights[positions], 0))
+        # Should memory run out, then before it is added: the block is tried again in halves.
+        total = jax.block_until_ready(more)
 
     map_blocks(add, len(x), min(chunk_size, len(x)))
     return np.asarray(total)
