@@ -220,6 +220,21 @@ def test_figure_2_correlates_what_it_says(run, tmp_path):
     assert paired["low"] > 0.5
 
 
+def test_theorem_1_says_what_it_computed(run, tmp_path):
+    _, output, _ = run("theorem1_convergence")
+    results = json.loads((tmp_path / "run" / "theorem1_convergence.json").read_text())
+    curves = results["curves"]
+    error, term = (np.array([c[name] for c in curves]) for name in ("error", "convergence_term"))
+    apart = np.max(np.abs(error**0.5 - term**0.5) / error[:, :1] ** 0.5)
+    assert f"within {apart:.1%} of" in output
+    promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
+    left = error[:, -1] / error[:, 0]
+    np.testing.assert_allclose(MODULES["theorem1_convergence"].fall(curves), [promised, left])
+    tau = scipy.stats.kendalltau(promised, left).statistic
+    assert results["tau_of_seeds"] == pytest.approx([tau])
+    assert f"is {tau:.2f}." in output
+
+
 def test_tau_is_within_seeds():
     # In each seed the two rise together, and fall from seed to seed.
     rows = [{"seed": seed} for seed in (1, 0, 1, 0, 1, 0)]
