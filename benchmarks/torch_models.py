@@ -1,7 +1,7 @@
 """The models of `dynamical_jax.models` in PyTorch, from the published descriptions.
 
-`tests/parity_test.py` holds them to ours: with the same weights, the same logits, gradients and
-statistics. Where the networks come from torchvision the state has torchvision's names.
+`tests/models/parity_test.py` holds them to ours: with the same weights, the same logits, gradients
+and statistics. Where the networks come from torchvision the state has torchvision's names.
 """
 
 import torch

@@ -11,9 +11,9 @@ import numpy as np
 from flax import linen as nn
 
 from dynamical_jax import contract, models, streams, training
-from dynamical_jax.datasets import Dataset
+from dynamical_jax.data.datasets import Dataset
+from dynamical_jax.data.pool import Oracle, Pool, initial_pool
 from dynamical_jax.errors import UserError
-from dynamical_jax.pool import Oracle, Pool, initial_pool
 from dynamical_jax.strategies import LearnerView, Strategy, check_embedding
 from dynamical_jax.types import Examples, Rows, Variables
 

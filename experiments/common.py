@@ -64,7 +64,7 @@ TEST_FRACTION = flags.DEFINE_float(
     "test_fraction",
     None,
     "Share of each class to hold out if your own data have no test set; by default "
-    f"{dj.own_data.TEST_FRACTION}.",
+    f"{dj.folders.TEST_FRACTION}.",
 )
 UNREADABLE = flags.DEFINE_enum(
     "unreadable", "skip", dj.images.UNREADABLE, "What to do with broken image files of your own."

@@ -55,8 +55,8 @@ def run(directories: list[str]) -> list[str]:
             raise dj.UserError(f"no records of reference {name!r}; choose from {', '.join(names)}")
     output = pathlib.Path(OUTPUT_DIR.value or directories[0])
     texts = {
-        "table.md": dj.reports.accuracy(rounds, published(rounds)),
-        "statistics.md": dj.reports.significance(rounds, references),
+        "table.md": dj.reports.markdown.accuracy(rounds, published(rounds)),
+        "statistics.md": dj.reports.markdown.significance(rounds, references),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -110,14 +110,14 @@ def differing(record: dj.records.Record, other: dj.records.Record) -> str:
     return dj.run_directory.differing(ours, theirs)
 
 
-def published(rounds: list[dj.records.Record]) -> dj.reports.Published | None:
+def published(rounds: list[dj.records.Record]) -> dj.reports.markdown.Published | None:
     """Returns the paper's numbers for the setting of the records, if it is one of its."""
     table = paper.table_of(rounds[0])
     if table is None:
         return None
     names = {record["strategy"] for record in rounds}
     cells = {cell: numbers for cell, numbers in table.cells().items() if cell[0] in names}
-    return dj.reports.Published(f"the paper's {table.title}", cells) if cells else None
+    return dj.reports.markdown.Published(f"the paper's {table.title}", cells) if cells else None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import toy
 
 import dynamical_jax as dj
-from dynamical_jax import records
+from dynamical_jax.runs import records
 
 CONFIG = dj.TrainingConfig(max_epochs=3, batch_size=8)
 BUDGET = dj.Budget(initial_size=6, batch_size=4, num_rounds=3)

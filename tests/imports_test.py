@@ -1,6 +1,7 @@
 """Imports point one way, and the core needs no TensorFlow."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -9,63 +10,87 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 
-# Each module may import those of earlier rows, and of its own row only within one package.
-LAYERS = (
+# Each room (a folder, or a file at the top) may import those of earlier rows, and itself.
+ROOMS = (
+    # what everything stands on
     {"errors", "types", "streams"},
-    # mathematics of arrays
-    {"losses", "dynamics", "selection", "convolution", "statistics", "alignment"},
-    {"generalization", "mmd"},
-    # mathematics of a network
-    {"contract"},
+    {"contract", "convolution"},
+    # the paper's arrays
+    {"losses", "dynamics"},
+    # a network, and what is made of it
     {"gradients"},
-    {"ntk"},
-    # parts of an experiment
-    {"images"},
-    {"own_data"},
-    {"datasets", "models", "training", "pool", "strategies"},
-    # the algorithm, and what is made of it
+    {"data", "models", "strategies", "ntk"},
+    # Algorithm 1
+    {"training"},
     {"active_learning"},
-    {"records", "progress"},
-    {"plotting", "reports", "checkpoints", "run_directory", "labeling"},
-    {"comparison"},
+    # many runs, and what is made of them
+    {"runs"},
+    {"reports", "labeling"},
+)
+# These take arrays, and nothing that has a network or a data set in it.
+OF_ARRAYS = (
+    "losses.py",
+    "dynamics.py",
+    "ntk/alignment.py",
+    "ntk/generalization.py",
+    "ntk/mmd.py",
+    "reports/statistics.py",
+    "strategies/selection.py",
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def top(path):
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def name(path):
+    """Returns what imports call a file: `runs.records`, and `runs` for `runs/__init__.py`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name(path): path for path in MODULES}
 
 
 def imported(path):
+    """Yields the names of the files of the package that a file of it imports from."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("dynamical_jax"):
-            parts = node.module.split(".")[1:]
-            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+            source = node.module.split(".")[1:]
+            for alias in node.names:
+                module = ".".join([*source, alias.name])
+                yield module if module in FILES else ".".join(source)
         elif isinstance(node, ast.Import):
             assert not any(alias.name.startswith("dynamical_jax") for alias in node.names)
 
 
+def room(module):
+    return module.split(".")[0]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
-    if top(path) == "__init__":
-        return
-    (own,) = [i for i, layer in enumerate(LAYERS) if top(path) in layer]
-    below = set().union(*LAYERS[:own], {top(path)})
-    assert set(imported(path)) <= below
+def test_imports_point_down(path):
+    if not name(path):
+        return  # The package itself, which gathers names of all of them.
+    own = room(name(path))
+    (row,) = [i for i, rooms in enumerate(ROOMS) if own in rooms]
+    assert {room(module) for module in imported(path)} <= set().union(*ROOMS[:row], {own})
 
 
-def test_parts_of_an_experiment_know_no_algorithm_and_mathematics_no_data():
-    for layer in LAYERS[1:5]:
-        for name in layer:
-            for path in [PACKAGE / f"{name}.py", *(PACKAGE / name).glob("*.py")]:
-                if path.exists():
-                    assert not {"datasets", "models", "training"} & set(imported(path))
+def test_files_import_each_other_in_no_circle():
+    # `from dynamical_jax.runs import records` inside of that room is an import of the file alone.
+    graph = {module: set(imported(path)) for module, path in FILES.items() if module}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
-def test_no_tensorflow_at_import():
+@pytest.mark.parametrize("file", OF_ARRAYS)
+def test_mathematics_of_arrays_knows_no_network_and_no_data(file):
+    others = {name(PACKAGE / other) for other in OF_ARRAYS}
+    assert set(imported(PACKAGE / file)) <= {"errors", "types", *others}
+
+
+@pytest.mark.parametrize("module", ["dynamical_jax", "experiments.active_learning"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module):
     program = (
-        "import sys, experiments.active_learning\n"
-        "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'torch'}\n"
+        f"import sys, {module}\n"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

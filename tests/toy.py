@@ -90,5 +90,27 @@ def assert_close(terms, expected, direction, tolerance):
     np.testing.assert_array_equal(terms.label, expected.label)
 
 
+def record(strategy, seed, round_index, accuracy):
+    """Of a round, as far as tables and pictures need it."""
+    return {
+        "dataset": "toy",
+        "model": "cnn",
+        "strategy": strategy,
+        "seed": seed,
+        "round": round_index,
+        "num_labeled": 10 + 5 * round_index,
+        "test_accuracy": accuracy,
+    }
+
+
+RECORDS = [
+    record("a", 0, 0, 0.1),
+    record("a", 0, 1, 0.2),
+    record("a", 1, 0, 0.3),
+    record("a", 1, 1, 0.6),
+    record("b", 0, 0, 0.5),
+]
+
+
 def python_blocks(page: pathlib.Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

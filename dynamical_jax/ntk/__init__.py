@@ -6,6 +6,9 @@
   `theory` installs and `neural_tangents()` makes work on today's JAX.
 """
 
+from dynamical_jax.ntk import alignment as alignment
+from dynamical_jax.ntk import generalization as generalization
+from dynamical_jax.ntk import mmd as mmd
 from dynamical_jax.ntk.compatibility import neural_tangents as neural_tangents
 from dynamical_jax.ntk.empirical import combined_gradients as combined_gradients
 from dynamical_jax.ntk.empirical import empirical_ntk as empirical_ntk

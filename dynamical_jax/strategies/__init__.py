@@ -5,6 +5,7 @@ finds it there.
 """
 
 from dynamical_jax.errors import UserError
+from dynamical_jax.strategies import selection as selection
 from dynamical_jax.strategies.albl import ALBL as ALBL
 from dynamical_jax.strategies.badge import Badge as Badge
 from dynamical_jax.strategies.base import LearnerView as LearnerView

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dynamical_jax import losses, selection
+from dynamical_jax import losses
+from dynamical_jax.strategies import selection
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.strategies.predictions import predict
 from dynamical_jax.types import Array

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from dynamical_jax import contract, selection
+from dynamical_jax import contract
 from dynamical_jax.errors import UserError
+from dynamical_jax.strategies import selection
 from dynamical_jax.types import (
     ApplyFn,
     Array,

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynamical_jax import selection
+from dynamical_jax.strategies import selection
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.strategies.predictions import predict
 from dynamical_jax.types import Array

@@ -1,0 +1,251 @@
+"""Labeled images of one's own: a folder for each class, or arrays in an .npz file.
+
+Where there is no test set, some images of each class are held out: which ones is drawn once and
+for all, whatever the seed of a run.
+"""
+
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamical_jax.data import images
+from dynamical_jax.errors import UserError
+from dynamical_jax.types import Examples, Rows
+
+TEST_FRACTION = 0.2
+NPZ_NAMES = ("image", "label", "test_image", "test_label", "class_names")
+
+
+class OwnData(NamedTuple):
+    """What a `datasets.Dataset` is made of, named as there."""
+
+    pool: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    version: str
+    index: np.ndarray
+    paths: tuple[str, ...] = ()
+
+
+def from_folder(
+    folder: str,
+    test_dir: str | None,
+    test_fraction: float | None,
+    cache_dir: str | os.PathLike,
+    image_size: int | None,
+    channels: int | None,
+    unreadable: str,
+) -> OwnData:
+    """Returns the images of `<folder>/<class>/**`, and those of `test_dir` for testing.
+
+    Raises:
+      UserError: if folders are not so, or see `images.decode`.
+    """
+    images.check_options(image_size, channels, unreadable)
+    _check_fraction(test_fraction, test_dir)
+    class_names = _classes(folder)
+    _check_several(folder, class_names)
+    paths, y = _labeled_files(folder, class_names, class_names)
+    size = len(paths)
+    if test_dir is not None:
+        _check_apart(test_dir, folder)
+        of_test = _classes(test_dir)
+        if foreign := [name for name in of_test if name not in class_names]:
+            raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
+        more, labels = _labeled_files(test_dir, of_test, class_names)
+        paths, y = paths + more, np.append(y, labels)
+    x, readable, checksum = images.decode(paths, cache_dir, image_size, channels, unreadable)
+    rows = np.flatnonzero(readable)
+    for_test = rows >= size
+    if missing := set(range(len(class_names))) - set(np.unique(y[rows[~for_test]]).tolist()):
+        raise UserError(f"{folder}: no image of class {class_names[min(missing)]!r} can be read")
+    if test_dir is None:
+        for_test = held_out(y[rows], test_fraction, class_names)
+    elif not for_test.any():
+        raise UserError(f"{test_dir}: no image can be read")
+    pool, test = rows[~for_test], rows[for_test]
+    first = images.first_equal(Rows(x, np.append(pool, test)))
+    if copies := np.sum(first[len(pool) :] < len(pool)):
+        warnings.warn(
+            f"{copies} of {len(test)} test images are copies of images in the pool", stacklevel=2
+        )
+    return OwnData(
+        *(Examples(Rows(x, part), y[part]) for part in (pool, test)),
+        class_names,
+        _version((y, pool, test), class_names, checksum),
+        pool,
+        tuple(paths),
+    )
+
+
+def from_npz(
+    path: str, test_fraction: float | None, image_size: int | None, channels: int | None
+) -> OwnData:
+    """Returns the arrays of a file: image `[n, h, w]` or `[n, h, w, c]`, label `[n]`.
+
+    Labels are whole numbers or strings. There may be test_image and test_label, and class_names;
+    labels that are numbers then count these from 0.
+
+    Raises:
+      UserError: if arrays are missing, cannot be read, or do not fit.
+    """
+    images.check_options(image_size, channels)
+    arrays = _arrays(path)
+    _check_fraction(test_fraction, "test_image" if "test_image" in arrays else None)
+    values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
+    _check_several(path, class_names)
+    x, y = _npz_examples(path, arrays, "", values, image_size, channels)
+    pool = np.arange(len(y))
+    if "test_image" in arrays:
+        test = _npz_examples(path, arrays, "test_", values, image_size, channels)
+    else:
+        for_test = held_out(y, test_fraction, class_names)
+        pool, test = pool[~for_test], Examples(x[for_test], y[for_test])
+        x, y = x[pool], y[pool]
+    return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), class_names), pool)
+
+
+def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) -> np.ndarray:
+    """Returns `[n]` which examples are for testing: of each class the fraction, at least one.
+
+    Raises:
+      UserError: if a class has one example only, which cannot be on both sides.
+    """
+    fraction = TEST_FRACTION if fraction is None else fraction
+    generator = np.random.default_rng(101)
+    result = np.zeros(len(y), bool)
+    for label in np.unique(y):
+        of_class = generator.permutation(np.flatnonzero(y == label))
+        if len(of_class) == 1:
+            raise UserError(
+                f"class {class_names[label]!r} has one image; it needs two, as one is held out for "
+                "testing, or else give a test set"
+            )
+        size = round(fraction * len(of_class))
+        result[of_class[: min(max(size, 1), len(of_class) - 1)]] = True
+    return result
+
+
+def _check_fraction(fraction: float | None, test_set: str | None) -> None:
+    if fraction is not None and test_set is not None:
+        raise UserError(f"there is a test set, {test_set}: a test fraction has no effect")
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(f"the test fraction must be between 0 and 1, got {fraction}")
+
+
+def _check_apart(test_dir: str, folder: str) -> None:
+    inner, outer = os.path.realpath(test_dir), os.path.realpath(folder)
+    if os.path.commonpath([inner, outer]) == outer:
+        raise UserError(f"{test_dir} is part of {folder}: test images would be in the pool as well")
+
+
+def _check_several(where: str, class_names: Sequence[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"{where} has one class only, {class_names[0]!r}; two or more are needed")
+
+
+def _version(arrays: Iterable[np.ndarray], *facts: Any) -> str:
+    """A checksum of arrays and of what is told as a string."""
+    parts = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
+    return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
+
+
+def _classes(folder: str) -> tuple[str, ...]:
+    """The names of the folders in a folder, sorted."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from error
+    classes = tuple(name for name in names if not name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} holds no folders; images go into a folder for each class")
+    return classes
+
+
+def _labeled_files(
+    folder: str, names: Sequence[str], class_names: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """The image files of some classes, and their labels."""
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in names:
+        found = images.find(os.path.join(folder, name))
+        if not found:
+            raise UserError(f"{folder}: there are no image files of class {name!r}")
+        paths += found
+        labels += [class_names.index(name)] * len(found)
+    return paths, np.array(labels, np.int32)
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file, if they are those that there should be."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
+            arrays = dict(members.items())
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path} ({error})") from error
+    if foreign := [name for name in arrays if name not in NPZ_NAMES]:
+        raise UserError(f"{path}: unknown array {foreign[0]!r}; known are {', '.join(NPZ_NAMES)}")
+    with_test = {"test_image", "test_label"} & set(arrays)
+    needed = NPZ_NAMES[: 4 if with_test else 2]
+    if missing := [name for name in needed if name not in arrays]:
+        raise UserError(f"{path}: there is no array {missing[0]!r}")
+    return arrays
+
+
+def _npz_classes(
+    path: str, labels: np.ndarray, names: np.ndarray | None
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The values that labels take, in the order of the classes, and the names of these."""
+    if labels.dtype.kind not in "iuU" or labels.ndim != 1:
+        raise UserError(
+            f"{path}: labels must be whole numbers or strings [n], got {labels.dtype} of shape "
+            f"{labels.shape}"
+        )
+    if names is None:
+        values = np.unique(labels).tolist()
+        return values, tuple(map(str, values))
+    if names.dtype.kind != "U" or names.ndim != 1 or len(np.unique(names)) < len(names):
+        raise UserError(f"{path}: class_names must be strings [K], each another")
+    class_names = tuple(names.tolist())
+    return list(class_names if labels.dtype.kind == "U" else range(len(names))), class_names
+
+
+def _npz_examples(
+    path: str,
+    arrays: Mapping[str, np.ndarray],
+    prefix: str,
+    values: Sequence[Any],
+    image_size: int | None,
+    channels: int | None,
+) -> Examples:
+    """Images and the positions of their labels in `values`."""
+    what = f"{path}: {prefix}image"
+    x, labels = arrays[f"{prefix}image"], arrays[f"{prefix}label"]
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.dtype.kind not in "iuf" or 0 in x.shape:
+        raise UserError(
+            f"{what} must be numbers [n, h, w] or [n, h, w, c], got {x.dtype} of shape {x.shape}"
+        )
+    if channels not in (None, x.shape[-1]):
+        raise UserError(f"{what} has {x.shape[-1]} channels; others can be had of image files only")
+    if labels.shape != (len(x),):
+        raise UserError(f"{what} has {len(x)} rows, but {prefix}label is of shape {labels.shape}")
+    if image_size is not None:
+        if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
+            raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
+        x = np.stack([images.resized(image, image_size, image_size) for image in x])
+    found, inverse = np.unique(labels, return_inverse=True)
+    if foreign := [value for value in found.tolist() if value not in values]:
+        raise UserError(f"{path}: {prefix}label {foreign[0]!r} is none of the classes")
+    return Examples(
+        x, np.array([values.index(value) for value in found.tolist()], np.int32)[inverse]
+    )

@@ -1,0 +1,190 @@
+"""Tables that a person labels images in: labels so far, and those that are asked for.
+
+Both are CSV files with the columns `path`, relative to the folder of images, and `label`, a class
+name. A proposal is a table of images to label whose labels are empty, with columns that may help:
+when they are filled in, `add_labels` takes them over.
+"""
+
+import codecs
+import csv
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.runs import records
+
+COLUMNS = ("path", "label")
+
+
+class Proposed(NamedTuple):
+    """An image that is to be labeled; the field `label` of its row is for a person to fill in.
+
+    Attributes:
+      path: relative to the folder of images.
+      predicted: the class that the model takes it for; empty where there is no model.
+      confidence: the model's probability of that class.
+      score: the strategy's.
+    """
+
+    path: str
+    predicted: str = ""
+    confidence: float | None = None
+    score: float | None = None
+
+
+class Labels(NamedTuple):
+    """What a person has written into a table.
+
+    Attributes:
+      of_path: path → class name, of the rows with a label, in their order.
+      num_right: rows whose prediction is the label, in a proposal.
+      num_predicted: rows with a label and a prediction.
+    """
+
+    of_path: dict[str, str]
+    num_right: int
+    num_predicted: int
+
+
+def read_labels(path: pathlib.Path, folder: str) -> Labels:
+    """Returns the labels of a table, or of what has been filled in of a proposal.
+
+    None if there is no file. Columns that are not ours are nobody's business; rows without a label,
+    and rows that stand there twice, are harmless.
+
+    Args:
+      path: the table.
+      folder: of the images.
+
+    Raises:
+      UserError: if it is no such table, or gives an image two labels.
+    """
+    labels: dict[str, str] = {}
+    right = predicted = 0
+    for line, row in _rows(path):
+        name, label = _relative(row["path"], folder), row["label"]
+        if not label:
+            continue
+        if labels.setdefault(name, label) != label:
+            raise UserError(
+                f"line {line} of {path} labels {name} {label!r}, a line before it {labels[name]!r}"
+            )
+        predicted += bool(row.get("predicted"))
+        right += row.get("predicted") == label
+    return Labels(labels, right, predicted)
+
+
+def joined(
+    labels: Mapping[str, str], more: Mapping[str, str], path: pathlib.Path
+) -> dict[str, str]:
+    """Returns two tables' labels in one.
+
+    Args:
+      labels: path → class name.
+      more: likewise.
+      path: of `more`, for the message.
+
+    Raises:
+      UserError: if they label an image differently.
+    """
+    for name in set(labels) & set(more):
+        if labels[name] != more[name]:
+            raise UserError(
+                f"{path} labels {name} {more[name]!r}, but it is labeled {labels[name]!r} already"
+            )
+    return {**labels, **more}
+
+
+def write_proposal(
+    path: pathlib.Path, proposed: Iterable[Proposed], like: pathlib.Path | None = None
+) -> None:
+    """Writes images to label, the first the most wanted, whole or not at all.
+
+    Args:
+      path: the table.
+      proposed: its rows.
+      like: a table whose delimiter and byte-order mark this one shall have, since the same program
+        will open it.
+    """
+    table = io.StringIO(newline="")
+    delimiter = "," if like is None else _text(like)[1]
+    writer = csv.writer(table, lineterminator="\n", delimiter=delimiter)
+    writer.writerow([*COLUMNS, "predicted", "confidence", "score", "rank"])
+    for rank, image in enumerate(proposed, start=1):
+        numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
+        writer.writerow([image.path, "", image.predicted, *numbers, rank])
+    records.write(path, _mark(like) + table.getvalue())
+
+
+def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
+    """Adds rows to a table of labels, whole or not at all, in its own form.
+
+    It is made if it is not there. Other columns stay as they are, and are empty in the new rows.
+    """
+    text, delimiter = _text(path)
+    header = next(csv.reader(io.StringIO(text), delimiter=delimiter), COLUMNS)
+    columns = [_column(name) for name in header]
+    end = "\r\n" if "\r\n" in text else "\n"
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns, delimiter=delimiter, lineterminator=end)
+    if not text:
+        writer.writeheader()
+    writer.writerows({"path": name, "label": label} for name, label in labels.items())
+    between = end if text and not text.endswith("\n") else ""
+    records.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a table with the numbers of their lines, cells stripped; none without a file."""
+    text, delimiter = _text(path)
+    if not text:
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    columns = [_column(name) for name in reader.fieldnames or ()]
+    if not set(COLUMNS) <= set(columns):
+        raise UserError(f"{path} has the columns {', '.join(columns)}; it needs path and label")
+    reader.fieldnames = columns
+    for row in reader:
+        if None in row:
+            raise UserError(f"line {reader.line_num} of {path} has more cells than the header")
+        row = {name: cell.strip() for name, cell in row.items()}
+        if row["path"]:
+            yield reader.line_num, row
+        elif row["label"]:
+            raise UserError(f"line {reader.line_num} of {path} has a label but no path")
+
+
+def _column(name: str) -> str:
+    """The name of a column; of ours, capital letters do not matter."""
+    name = name.strip()
+    return name.lower() if name.lower() in COLUMNS else name
+
+
+def _text(path: pathlib.Path) -> tuple[str, str]:
+    """A table as it stands there, and its delimiter; "" where there is nothing."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return "", ","
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; save it as CSV in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    # Spreadsheets of many countries write semicolons.
+    return text if text.strip() else "", max(",;\t", key=text.partition("\n")[0].count)
+
+
+def _mark(path: pathlib.Path | None) -> str:
+    """The byte-order mark of a table, if it has one."""
+    if path is None or not path.exists():
+        return ""
+    return "\ufeff" if path.read_bytes().startswith(codecs.BOM_UTF8) else ""
+
+
+def _relative(path: str, folder: str) -> str:
+    """A path as `images.find` has it, relative to the folder, however it was written."""
+    return pathlib.PurePath(os.path.relpath(os.path.join(folder, path), folder)).as_posix()

@@ -1,0 +1,5 @@
+"""What records say: tables, tests of significance, and pictures."""
+
+from dynamical_jax.reports import markdown as markdown
+from dynamical_jax.reports import plotting as plotting
+from dynamical_jax.reports import statistics as statistics

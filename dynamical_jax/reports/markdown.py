@@ -1,0 +1,363 @@
+"""Markdown made from records: accuracies beside published ones, and what differences are worth."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.reports import statistics
+from dynamical_jax.runs import records
+
+MINUS = "\u2212"
+
+
+class Published(NamedTuple):
+    """Published accuracies of one setting, in percent.
+
+    Attributes:
+      source: where they stand.
+      cells: for (strategy, labels), mean and standard deviation; NaN where none is given.
+    """
+
+    source: str
+    cells: Mapping[tuple[str, int], tuple[float, float]]
+
+
+class Scores(NamedTuple):
+    """A value of the runs that can be compared.
+
+    Attributes:
+      strategies: names.
+      seeds: those that every strategy has.
+      num_labeled: `[rounds]` the numbers of labels that all runs have.
+      values: `[strategies, seeds, rounds]` the value there.
+      area: `[strategies, seeds]` the area under the curve; None where runs differ in the numbers
+        of labels at which they were looked at, so that their areas cannot be compared.
+      left_out: a sentence about runs that are not finished; "" if all are.
+    """
+
+    strategies: list[str]
+    seeds: list[int]
+    num_labeled: np.ndarray
+    values: np.ndarray
+    area: np.ndarray | None
+    left_out: str
+
+
+def accuracy(rounds: Sequence[records.Record], published: Published | None = None) -> str:
+    """Returns tables of test accuracy by strategy and labels, beside published ones if given."""
+    first, left_out = rounds[0], unfinished(rounds)
+    seeds = sorted({record["seed"] for record in rounds})
+    lines = [
+        f"# Test accuracy (%) on {first['dataset']} with {first['model']}",
+        "",
+        "Mean ± sample standard deviation over seeds, after the last epoch of each round.",
+        "",
+        *_accuracies(records.curves(rounds, "test_accuracy"), len(seeds)),
+    ]
+    if _has_best(rounds):
+        lines += [
+            "",
+            "The best over those epochs of each round at which the test set was looked at:",
+            "",
+            *_accuracies(records.curves(rounds, "best_test_accuracy"), len(seeds)),
+        ]
+    if left_out:
+        lines += ["", left_out + " Means over different seeds are not to be compared."]
+    if published is not None:
+        lines += ["", *_beside(rounds, published)]
+    lines += [
+        "",
+        f"Seeds: {', '.join(map(str, seeds))}. "
+        f"Device: {_all(record['device'] for record in rounds)}. "
+        f"Commit: {_all(record['git_commit'] for record in rounds)}. "
+        f"JAX: {_all(record['versions']['jax'] for record in rounds)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def significance(rounds: Sequence[records.Record], references: Iterable[str]) -> str:
+    """Returns what the differences between strategies are worth.
+
+    Args:
+      rounds: the records of one setting.
+      references: strategies against which the others are tested, those of them that are there.
+    """
+    curves = records.curves(rounds)
+    scores = common_scores(rounds)
+    lines = [f"# What the differences are worth: {rounds[0]['dataset']}, {rounds[0]['model']}", ""]
+    lines += _summary(curves, scores)
+    if len(scores.seeds) < 2:
+        return "\n".join([*lines, "", _too_few(len(scores.seeds))]) + "\n"
+    for reference in references:
+        if reference in scores.strategies and len(scores.strategies) > 1:
+            lines += ["", *_against(reference, scores)]
+    if len(scores.strategies) > 1 and len(scores.num_labeled) > 1:
+        lines += ["", *_penalties(scores)]
+    return "\n".join(lines) + "\n"
+
+
+def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy") -> Scores:
+    """Returns `value` of the runs that got as far as any did, for the seeds that all then share.
+
+    Raises:
+      UserError: if there are none.
+    """
+    rounds = list(rounds)
+    found = _by_run(rounds, value)
+    most = max(max(run) for seeds in found.values() for run in seeds.values())
+    ended = {
+        name: {seed: run for seed, run in seeds.items() if max(run) == most}
+        for name, seeds in found.items()
+    }
+    strategies = [name for name, seeds in ended.items() if seeds]
+    seeds = sorted(set.intersection(*(set(ended[name]) for name in strategies)))
+    if not seeds:
+        raise UserError("the strategies have no finished seed in common: nothing to compare")
+    runs = {name: [ended[name][seed] for seed in seeds] for name in strategies}
+    labels = sorted(set.intersection(*(set(run) for of in runs.values() for run in of)))
+    same = all(set(run) == set(labels) for of in runs.values() for run in of)
+    return Scores(
+        strategies,
+        seeds,
+        np.array(labels, float),
+        np.array([[[run[n] for n in labels] for run in of] for of in runs.values()]),
+        np.array([[_area(run) for run in of] for of in runs.values()]) if same else None,
+        unfinished(rounds),
+    )
+
+
+def unfinished(rounds: Iterable[records.Record]) -> str:
+    """Returns a sentence about runs that did not get as far as others; "" if there are none."""
+    found = _by_run(rounds, "num_labeled")
+    most = max(max(run) for seeds in found.values() for run in seeds.values())
+    missing = [
+        f"{name}, seed {seed}"
+        for name, seeds in found.items()
+        for seed, run in seeds.items()
+        if max(run) < most
+    ]
+    return f"Not finished and left out of tests: {'; '.join(missing)}." if missing else ""
+
+
+def _by_run(rounds: Iterable[records.Record], value: str) -> dict[str, dict[int, dict[int, Any]]]:
+    """Strategy → seed → labels → value."""
+    found: dict[str, dict[int, dict[int, Any]]] = {}
+    for record in rounds:
+        seeds = found.setdefault(record["strategy"], {})
+        seeds.setdefault(record["seed"], {})[record["num_labeled"]] = record[value]
+    return found
+
+
+def _area(run: Mapping[int, float]) -> float:
+    labels = np.array(sorted(run))
+    return statistics.area_under_curve(labels.astype(float), np.array([run[n] for n in labels]))
+
+
+def _has_best(rounds: Sequence[records.Record]) -> bool:
+    """Whether the test set was looked at before the last epoch, too (--evaluate_every)."""
+    return any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds)
+
+
+def _accuracies(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str]:
+    labels = sorted({int(count) for curve in curves.values() for count in curve.num_labeled})
+    rows = []
+    for name, curve in curves.items():
+        points = zip(curve.num_labeled, curve.mean, curve.std, strict=True)
+        cells = {int(n): _cell(mean, std) for n, mean, std in points}
+        if curve.num_seeds < num_seeds:
+            name = f"{name} ({_seeds(curve.num_seeds)})"
+        rows.append([name, *(cells.get(n, "") for n in labels)])
+    return _markdown(["labels", *map(str, labels)], rows)
+
+
+def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]:
+    """The published numbers, and how many of ours lie within one of their standard deviations."""
+    lines = [f"## Beside {published.source}", ""]
+    counts = []
+    measures = {"test_accuracy": "after the last epoch"}
+    if _has_best(rounds):
+        measures["best_test_accuracy"] = "at the best epoch"
+    for value, title in measures.items():
+        curves = records.curves(rounds, value)
+        means = {
+            (name, int(n)): 100 * mean
+            for name, curve in curves.items()
+            for n, mean in zip(curve.num_labeled, curve.mean, strict=True)
+        }
+        shared = [cell for cell in published.cells if cell in means]
+        labels = sorted({n for _, n in shared})
+        rows = []
+        for name in curves:
+            row = [name]
+            for n in labels:
+                if (name, n) not in shared:
+                    row.append("")
+                    continue
+                mean, std = published.cells[name, n]
+                row.append(f"{means[name, n]:.2f} ({_percent(mean, std)})")
+            if any(row[1:]):
+                rows.append(row)
+        lines += [
+            f"Ours {title} (theirs):",
+            "",
+            *_markdown(["labels", *map(str, labels)], rows),
+            "",
+        ]
+        within = [
+            abs(means[cell] - mean) <= std
+            for cell in shared
+            for mean, std in [published.cells[cell]]
+            if not np.isnan(std)
+        ]
+        if within:
+            counts.append(f"{title} {sum(within)} of {len(within)}")
+    if counts:
+        lines.append(f"Means within one of their standard deviations: {', '.join(counts)}.")
+    return lines
+
+
+def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
+    header, text = ["strategy"], [f"{_seeds(len(scores.seeds))}."]
+    random = curves["random"] if "random" in scores.strategies else None
+    if scores.area is not None:
+        header.append("area under the curve")
+        text.append(
+            "Area under the curve: the mean height (%) of test accuracy over the labels spent, "
+            "mean ± sample standard deviation."
+        )
+    if random is not None:
+        header += ["labels to random's last accuracy", "label efficiency"]
+        text.append(
+            "Label efficiency: random's labels over those after which the strategy's mean, "
+            "interpolated between rounds, first reaches random's last mean; above 1 it saves "
+            "labels."
+        )
+    rows = []
+    for index, name in enumerate(scores.strategies):
+        curve, row = curves[name], [name]
+        if scores.area is not None:
+            area = scores.area[index]
+            row.append(_cell(area.mean(), area.std(ddof=1) if len(area) > 1 else float("nan")))
+        if random is not None:
+            needed = statistics.labels_to_reach(
+                random.mean[-1], curve.num_labeled.astype(float), curve.mean
+            )
+            share = random.num_labeled[-1] / needed
+            row += ["never"] * 2 if np.isnan(needed) else [f"{needed:.0f}", f"{share:.2f}"]
+        rows.append(row)
+    lines = [" ".join(text), *filter(None, [scores.left_out])]
+    return [*lines, "", *_markdown(header, rows)] if len(header) > 1 else lines
+
+
+def _against(reference: str, scores: Scores) -> list[str]:
+    """Paired differences to one strategy, of the last accuracy and of the area under the curve."""
+    at = scores.strategies.index(reference)
+    others = [i for i in range(len(scores.strategies)) if i != at]
+    lines = [f"## Against {reference}", ""]
+    tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
+    if scores.area is not None:
+        tested["Area under the curve"] = scores.area
+    for title, values in tested.items():
+        differences = [statistics.paired_difference(values[i], values[at]) for i in others]
+        t_pvalues = statistics.holm(np.array([d.t_pvalue for d in differences]))
+        ranked = statistics.holm(np.array([d.wilcoxon_pvalue for d in differences]))
+        rows = [
+            [
+                scores.strategies[i],
+                f"{100 * d.mean:+.2f}".replace("-", MINUS),
+                f"{100 * d.low:+.2f} to {100 * d.high:+.2f}".replace("-", MINUS),
+                f"{d.t_pvalue:.4f}",
+                f"{t_pvalue:.4f}",
+                f"{d.wilcoxon_pvalue:.4f}",
+                f"{rank:.4f}",
+            ]
+            for i, d, t_pvalue, rank in zip(others, differences, t_pvalues, ranked, strict=True)
+        ]
+        header = [
+            "strategy",
+            "difference (points)",
+            "95 % interval",
+            "p, t-test",
+            "Holm",
+            "p, Wilcoxon",
+            "Holm",
+        ]
+        found = [
+            f"{scores.strategies[i]} is {'better' if d.mean > 0 else 'worse'}"
+            for i, d, t_pvalue in zip(others, differences, t_pvalues, strict=True)
+            if t_pvalue < 0.05
+        ]
+        verdict = "; ".join(found) or "no strategy can be told from it"
+        lines += [
+            f"{title}, paired by seed:",
+            "",
+            *_markdown(header, rows),
+            "",
+            f"By the t-test with Holm's correction, at 5 %: {verdict}.",
+            "",
+        ]
+    return [*lines, _limits(len(scores.seeds), len(others))]
+
+
+def _limits(num_seeds: int, num_tests: int) -> str:
+    smallest = statistics.smallest_wilcoxon_pvalue(num_seeds)
+    corrected = min(1.0, num_tests * smallest)
+    sentence = (
+        f"With {num_seeds} seeds a two-sided Wilcoxon test cannot go below p = {smallest:.4g}, "
+        f"{corrected:.4g} after the correction for {num_tests} comparisons"
+    )
+    if corrected >= 0.05:
+        needed = int(np.ceil(1 - np.log2(0.05 / num_tests)))
+        return (
+            f"{sentence}: by that test this number of seeds cannot support any claim at 5 %; "
+            f"{needed} seeds could. The t-test can do with fewer, because it takes the differences "
+            "to be normally distributed."
+        )
+    return f"{sentence}."
+
+
+def _too_few(num_seeds: int) -> str:
+    return (
+        f"{_seeds(num_seeds)} in common: no difference between strategies can be told from chance. "
+        "Repeat with more seeds (--num_seeds)."
+    )
+
+
+def _penalties(scores: Scores) -> list[str]:
+    matrix = statistics.penalty_matrix(scores.values[..., 1:])
+    rows = [
+        [name, *(f"{cell:.2f}" for cell in row), f"{row.sum():.2f}"]
+        for name, row in zip(scores.strategies, matrix, strict=True)
+    ]
+    rows.append(["beaten", *(f"{cell:.2f}" for cell in matrix.sum(axis=0)), ""])
+    return [
+        "## Penalty matrix",
+        "",
+        f"In which share of the {len(scores.num_labeled) - 1} rounds after the first the strategy "
+        "of the row beats that of the column (two-sided paired t-test at 5 %, uncorrected, as in "
+        "Ash et al., 2020). Good: a large sum in the last column, a small one in the last row.",
+        "",
+        *_markdown(["beats", *scores.strategies, "sum"], rows),
+    ]
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + ("" if count == 1 else "s")
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _cell(mean: float, std: float) -> str:
+    return _percent(100 * mean, 100 * std)
+
+
+def _percent(mean: float, std: float) -> str:
+    return f"{mean:.2f}" + ("" if np.isnan(std) else f" ± {std:.2f}")
+
+
+def _all(values: Iterable[str | None]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))

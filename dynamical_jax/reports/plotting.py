@@ -1,0 +1,91 @@
+"""Figures, from records only."""
+
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynamical_jax.runs import records
+
+MOST_BANDS = 4
+
+
+def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
+    """Draws test accuracy against labels: mean over seeds, and one standard deviation each way.
+
+    More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
+    """
+    rounds, picture = list(rounds), figure(6.0, 4.0)
+    axes = picture.subplots()
+    curves = records.curves(rounds)
+    num_seeds = len({record["seed"] for record in rounds})
+    bands = num_seeds > 1 and len(curves) <= MOST_BANDS
+    for name, curve in curves.items():
+        mean, std = 100 * curve.mean, 100 * curve.std
+        if curve.num_seeds < num_seeds:
+            name = f"{name} ({curve.num_seeds} of {num_seeds} seeds)"
+        (line,) = axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name)
+        if bands and curve.num_seeds > 1:
+            axes.fill_between(
+                curve.num_labeled, mean - std, mean + std, color=line.get_color(), alpha=0.15
+            )
+    what = f"mean of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
+    what += ", band: ± 1 standard deviation" if bands else ""
+    axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({what})", fontsize=10)
+    axes.set_xlabel("labels")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    picture.savefig(path, dpi=150)
+
+
+def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Draws R over epochs for each b: mean over draws, and one standard deviation each way.
+
+    Args:
+      points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
+      path: of the picture.
+    """
+    picture = figure(6.0, 4.0)
+    axes = picture.subplots()
+    epochs = [point["epoch"] for point in points]
+    for size in points[0]["ratios"]:
+        values = np.array([point["ratios"][size] for point in points])
+        mean, std = values.mean(axis=1), values.std(axis=1, ddof=1)
+        (line,) = axes.plot(epochs, mean, marker="o", markersize=3, label=f"b = {size}")
+        axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("approximation ratio R(Q|S)")
+    axes.legend(frameon=False)
+    picture.savefig(path, dpi=150)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], path: pathlib.Path
+) -> None:
+    """Draws images in rows of ten, each with a caption.
+
+    Args:
+      images: `[h, w, 3]` uint8 each, not none.
+      captions: of each, one line or two.
+      path: of the picture.
+    """
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    picture = figure(1.3 * columns, 1.6 * rows)
+    grid = picture.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=7, parse_math=False)
+    picture.savefig(path, dpi=110)
+
+
+def figure(width: float, height: float) -> Any:
+    """Returns an empty matplotlib figure, to be saved; pyplot and its backend are left alone."""
+    from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while
+
+    return Figure(figsize=(width, height), layout="constrained")

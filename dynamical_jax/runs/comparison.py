@@ -1,0 +1,154 @@
+"""Many runs, one after the other: continued where they stopped, and none stopped by another."""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from dynamical_jax.active_learning import Experiment, Round, State
+from dynamical_jax.errors import UserError
+from dynamical_jax.runs import records
+from dynamical_jax.runs.checkpoints import Checkpoints
+from dynamical_jax.runs.progress import Bar
+from dynamical_jax.runs.run_directory import RunDirectory
+
+ERRORS_NAME = "errors.log"
+
+# A round is not worth a checkpoint if it can be played again in less than these seconds.
+WORTH_SAVING = 2.0
+
+# What may differ when a round is played again, and does not make it another round.
+CIRCUMSTANCES = {"seconds", "flags", "versions", "device", "git_commit"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One strategy with one seed.
+
+    Attributes:
+      strategy: the name under which it is recorded.
+      experiment: what is played.
+      identity: goes into each of its records beside the strategy and the seed.
+    """
+
+    strategy: str
+    experiment: Experiment
+    identity: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, seed {self.experiment.seed}"
+
+    @property
+    def num_rounds(self) -> int:
+        """How often the model is trained."""
+        return self.experiment.budget.num_rounds + 1
+
+
+def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) -> list[str]:
+    """Plays what is left of each run; records each round and prints a line about it.
+
+    A run that fails is left where it is, and the next one is played. The traceback of an error
+    that is no `UserError` goes to `errors.log`.
+
+    Args:
+      runs: in the order in which they are played.
+      directory: holds what was done of them.
+      checkpoint_every: epochs of training between checkpoints.
+
+    Returns:
+      A line for each run that failed.
+    """
+    failures = []
+    left = _TimeLeft(sum(run.num_rounds - len(_done(run, directory)) for run in runs))
+    with Bar() as bar:
+        for number, run in enumerate(runs, start=1):
+            title = f"[{number}/{len(runs)}] {run}"
+            bar.start(title, run.num_rounds - 1, run.experiment.training_config.max_epochs)
+            try:
+                for happened in _play(run, directory, checkpoint_every, bar):
+                    left.rounds -= 1
+                    bar.status = f"test accuracy {happened.test.accuracy:.2%}, {left}"
+                    bar.write(
+                        f"{title}, round {happened.round_index}/{run.num_rounds - 1}: "
+                        f"{happened.num_labeled} labels, {happened.epochs} epochs, "
+                        f"{sum(happened.seconds.values()):.1f} s, {bar.status}"
+                    )
+            except Exception as error:
+                why = str(error).partition("\n")[0]
+                if not isinstance(error, UserError):
+                    why = f"{type(error).__name__}: {why}"
+                    with (directory.path / ERRORS_NAME).open("a", encoding="utf-8") as file:
+                        file.write(f"{run}\n{traceback.format_exc()}\n")
+                bar.write(f"{title} failed: {why}")
+                failures.append(f"{run}: {why}")
+                left.rounds -= run.num_rounds - len(_done(run, directory))
+    return failures
+
+
+def _done(run: Run, directory: RunDirectory) -> list[records.Record]:
+    return directory.done[run.strategy, run.experiment.seed]
+
+
+def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) -> Iterator[Round]:
+    """Yields each round that was not recorded before, once it is."""
+    checkpoints = Checkpoints(directory.checkpoints(run.strategy, run.experiment.seed), bar.write)
+    done = _done(run, directory)
+    if len(done) == run.num_rounds:
+        checkpoints.remove()  # Should the process have been killed just before it would have.
+        return
+    state = checkpoints.restore(run.experiment)
+    # A record is written before the checkpoint that follows it.
+    if state is None or state.round_index > len(done):
+        checkpoints.remove()  # None of an earlier life may be taken for one of this.
+        state = run.experiment.init()
+    else:
+        epoch = f", epoch {state.underway.epoch}" if state.underway else ""
+        bar.write(f"{run}: continued at round {state.round_index}{epoch}")
+    saved = time.perf_counter()
+
+    def save(state: State) -> None:
+        nonlocal saved
+        if state.underway.epoch % checkpoint_every == 0:
+            checkpoints.save(state)
+            saved = time.perf_counter()
+
+    while state.round_index < run.num_rounds:
+        state, happened = run.experiment.step(state, bar, save)
+        identity = {**run.identity, "strategy": run.strategy, "seed": run.experiment.seed}
+        record = records.make(happened, identity)
+        if happened.round_index < len(done):
+            _check_same(record, done[happened.round_index])
+        else:
+            directory.append(record)
+            yield happened
+        if state.round_index < run.num_rounds and time.perf_counter() > saved + WORTH_SAVING:
+            checkpoints.save(state)
+            saved = time.perf_counter()
+    checkpoints.remove()
+
+
+def _check_same(again: records.Record, before: records.Record) -> None:
+    again = records.as_read(again)
+    names = [name for name in again if again[name] != before.get(name)]
+    if differing := [name for name in names if name not in CIRCUMSTANCES]:
+        raise UserError(
+            f"round {again['round']} came out differently when it was played again "
+            f"({', '.join(differing)}): the rounds of one run need one machine and one version of "
+            "the packages; use another --output_dir"
+        )
+
+
+class _TimeLeft:
+    """How long the rounds that are left will take if they take as long as those before."""
+
+    def __init__(self, rounds: int):
+        self.rounds = self._at_first = rounds
+        self._start = time.perf_counter()
+
+    def __str__(self) -> str:
+        played = self._at_first - self.rounds
+        seconds = (time.perf_counter() - self._start) / max(played, 1) * self.rounds
+        return f"{tqdm.format_interval(seconds)} left"

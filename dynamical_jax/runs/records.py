@@ -1,0 +1,213 @@
+"""What happened in a run, as JSON lines that carry all that is needed to trace them.
+
+One line for each round of each seed and strategy, in `<output_dir>/rounds.jsonl`, written as the
+round ends. Tables and figures are made from these lines and nothing else.
+"""
+
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dynamical_jax.active_learning import Round
+from dynamical_jax.errors import UserError
+
+FILE_NAME = "rounds.jsonl"
+PACKAGES = ("dynamical-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+Record = dict[str, Any]
+
+
+class Curve(NamedTuple):
+    """Accuracy against labels over seeds, all `[rounds]`: mean and sample standard deviation."""
+
+    num_labeled: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    num_seeds: int
+
+
+def make(happened: Round, identity: Mapping[str, Any]) -> Record:
+    """Returns the record of a round.
+
+    Args:
+      happened: the round.
+      identity: what it belongs to: dataset, model, strategy, seed, flags, …
+    """
+    scores = happened.query_scores
+    return {
+        **identity,
+        "round": happened.round_index,
+        "num_labeled": happened.num_labeled,
+        "test_accuracy": happened.test.accuracy,
+        "best_test_accuracy": happened.best_test_accuracy,
+        "test_loss": happened.test.loss,
+        "train_accuracy": happened.labeled.accuracy,
+        "train_loss": happened.labeled.loss,
+        "epochs": happened.epochs,
+        "initial": happened.initial.tolist(),
+        "query": happened.query.tolist(),
+        "query_score_mean": float(np.mean(scores)) if len(scores) else None,
+        "query_score_max": float(np.max(scores)) if len(scores) else None,
+        "seconds": {part: round(spent, 3) for part, spent in happened.seconds.items()},
+        **environment(),
+    }
+
+
+@functools.cache
+def environment() -> Mapping[str, Any]:
+    """Returns versions of packages, the device and the commit of the code."""
+    versions = {name: _version(name) for name in PACKAGES}
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "device": f"{device.platform}: {device.device_kind}",
+        "git_commit": _git_commit(),
+    }
+
+
+def append(path: pathlib.Path, record: Record) -> None:
+    """Adds a line and sees to it that it is on disk.
+
+    JSON has no infinities: `gamma=inf` is written as the string "inf".
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    """Returns the records of a file; a last line without an end is no record.
+
+    Raises:
+      UserError: if there is no such file, or a line of it is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    result = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            result.append(json.loads(line))
+            if not isinstance(result[-1], dict):
+                raise ValueError("it is no JSON object")
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is not a record ({error})") from error
+    return result
+
+
+def as_read(record: Record) -> Record:
+    """Returns a record as `read` will give it."""
+    return json.loads(json.dumps(finite(record)))
+
+
+def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
+    """Removes a last line that was not written to its end; returns the records."""
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        say(f"{path}: the last line was not finished: dropped")
+        os.truncate(path, whole)
+    return read(path)
+
+
+def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
+    """Returns for each strategy, in order of appearance, its `value` in the rounds of all seeds.
+
+    Rounds that not every seed of the strategy has reached are left out.
+
+    Raises:
+      UserError: if a round stands there twice, or seeds differ in their labels: such records are
+        of different settings and have no common curve.
+    """
+    by_strategy: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
+    labels: dict[str, dict[int, int]] = defaultdict(dict)
+    for record in records:
+        strategy, seed, index = record["strategy"], record["seed"], record["round"]
+        known = labels[strategy].setdefault(index, record["num_labeled"])
+        if index in by_strategy[strategy][seed] or known != record["num_labeled"]:
+            raise UserError(
+                f"records of {strategy}, seed {seed}, round {index} are of more than one setting"
+            )
+        by_strategy[strategy][seed][index] = record[value]
+    result = {}
+    for strategy, seeds in by_strategy.items():
+        rounds = sorted(set.intersection(*(set(values) for values in seeds.values())))
+        values = np.array([[seed[index] for index in rounds] for seed in seeds.values()])
+        spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else np.full(len(rounds), np.nan)
+        num_labeled = np.array([labels[strategy][index] for index in rounds])
+        result[strategy] = Curve(num_labeled, values.mean(axis=0), spread, len(seeds))
+    return result
+
+
+def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
+    """Returns a table for the terminal: labels in rows, strategies in columns, percent."""
+    columns = curves(records, value)
+    labels = sorted({int(count) for curve in columns.values() for count in curve.num_labeled})
+    lines = ["labels" + "".join(f"{name:>16}" for name in columns)]
+    for count in labels:
+        cells = []
+        for curve in columns.values():
+            at = np.flatnonzero(curve.num_labeled == count)
+            cells.append(_cell(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
+        lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that it is there wholly or not at all, and on disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Returns a value as JSON can hold it: infinities and NaN as strings."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(mean: float, std: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if np.isnan(std) else f" ± {100 * std:.2f}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # Run from a checkout that is not installed.
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is in, marked where files differ from it."""
+    checkout = pathlib.Path(__file__).parent.parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
+            return None  # Installed somewhere below another project's checkout.
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,131 @@
+"""The directory of a comparison: who writes to it, with which flags, what is done already."""
+
+import contextlib
+import json
+import pathlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import filelock
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.runs import records
+
+FLAGS_NAME = "flags.json"
+CHECKPOINTS_NAME = "checkpoints"
+
+
+class RunDirectory:
+    """Records and checkpoints of a comparison.
+
+    Made by `opened`, which holds the lock.
+
+    Attributes:
+      path: the directory.
+      rounds: the path of the records.
+      done: for (strategy, seed), the records of its rounds so far.
+    """
+
+    def __init__(self, path: pathlib.Path, done: Mapping[tuple[str, int], list[records.Record]]):
+        self.path = path
+        self.rounds = path / records.FILE_NAME
+        self.done = done
+
+    def append(self, record: records.Record) -> None:
+        """Adds the record of a round."""
+        records.append(self.rounds, record)
+        self.done[record["strategy"], record["seed"]].append(record)
+
+    def checkpoints(self, strategy: str, seed: int) -> pathlib.Path:
+        """Returns where the checkpoints of one run are."""
+        return self.path / CHECKPOINTS_NAME / f"{strategy}-seed-{seed}"
+
+
+@contextlib.contextmanager
+def opened(
+    output_dir: str, flags: Mapping[str, Any], say: Callable[[str], None] = print
+) -> Iterator[RunDirectory]:
+    """Gives a new directory, or one that a run with the same flags has begun.
+
+    A last line of the records that was not written to its end is removed. If nothing has been
+    done when the block ends, nothing is left that would stand in the way of other flags.
+
+    Args:
+      output_dir: the directory.
+      flags: what decides the results, by name; JSON values.
+      say: called with a line about what was mended.
+
+    Raises:
+      UserError: if it was made with other flags, is in use, or cannot be written to.
+    """
+    path = pathlib.Path(output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"{output_dir} is in use by another process: wait for it, or give another --output_dir"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from error
+    rounds = path / records.FILE_NAME
+    try:
+        _check_flags(path, flags)
+        done = defaultdict(list)
+        for record in records.mend(rounds, say):
+            done[record["strategy"], record["seed"]].append(record)
+        for (strategy, seed), of_run in done.items():
+            if [record["round"] for record in of_run] != list(range(len(of_run))):
+                raise UserError(
+                    f"{rounds} lacks a round of {strategy}, seed {seed}, or has one twice: remove "
+                    "the lines of this run, which is then played again"
+                )
+        yield RunDirectory(path, done)
+    finally:
+        if not _holds_work(path):
+            for name in (records.FILE_NAME, FLAGS_NAME):
+                (path / name).unlink(missing_ok=True)
+        lock.release()
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Returns the flags that differ, as in "--b=2 there and 3 here"; "" if none does."""
+    names = sorted({*ours, *theirs})
+    return ", ".join(
+        f"--{name}={_shown(theirs.get(name))} there and {_shown(ours.get(name))} here"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    )
+
+
+def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
+    """Checks the flags against those of the directory, or writes them to a new one."""
+    ours = json.loads(json.dumps(records.finite(flags)))
+    file = path / FLAGS_NAME
+    if _holds_work(path):
+        try:
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} holds records, but no readable {FLAGS_NAME} that says how they were "
+                "made: give another --output_dir"
+            ) from error
+        if difference := differing(ours, theirs):
+            raise UserError(
+                f"{path} was made with other flags ({difference}): give these, or another "
+                "--output_dir"
+            )
+    else:
+        records.write(file, json.dumps(ours, indent=1))
+    (path / records.FILE_NAME).touch()
+
+
+def _holds_work(path: pathlib.Path) -> bool:
+    rounds, checkpoints = path / records.FILE_NAME, path / CHECKPOINTS_NAME
+    return (rounds.exists() and rounds.stat().st_size > 0) or any(checkpoints.glob("*/*.json"))
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

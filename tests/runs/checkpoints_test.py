@@ -1,0 +1,283 @@
+"""A run continued from its checkpoints is the run that was not interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import toy
+
+import dynamical_jax as dj
+from dynamical_jax.runs import comparison, records, run_directory
+from dynamical_jax.runs.checkpoints import Checkpoints, Store
+
+FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
+
+
+def experiment(dataset, strategy="dynamical", model="batch_norm", **fields):
+    config = dj.TrainingConfig(max_epochs=6, batch_size=8)
+    budget = dj.Budget(initial_size=6, batch_size=4, num_rounds=2)
+    model = toy.models().get(model, model)
+    given = {"model": model, "strategy": dj.STRATEGIES[strategy]()}
+    return dj.Experiment(dataset, **{**given, **fields}, budget=budget, training_config=config)
+
+
+def outcome(rounds):
+    kept = [records.make(happened, {}) for happened in rounds]
+    for record in kept:
+        del record["seconds"]
+    return kept
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def save(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", save)
+    with pytest.raises(dj.UserError, match=r"cannot write .*one: there is no space left"):
+        Store(tmp_path).save("one", [np.zeros(2)], {})
+    assert Store(tmp_path).restore(lambda description, leaves: leaves) is None
+
+
+class Killed(BaseException):
+    """As `kill -9` would: nothing may catch it."""
+
+
+@pytest.mark.parametrize("strategy", ["dynamical", "albl"])
+def test_from_every_epoch_and_round_the_rest_is_the_same(dataset, tmp_path, strategy):
+    experiment_ = experiment(dataset, strategy)
+    expected = outcome(experiment_.run())
+    states = []
+
+    def keep(state):
+        checkpoints = Checkpoints(tmp_path / str(len(states)))
+        checkpoints.save(state)
+        states.append(checkpoints)
+
+    state = experiment_.init()
+    keep(state)
+    while state.round_index <= 2:
+        state, _ = experiment_.step(state, save=keep)
+        keep(state)
+    assert len(states) == 1 + 3 * (6 + 1)
+    for checkpoints in states[:-1]:
+        fresh = experiment(dataset, strategy)
+        state, rounds = checkpoints.restore(fresh), []
+        first = state.round_index
+        while state.round_index <= 2:
+            state, happened = fresh.step(state)
+            rounds.append(happened)
+        assert outcome(rounds) == expected[first:]
+
+
+class TestDamage:
+    @pytest.fixture
+    def saved(self, dataset, tmp_path):
+        said = []
+        checkpoints = Checkpoints(tmp_path / "run", said.append)
+        experiment_ = experiment(dataset)
+        state, _ = experiment_.step(experiment_.init())
+        for round_index in range(1, 4):
+            checkpoints.save(state._replace(round_index=round_index))
+        return checkpoints, experiment_, said, tmp_path / "run"
+
+    def test_the_newest_two_are_kept(self, saved):
+        checkpoints, experiment_, said, path = saved
+        names = ["round-00002-epoch-0000000", "round-00003-epoch-0000000"]
+        assert sorted(p.name for p in path.iterdir()) == sorted(
+            [*names, *(f"{name}.json" for name in names)]
+        )
+        assert checkpoints.restore(experiment_).round_index == 3
+        assert said == []
+
+    def test_a_file_cut_short(self, saved):
+        checkpoints, experiment_, said, path = saved
+        files = [p for p in (path / "round-00003-epoch-0000000").rglob("*") if p.is_file()]
+        largest = max(files, key=lambda file: file.stat().st_size)
+        with largest.open("r+b") as file:
+            file.truncate(largest.stat().st_size // 2)
+        assert checkpoints.restore(experiment_).round_index == 2
+        (line,) = said
+        assert (
+            "round-00003-epoch-0000000 is damaged (files are missing or not what was written)"
+            in line
+        )
+
+    def test_killed_before_the_manifest_was_written(self, saved):
+        checkpoints, experiment_, said, path = saved
+        (path / "round-00003-epoch-0000000.json").unlink()
+        assert checkpoints.restore(experiment_).round_index == 2
+        (line,) = said
+        assert "round-00003-epoch-0000000 was not finished: dropped" in line
+
+    def test_a_torn_manifest(self, saved):
+        checkpoints, experiment_, said, path = saved
+        (path / "round-00003-epoch-0000000.json").write_text('{"round_in')
+        (path / "round-00002-epoch-0000000.json").write_text("")
+        assert checkpoints.restore(experiment_) is None
+        assert len(said) == 2
+
+    def test_a_changed_byte(self, saved):
+        checkpoints, experiment_, said, path = saved
+        files = [p for p in (path / "round-00003-epoch-0000000").rglob("*") if p.is_file()]
+        largest = max(files, key=lambda file: file.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        assert checkpoints.restore(experiment_).round_index == 2
+        assert "not what was written" in said[0]
+
+    def test_of_a_model_of_another_size(self, dataset, tmp_path):
+        said, states = [], Checkpoints(tmp_path / "run", print)
+        narrow, wide = (toy.standardized(dj.models.NTKCNN(3, (width,))) for width in (4, 5))
+        states.save(experiment(dataset, model=narrow).init())
+        states = Checkpoints(tmp_path / "run", said.append)
+        assert states.restore(experiment(dataset, model=wide)) is None
+        assert "a model of another size" in said[0]
+
+    def test_of_another_model(self, saved, dataset):
+        checkpoints, _, said, _ = saved
+        assert checkpoints.restore(experiment(dataset, model="cnn")) is None
+        assert "another model or optimizer" in said[0]
+
+
+class TestRunDirectory:
+    def test_other_flags_are_named(self, tmp_path):
+        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+            directory.append({"strategy": "a", "seed": 0, "round": 0})
+        other = {"max_epochs": 7, "gammas": [1.0, 2.0], "new": None}
+        with (
+            pytest.raises(
+                dj.UserError,
+                match=r"\(--gammas=1.0,inf there and 1.0,2.0 here, --max_epochs=6 there and 7",
+            ),
+            run_directory.opened(str(tmp_path), other),
+        ):
+            pass
+        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+            assert len(directory.done["a", 0]) == 1
+            assert directory.done["a", 1] == []
+
+    def test_where_nothing_was_done_other_flags_are_welcome(self, tmp_path):
+        with run_directory.opened(str(tmp_path), FLAGS):
+            pass
+        with run_directory.opened(str(tmp_path), {**FLAGS, "max_epochs": 7}):
+            pass
+        assert not (tmp_path / "rounds.jsonl").exists()
+
+    def test_a_second_process_is_refused(self, tmp_path):
+        with (
+            run_directory.opened(str(tmp_path), FLAGS),
+            pytest.raises(dj.UserError, match="in use by another process"),
+            run_directory.opened(str(tmp_path), FLAGS),
+        ):
+            pass
+        with run_directory.opened(str(tmp_path), FLAGS):  # Given back.
+            pass
+
+    def test_a_round_that_is_missing(self, tmp_path):
+        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+            for index in (0, 2):
+                directory.append({"strategy": "a", "seed": 0, "round": index})
+        with (
+            pytest.raises(dj.UserError, match="lacks a round of a, seed 0"),
+            run_directory.opened(str(tmp_path), FLAGS),
+        ):
+            pass
+
+    def test_records_of_unknown_making(self, tmp_path):
+        records.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
+        with (
+            pytest.raises(dj.UserError, match=r"holds records, but no readable flags.json"),
+            run_directory.opened(str(tmp_path), FLAGS),
+        ):
+            pass
+
+    def test_directory_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with (
+            pytest.raises(dj.UserError, match="cannot write to"),
+            run_directory.opened(str(tmp_path / "file" / "run"), FLAGS),
+        ):
+            pass
+
+
+class TestPlay:
+    def play(self, path, dataset, **fields):
+        runs = [
+            comparison.Run(name, experiment(dataset, name, **fields), {"flags": {}})
+            for name in ("dynamical", "random")
+        ]
+        with run_directory.opened(str(path), FLAGS) as directory:
+            failures = comparison.play(runs, directory, checkpoint_every=2)
+        rounds = records.read(path / "rounds.jsonl")
+        for record in rounds:
+            del record["seconds"]
+        return failures, rounds
+
+    @pytest.mark.parametrize("at", ["append", "save"])
+    @pytest.mark.parametrize("count", [1, 3, 5])
+    def test_killed_before_or_after_a_record(self, dataset, tmp_path, monkeypatch, at, count):
+        _, expected = self.play(tmp_path / "whole", dataset)
+        monkeypatch.setattr(comparison, "WORTH_SAVING", 0)
+        where = {"append": (run_directory.RunDirectory, "append"), "save": (Checkpoints, "save")}
+        owner, name = where[at]
+        original, calls = getattr(owner, name), []
+
+        def killed(self, *arguments):
+            calls.append(1)
+            if len(calls) == count:
+                raise Killed
+            original(self, *arguments)
+
+        monkeypatch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            self.play(tmp_path / "killed", dataset)
+        failures, rounds = self.play(tmp_path / "killed", dataset)
+        assert failures == []
+        assert rounds == expected
+        assert not (tmp_path / "killed" / "checkpoints").exists()
+
+    def test_checkpoints_of_an_earlier_life_are_removed(self, dataset, tmp_path, monkeypatch):
+        _, expected = self.play(tmp_path / "whole", dataset)
+        stale = Checkpoints(tmp_path / "run" / "checkpoints" / "dynamical-seed-0")
+        experiment_ = experiment(dataset)
+        state = experiment_.init()
+        stale.save(state._replace(round_index=2))
+        flags = json.dumps(records.finite(FLAGS))
+        (tmp_path / "run" / run_directory.FLAGS_NAME).write_text(flags)
+        append, calls = run_directory.RunDirectory.append, []
+
+        def killed(self, record):
+            calls.append(append(self, record))
+            if len(calls) == 2:  # As many rounds are recorded as the stale state believes.
+                raise Killed
+
+        monkeypatch.setattr(run_directory.RunDirectory, "append", killed)
+        with pytest.raises(Killed):
+            self.play(tmp_path / "run", dataset)
+        monkeypatch.setattr(run_directory.RunDirectory, "append", append)
+        failures, rounds = self.play(tmp_path / "run", dataset)
+        assert (failures, rounds) == ([], expected)
+
+    def test_a_round_that_comes_out_differently(self, dataset, tmp_path):
+        # As on another machine: what is recorded cannot be continued.
+        self.play(tmp_path, dataset)
+        rounds = records.read(tmp_path / "rounds.jsonl")
+        (tmp_path / "rounds.jsonl").unlink()
+        for record in rounds[:2]:
+            records.append(tmp_path / "rounds.jsonl", {**record, "test_loss": 7.0})
+        failures, _ = self.play(tmp_path, dataset)
+        (failure,) = failures
+        assert "round 0 came out differently when it was played again (test_loss)" in failure
+
+
+def test_saving_changes_nothing(dataset):
+    experiment_ = experiment(dataset)
+    state, seen = experiment_.init(), []
+    for expected in outcome(experiment_.run()):
+        state, happened = experiment_.step(state, save=lambda state: seen.append(state.underway))
+        assert outcome([happened]) == [expected]
+    assert [underway.epoch for underway in seen] == [1, 2, 3, 4, 5, 6] * 3
+    assert set(seen[0].seconds) >= {"train", "evaluate"}

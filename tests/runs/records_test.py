@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+import pytest
+from toy import RECORDS, record
+
+import dynamical_jax as dj
+from dynamical_jax.runs import records
+
+
+def test_curves():
+    curves = records.curves(RECORDS)
+    np.testing.assert_array_equal(curves["a"].num_labeled, [10, 15])
+    np.testing.assert_allclose(curves["a"].mean, [0.2, 0.4])
+    np.testing.assert_allclose(curves["a"].std, [np.sqrt(0.02), np.sqrt(0.08)])  # n − 1
+    assert curves["a"].num_seeds == 2
+    np.testing.assert_allclose(curves["b"].mean, [0.5])
+    assert np.isnan(curves["b"].std).all()
+
+
+def test_a_round_that_not_every_seed_reached_is_left_out():
+    np.testing.assert_array_equal(records.curves(RECORDS[:3])["a"].num_labeled, [10])
+
+
+@pytest.mark.parametrize(
+    "other", [record("a", 0, 1, 0.3), {**record("a", 2, 1, 0.3), "num_labeled": 99}]
+)
+def test_records_of_two_settings_have_no_common_curve(other):
+    with pytest.raises(dj.UserError, match="are of more than one setting"):
+        records.curves([*RECORDS, other])
+
+
+def test_infinity_is_written_as_a_word(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    records.append(path, {"flags": {"gamma": np.inf, "sizes": [1, np.nan]}})
+    assert records.read(path) == [{"flags": {"gamma": "inf", "sizes": [1, "nan"]}}]
+
+
+def test_table():
+    assert records.table(RECORDS).splitlines() == [
+        "labels               a               b",
+        "    10   20.00 ± 14.14           50.00",
+        "    15   40.00 ± 28.28                ",
+    ]
+
+
+def test_append_and_read(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    for line in RECORDS:
+        records.append(path, line)
+    assert records.read(path) == RECORDS
+    assert len(path.read_text().splitlines()) == len(RECORDS)
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    for line in RECORDS[:2]:
+        records.append(path, line)
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write('{"strategy": "a", "se')
+    assert records.read(path) == RECORDS[:2]
+    said = []
+    assert records.mend(path, said.append) == RECORDS[:2]
+    assert said == [f"{path}: the last line was not finished: dropped"]
+    assert path.read_bytes() == whole
+    assert records.mend(path, said.append) == RECORDS[:2]
+    assert len(said) == 1
+
+
+def test_what_is_no_record_is_named(tmp_path):
+    path = tmp_path / records.FILE_NAME
+    with pytest.raises(dj.UserError, match=r"cannot read .* No such file"):
+        records.read(path)
+    path.write_text("{}\nlabels: 5\n{}\n")
+    with pytest.raises(dj.UserError, match=r"line 2 of .* is not a record"):
+        records.read(path)
+
+
+def test_environment_is_json():
+    environment = json.loads(json.dumps(records.environment()))
+    assert set(environment) == {"versions", "device", "git_commit"}
+    assert environment["versions"]["jax"]
