@@ -1,7 +1,9 @@
 import json
+import subprocess
 
 import numpy as np
 import pytest
+import toy
 from toy import RECORDS, record
 
 import dynamical_jax as dj
@@ -81,3 +83,11 @@ def test_environment_is_json():
     environment = json.loads(json.dumps(records.environment()))
     assert set(environment) == {"versions", "device", "git_commit"}
     assert environment["versions"]["jax"]
+
+
+@pytest.mark.skipif(not (toy.ROOT / ".git").exists(), reason="this is no checkout")
+def test_environment_names_the_commit_of_this_checkout():
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=toy.ROOT, capture_output=True, text=True, check=True)
+    commit = records.environment()["git_commit"]
+    assert commit.removesuffix("-dirty") == done.stdout.strip()
