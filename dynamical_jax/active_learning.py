@@ -85,6 +85,7 @@ class Round:
       round_index: 0 for the initial set.
       num_labeled: |S|.
       epochs: that training took.
+      converged: whether it met its targets.
       labeled: evaluation on S after training.
       test: evaluation on the test set after the last epoch.
       best_test_accuracy: the best over the epochs of this round at which the test set was looked
@@ -92,19 +93,22 @@ class Round:
       initial: `[M]` in round 0 the initial set, as `Dataset.index`; empty in the others.
       query: `[b]` what was queried, as `Dataset.index`; empty in the last round.
       query_scores: `[b]` the strategy's scores of these.
-      seconds: spent on "train", "evaluate", "score" and "select", and on "checkpoint" if a state
-        was saved in the middle of training.
+      query_facts: what the strategy has to say of the query, by name.
+      seconds: spent on "train", "evaluate", "score" and "select", on "describe" if the strategy
+        has something to say, and on "checkpoint" if a state was saved in the middle of training.
     """
 
     round_index: int
     num_labeled: int
     epochs: int
+    converged: bool
     labeled: training.Evaluation
     test: training.Evaluation
     best_test_accuracy: float
     initial: np.ndarray
     query: np.ndarray
     query_scores: np.ndarray
+    query_facts: Mapping[str, float]
     seconds: dict[str, float]
 
 
@@ -114,8 +118,14 @@ class Reporter:
     def begin(self, round_index: int) -> None:
         """Called before a round."""
 
-    def epoch(self, epoch: int, evaluation: training.Evaluation) -> None:
-        """Called after each epoch."""
+    def epoch(self, epoch: int, labeled: training.Evaluation | None, target: float | None) -> None:
+        """Called after each epoch.
+
+        Args:
+          epoch: how many there were in this round.
+          labeled: evaluation on S, if S was looked at after this epoch.
+          target: the mean loss on S at which training stops; None if the loss does not decide.
+        """
 
     def scored(self, done: int, total: int) -> None:
         """Called as the pool is scored."""
@@ -152,7 +162,7 @@ class Experiment:
     budget: Budget
     training_config: training.TrainingConfig = training.TrainingConfig()  # noqa: RUF009
     seed: int = 0
-    evaluate_every: int = 1
+    evaluate_every: int = 0
     eval_batch_size: int = 256
 
     def __post_init__(self):
@@ -223,9 +233,11 @@ class Experiment:
                 )
             best, tested_at = max(best, test.accuracy), epoch
 
-        def on_epoch(progress: training.Progress, evaluation: training.Evaluation) -> None:
+        target = self.training_config.largest_loss(len(rows))
+
+        def on_epoch(progress: training.Progress, seen: training.Evaluation | None) -> None:
             epoch, variables, optimizer_state = progress
-            reporter.epoch(epoch, evaluation)
+            reporter.epoch(epoch, seen, target)
             if self.evaluate_every and epoch % self.evaluate_every == 0:
                 look_at_test(epoch, variables)
             if save is not None:
@@ -252,7 +264,7 @@ class Experiment:
             look_at_test(fit.epochs, fit.variables)
 
         pool, strategy_state = state.pool, state.strategy_state
-        query, scores = np.array([], np.int64), np.array([])
+        query, scores, facts = np.array([], np.int64), np.array([]), {}
         if state.round_index < self.budget.num_rounds:
             images = self.dataset.pool_images
             view = LearnerView(
@@ -265,19 +277,21 @@ class Experiment:
             key = streams.key(self.seed, "strategy", state.round_index)
             chosen = self.strategy.query(key, view, self.budget.batch_size, strategy_state)
             watch.seconds.update(chosen.seconds)
-            scores, strategy_state = chosen.scores, chosen.state
+            scores, strategy_state, facts = chosen.scores, chosen.state, chosen.facts
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
         happened = Round(
             state.round_index,
             len(rows),
             fit.epochs,
+            fit.converged,
             fit.labeled,
             test,
             best,
             self.dataset.index[rows if state.round_index == 0 else rows[:0]],
             query,
             scores,
+            facts,
             dict(watch.seconds),
         )
         return State(state.round_index + 1, pool, fit.variables, strategy_state), happened

@@ -46,9 +46,14 @@ class TrainingConfig:
         after `max_epochs`.
       batch_size: examples per step at most; an epoch's steps are of equal size to within one.
       weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
-      target_accuracy: training stops at the end of the first epoch with at least this accuracy on
-        the labeled set, in evaluation mode; None: after `max_epochs` only.
-      max_epochs: training stops after so many epochs in any case.
+      target_accuracy: training goes on until this share of S is right. Each of the three targets
+        is looked at in evaluation mode, and None asks for nothing.
+      target_loss: training goes on until the mean cross-entropy on S is at most this.
+      target_total_loss: training goes on until the cross-entropy summed over S, the paper's loss
+        (Eq. 4), is at most this. Why this is the default: `docs/convergence.md`.
+      min_epochs: training takes at least so many epochs.
+      max_epochs: training stops after so many epochs in any case; where no target is given, then.
+      look_every: epochs between looks at S.
     """
 
     optimizer: str = "adam"
@@ -57,7 +62,11 @@ class TrainingConfig:
     batch_size: int = 128
     weight_decay: float = 0.0
     target_accuracy: float | None = 0.99
-    max_epochs: int = 200
+    target_loss: float | None = None
+    target_total_loss: float | None = 1.0
+    min_epochs: int = 0
+    max_epochs: int = 500
+    look_every: int = 5
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -68,12 +77,45 @@ class TrainingConfig:
             raise UserError(
                 f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}"
             )
-        if self.batch_size < 1 or self.max_epochs < 1:
-            raise UserError("the training batch size and max_epochs must be at least 1")
+        for name in ("batch_size", "max_epochs", "look_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} of training must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.min_epochs <= self.max_epochs:
+            raise UserError(
+                f"min_epochs must be from 0 to max_epochs, got {self.min_epochs} and "
+                f"{self.max_epochs}"
+            )
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise UserError("the learning rate must be positive, weight decay not negative")
         if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
             raise UserError(f"target accuracy must be in [0, 1], got {self.target_accuracy}")
+        for name in ("target_loss", "target_total_loss"):
+            target = getattr(self, name)
+            if target is not None and not target > 0:
+                raise UserError(f"{name} must be above 0, got {target}")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether training may stop before `max_epochs`."""
+        targets = (self.target_accuracy, self.target_loss, self.target_total_loss)
+        return any(target is not None for target in targets)
+
+    def largest_loss(self, size: int) -> float | None:
+        """Returns the mean cross-entropy at which a set of this size is fitted; None: any."""
+        targets = [self.target_loss, self.target_total_loss and self.target_total_loss / size]
+        return min((target for target in targets if target is not None), default=None)
+
+    def is_fitted(self, labeled: "Evaluation", size: int) -> bool:
+        """Returns whether all targets are met.
+
+        Args:
+          labeled: evaluation on the labeled set S.
+          size: |S|.
+        """
+        accuracy, loss = self.target_accuracy, self.largest_loss(size)
+        return (accuracy is None or labeled.accuracy >= accuracy) and (
+            loss is None or labeled.loss <= loss
+        )
 
 
 class Evaluation(NamedTuple):
@@ -84,11 +126,19 @@ class Evaluation(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A fitted model: its variables, epochs taken, and its evaluation on the labeled set."""
+    """A fitted model.
+
+    Attributes:
+      variables: the model's.
+      epochs: that training took.
+      labeled: evaluation on the labeled set S.
+      converged: whether the targets were met, rather than `max_epochs` reached before.
+    """
 
     variables: Variables
     epochs: int
     labeled: Evaluation
+    converged: bool
 
 
 class Progress(NamedTuple):
@@ -99,8 +149,8 @@ class Progress(NamedTuple):
     optimizer_state: Any
 
 
-OnEpoch = Callable[[Progress, Evaluation], None]
-"""Called after each epoch with where training stands and the evaluation on the labeled set."""
+OnEpoch = Callable[[Progress, Evaluation | None], None]
+"""Called after each epoch with where training stands and, if S was looked at, what was seen."""
 
 
 def begin(variables: Variables, config: TrainingConfig) -> Progress:
@@ -120,9 +170,9 @@ def fit(
     *,
     capacity: int | None = None,
     eval_batch_size: int = 256,
-    on_epoch: OnEpoch = lambda progress, evaluation: None,
+    on_epoch: OnEpoch = lambda progress, labeled: None,
 ) -> Fit:
-    """Trains a model on the labeled set until `config` says that it is fitted.
+    """Trains a model on the labeled set until the targets of `config` are met.
 
     Args:
       model: a module of `(x, train=False)` or `(x)`, which returns what `ApplyFn` says.
@@ -151,15 +201,32 @@ def fit(
     progress = start if isinstance(start, Progress) else begin(start, config)
     epoch, variables, optimizer_state = progress
     contract.check_labels(model.apply, variables, labeled.x, labeled.y)
-    evaluation = None
-    if epoch:  # Training may have been interrupted just before it would have stopped.
+
+    def look() -> Evaluation | None:
+        """The evaluation on S after an epoch at which it is looked at; else None."""
+        if epoch == 0 or (epoch % config.look_every and epoch != config.max_epochs):
+            return None
         evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
-    while epoch < config.max_epochs and not _is_fitted(evaluation, config):
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(
+                f"training diverged: after epoch {epoch} the loss is not finite; a learning rate "
+                f"below {config.learning_rate:g} may help"
+            )
+        return evaluation
+
+    def is_over() -> bool:
+        if epoch == config.max_epochs:
+            return True
+        may_stop = config.has_target and labeled_now is not None and epoch >= config.min_epochs
+        return may_stop and config.is_fitted(labeled_now, count)
+
+    labeled_now = look()  # Training may have been interrupted just before it would have stopped.
+    while not is_over():
         epoch += 1
         order = streams.generator(seed, "order", round_index, epoch).permutation(count)
         key = streams.key(seed, "dropout", round_index, epoch)
         optimizer_state.hyperparams["learning_rate"] = jnp.asarray(_learning_rate(config, epoch))
-        variables, optimizer_state, loss = _epoch(
+        variables, optimizer_state = _epoch(
             model,
             optimizer,
             min(config.batch_size, capacity),
@@ -170,20 +237,9 @@ def fit(
             count,
             key,
         )
-        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
-        if not (math.isfinite(loss) and math.isfinite(evaluation.loss)):
-            raise DivergedError(
-                f"training diverged: the loss of epoch {epoch} is not finite; a learning rate "
-                f"below {config.learning_rate:g} may help"
-            )
-        on_epoch(Progress(epoch, variables, optimizer_state), evaluation)
-    return Fit(variables, epoch, evaluation)
-
-
-def _is_fitted(evaluation: Evaluation | None, config: TrainingConfig) -> bool:
-    if evaluation is None or config.target_accuracy is None:
-        return False
-    return evaluation.accuracy >= config.target_accuracy
+        labeled_now = look()
+        on_epoch(Progress(epoch, variables, optimizer_state), labeled_now)
+    return Fit(variables, epoch, labeled_now, config.is_fitted(labeled_now, count))
 
 
 def evaluate(
@@ -224,28 +280,27 @@ def _epoch(
     order: Array,
     count: Array,
     key: Array,
-) -> tuple[Variables, Any, Array]:
-    """Runs one epoch over the first `count` entries of `order`; returns the sum of step losses."""
+) -> tuple[Variables, Any]:
+    """Runs one epoch over the first `count` entries of `order`."""
     num_steps = (count + batch_size - 1) // batch_size
     share, rest = jnp.divmod(count, num_steps)
 
     def step(index: Array, carry: tuple) -> tuple:
-        variables, optimizer_state, total = carry
+        variables, optimizer_state = carry
         # Equal shares rather than full batches and a rest: no step rests on a handful of examples.
         start = index * share + jnp.minimum(index, rest)
         stop = start + share + (index < rest)
         slots = start + jnp.arange(batch_size)
         rows = order[jnp.minimum(slots, len(order) - 1)]
         batch = Examples(buffer.x[rows], buffer.y[rows])
-        gradient, loss, statistics = batch_gradient(
+        gradient, _, statistics = batch_gradient(
             model, variables, batch, slots < stop, jax.random.fold_in(key, index)
         )
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
-        return {**statistics, "params": params}, optimizer_state, total + loss
+        return {**statistics, "params": params}, optimizer_state
 
-    start = (dict(variables), optimizer_state, jnp.zeros(()))
-    return jax.lax.fori_loop(0, num_steps, step, start)
+    return jax.lax.fori_loop(0, num_steps, step, (dict(variables), optimizer_state))
 
 
 def batch_gradient(

@@ -93,16 +93,24 @@ WEIGHT_DECAY = flags.DEFINE_float(
     "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
 )
 TARGET_ACCURACY = flags.DEFINE_float(
-    "target_accuracy", 0.99, "Training stops at this accuracy on the labeled set."
+    "target_accuracy", 0.99, "Training goes on until this share of the labeled set S is right,"
 )
+TARGET_LOSS = flags.DEFINE_float(
+    "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
+)
+TARGET_TOTAL_LOSS = flags.DEFINE_float(
+    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
+)
+MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
 MAX_EPOCHS = flags.DEFINE_integer(
-    "max_epochs", 200, "Training stops after so many epochs in any case."
+    "max_epochs", 500, "training stops after so many epochs in any case."
 )
+LOOK_EVERY = flags.DEFINE_integer("look_every", 5, "Epochs of training between looks at S.")
 EVALUATE_EVERY = flags.DEFINE_integer(
     "evaluate_every",
-    1,
-    "Epochs between looks at the test set, for best_test_accuracy in the records; 0: look only "
-    "after the last epoch, which saves time.",
+    0,
+    "Epochs between looks at the test set, for best_test_accuracy in the records, as published "
+    "tables have it; 0: look only after the last epoch.",
     lower_bound=0,
 )
 
@@ -185,7 +193,11 @@ def training_config() -> dj.TrainingConfig:
         batch_size=TRAIN_BATCH_SIZE.value,
         weight_decay=WEIGHT_DECAY.value,
         target_accuracy=TARGET_ACCURACY.value,
+        target_loss=TARGET_LOSS.value,
+        target_total_loss=TARGET_TOTAL_LOSS.value,
+        min_epochs=MIN_EPOCHS.value,
         max_epochs=MAX_EPOCHS.value,
+        look_every=LOOK_EVERY.value,
     )
 
 

@@ -61,9 +61,11 @@ def table_of(record: dj.records.Record) -> Table | None:
         setting = {**_file()["protocol"], **table.flags}
         setting.pop("num_rounds", None)
         # A binary that has no such flag (γ where γ is what varies) cannot differ in it.
-        if all(flags.get(name, value) == value for name, value in setting.items()) and (
-            ("budget" in flags) == ("budget" in setting)
-        ):
+        same = all(
+            name not in flags or flags[name] in (value if isinstance(value, list) else [value])
+            for name, value in setting.items()
+        )
+        if same and ("budget" in flags) == ("budget" in setting):
             return table
     return None
 

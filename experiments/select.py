@@ -58,7 +58,7 @@ for _name in (
     "optimizer",
     "schedule",
     "stem",
-    "target_accuracy",
+    *("target_accuracy", "target_loss", "target_total_loss", "min_epochs", "look_every"),
     "train_batch_size",
     "unreadable",
     "weight_decay",
@@ -250,6 +250,7 @@ def trained(
     labeled = dj.Examples(dj.types.Rows(files.x, files.labeled), learner.targets(files))
     count = len(labeled.y)
     with dj.progress.Bar() as bar:
+        target = config.largest_loss(count)
         bar.start("select", 1, config.max_epochs)
         bar.begin(1)
         fit = dj.training.fit(
@@ -260,7 +261,7 @@ def trained(
             SEED.value,
             count,
             capacity=1 << (count - 1).bit_length(),  # So that few programs are compiled.
-            on_epoch=lambda progress, evaluation: bar.epoch(progress.epoch, evaluation),
+            on_epoch=lambda progress, seen: bar.epoch(progress.epoch, seen, target),
         )
     print(f"trained for {fit.epochs} epochs: {fit.labeled.accuracy:.1%} of the labels right")
     learner = learner._replace(variables=fit.variables)

@@ -1,6 +1,6 @@
 """Markdown made from records: accuracies beside published ones, and what differences are worth."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,7 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
         lines += ["", left_out + " Means over different seeds are not to be compared."]
     if published is not None:
         lines += ["", *_beside(rounds, published)]
+    lines += ["", *_convergence(rounds)]
     lines += [
         "",
         f"Seeds: {', '.join(map(str, seeds))}. "
@@ -216,6 +217,66 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
     if counts:
         lines.append(f"Means within one of their standard deviations: {', '.join(counts)}.")
     return lines
+
+
+def _convergence(rounds: Sequence[records.Record]) -> list[str]:
+    """How long training took, and what strategies said of their queries."""
+    lines = [
+        "## Convergence",
+        "",
+        "Epochs of training, mean over seeds; in brackets how many seeds ended at `--max_epochs` "
+        "before they met their targets:",
+        "",
+        *_by_labels(rounds, "epochs", _epochs),
+    ]
+    for name, title in QUERY_FACTS.items():
+        told = [record for record in rounds if record.get(name) is not None]
+        if told:
+            lines += ["", title, "", *_by_labels(told, name, _mean_and_range)]
+    return lines
+
+
+QUERY_FACTS = {
+    "query_inner_product_share": "The inner product's share of the chosen Δ, mean (least to "
+    "greatest) over seeds: near 0 where S is fitted, near 1 where its gradient g_S decides:",
+    "query_approximation_ratio": "R of the query (Eq. 14), mean (least to greatest) over seeds: "
+    "below 1 where its images ask for the same, above where they cancel out:",
+}
+
+
+def _by_labels(
+    rounds: Sequence[records.Record],
+    value: str,
+    cell: Callable[[Sequence[Any], Sequence[records.Record]], str],
+) -> list[str]:
+    """A table of `cell` of the values over seeds: strategies in rows, labels in columns."""
+    found: dict[str, dict[int, list[records.Record]]] = {}
+    for record in rounds:
+        labels = found.setdefault(record["strategy"], {})
+        labels.setdefault(record["num_labeled"], []).append(record)
+    header = sorted({count for labels in found.values() for count in labels})
+    rows = [
+        [name]
+        + [
+            cell([record[value] for record in labels[count]], labels[count])
+            if count in labels
+            else ""
+            for count in header
+        ]
+        for name, labels in found.items()
+    ]
+    return _markdown(["labels", *map(str, header)], rows)
+
+
+def _epochs(values: Sequence[int], of: Sequence[records.Record]) -> str:
+    ended = sum(not record.get("converged", True) for record in of)
+    return f"{np.mean(values):.0f}" + (f" ({ended})" if ended else "")
+
+
+def _mean_and_range(values: Sequence[float], of: Sequence[records.Record]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:

@@ -73,7 +73,8 @@ def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) ->
                     bar.status = f"test accuracy {happened.test.accuracy:.2%}, {left}"
                     bar.write(
                         f"{title}, round {happened.round_index}/{run.num_rounds - 1}: "
-                        f"{happened.num_labeled} labels, {happened.epochs} epochs, "
+                        f"{happened.num_labeled} labels, {happened.epochs} epochs"
+                        f"{'' if happened.converged else ' (not converged)'}, "
                         f"{sum(happened.seconds.values()):.1f} s, {bar.status}"
                     )
             except Exception as error:

@@ -33,17 +33,22 @@ class Bar(Reporter):
           max_epochs: after how many epochs training stops at the latest.
         """
         self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
-        self._total = None
+        self._total, self._seen = None, ""
 
     def begin(self, round_index: int) -> None:
         """Starts the bar of a round."""
         self._round = f"{self._name}, round {round_index}/{self._num_rounds}"
-        self._total = None
+        self._total, self._seen = None, ""
 
-    def epoch(self, epoch: int, evaluation: Evaluation) -> None:
-        """Shows how far training is, with loss and accuracy on the labeled set."""
-        labeled = f"loss {evaluation.loss:.3f}, accuracy {evaluation.accuracy:.1%}"
-        self._show("training", epoch, self._max_epochs, labeled)
+    def epoch(self, epoch: int, labeled: Evaluation | None, target: float | None) -> None:
+        """Shows the epochs, and the loss on the labeled set beside the one that ends training.
+
+        How many epochs that will take nobody knows: no end is shown where the loss decides.
+        """
+        if labeled is not None:
+            goal = "" if target is None else f" → {target:.2g}"
+            self._seen = f"loss {labeled.loss:.2g}{goal}, {labeled.accuracy:.1%} right"
+        self._show("training", epoch, self._max_epochs if target is None else None, self._seen)
 
     def scored(self, done: int, total: int) -> None:
         """Shows how much of the pool is scored."""
@@ -53,7 +58,7 @@ class Bar(Reporter):
         """Prints a line to standard output without breaking the bar."""
         self._bar.write(line)
 
-    def _show(self, part: str, done: int, total: int, detail: str = "") -> None:
+    def _show(self, part: str, done: int, total: int | None, detail: str = "") -> None:
         if self._bar.disable:
             return
         if (part, total) != self._total:

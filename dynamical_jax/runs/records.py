@@ -55,10 +55,12 @@ def make(happened: Round, identity: Mapping[str, Any]) -> Record:
         "train_accuracy": happened.labeled.accuracy,
         "train_loss": happened.labeled.loss,
         "epochs": happened.epochs,
+        "converged": happened.converged,
         "initial": happened.initial.tolist(),
         "query": happened.query.tolist(),
         "query_score_mean": float(np.mean(scores)) if len(scores) else None,
         "query_score_max": float(np.max(scores)) if len(scores) else None,
+        **{f"query_{name}": fact for name, fact in happened.query_facts.items()},
         "seconds": {part: round(spent, 3) for part, spent in happened.seconds.items()},
         **environment(),
     }

@@ -59,20 +59,23 @@ class Query(NamedTuple):
       positions: `[b]` distinct positions in `view.unlabeled`.
       scores: `[b]` the strategy's score of each, the larger the rather chosen.
       state: the strategy's state, for its next query.
-      seconds: spent on "score" and "select".
+      seconds: spent on "score", "select" and "describe".
+      facts: what the strategy has to say of this query, by name, for the records.
     """
 
     positions: np.ndarray
     scores: np.ndarray
     state: Any = None
     seconds: Mapping[str, float] = types.MappingProxyType({})
+    facts: Mapping[str, float] = types.MappingProxyType({})
 
 
 class Strategy(abc.ABC):
     """Chooses which unlabeled examples to label next.
 
     Most strategies define `score` alone, and the highest scores are chosen. One that chooses
-    otherwise overrides `select`; one that carries something from round to round also `init`.
+    otherwise overrides `select`; one that carries something from round to round also `init`; one
+    that knows how far its query is to be trusted, `describe`.
 
     Attributes:
       needs_embedding: whether the model has to return an embedding beside its logits.
@@ -94,6 +97,10 @@ class Strategy(abc.ABC):
         check_finite(scores)
         positions = np.asarray(selection.top_b(scores, batch_size))
         return Query(positions, scores[positions], state)
+
+    def describe(self, view: LearnerView, scored: Any, query: Query) -> Mapping[str, float]:
+        """Returns facts about a query, for the records; here, none."""
+        return {}
 
     def query(
         self, key: Array, view: LearnerView, batch_size: int, state: Any | None = None
@@ -121,8 +128,11 @@ class Strategy(abc.ABC):
         middle = time.perf_counter()
         query = self.select(key_select, scored, batch_size, state)
         check_finite(query.scores)
-        seconds = {"score": middle - start, "select": time.perf_counter() - middle}
-        return query._replace(seconds=seconds)
+        chosen = time.perf_counter()
+        seconds = {"score": middle - start, "select": chosen - middle}
+        if facts := self.describe(view, scored, query):
+            seconds["describe"] = time.perf_counter() - chosen
+        return query._replace(seconds=seconds, facts=facts)
 
 
 def check_embedding(strategy: Strategy, outputs: Outputs) -> None:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynamical_jax import dynamics, gradients
 from dynamical_jax.errors import UserError
-from dynamical_jax.strategies.base import LearnerView, Strategy
-from dynamical_jax.types import Array
+from dynamical_jax.strategies.base import LearnerView, Query, Strategy
+from dynamical_jax.types import Array, Examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +39,9 @@ class Dynamical(Strategy):
         if self.chunk_size is not None and self.chunk_size < 1:
             raise UserError(f"the chunk size must be at least 1, got {self.chunk_size}")
 
-    def score(self, key: Array, view: LearnerView, state: Any) -> Array:
-        """Returns Δ({u}|S) of each unlabeled example u."""
-        # A batch gradient needs less memory than scoring; 128 is what training takes at a time.
-        grad_s = gradients.set_gradient(
-            view.apply, view.variables, view.labeled, self.chunk_size or 128
-        )
+    def score(self, key: Array, view: LearnerView, state: Any) -> "Changes":
+        """Returns Δ({u}|S) of each unlabeled example u, and what it is made of."""
+        grad_s = self._set_gradient(view, view.labeled)
         terms = gradients.norms_and_products(
             view.apply,
             view.variables,
@@ -51,6 +51,56 @@ class Dynamical(Strategy):
             chunk_size=self.chunk_size,
             on_progress=view.on_progress,
         )
-        return dynamics.change_of_training_dynamics(
+        change = dynamics.change_of_training_dynamics(
             jnp.asarray(terms.squared_norm), jnp.asarray(terms.inner_product), self.gamma
         )
+        return Changes(np.asarray(change), terms, grad_s)
+
+    def select(self, key: Array, scored: "Changes", batch_size: int, state: Any) -> Query:
+        """Returns the examples of largest Δ({u}|S)."""
+        return super().select(key, scored.change, batch_size, state)
+
+    def describe(self, view: LearnerView, scored: "Changes", query: Query) -> dict[str, float]:
+        """Returns how much the inner product weighs in Δ over the query, and R of the query.
+
+        Warns where the inner product rules: then S is not fitted, and the query is of images that
+        are like its few examples with a large gradient.
+
+        Returns:
+          "inner_product_share": `dynamics.inner_product_share` of the query; "approximation_ratio":
+          R(Q|S), Eq. 14, exactly, from the gradient of the whole query.
+        """
+        terms = jax.tree.map(lambda term: np.asarray(term)[query.positions], scored.terms)
+        squared_norm, inner_product = terms.squared_norm, terms.inner_product
+        share = float(dynamics.inner_product_share(squared_norm, inner_product, self.gamma))
+        if share > 0.5 and self.gamma != math.inf:
+            warnings.warn(
+                f"the labeled set is not fitted: the inner product with its gradient makes up "
+                f"{share:.0%} of the chosen Δ; train longer (a lower target loss, more epochs)",
+                stacklevel=3,
+            )
+        # R is of the method itself, whatever γ was taken to choose.
+        change = dynamics.change_of_training_dynamics(squared_norm, inner_product)
+        chosen = Examples(view.unlabeled[query.positions], terms.label)
+        grad_q = self._set_gradient(view, chosen)
+        ratio = float(dynamics.approximation_ratio(change, grad_q, scored.grad_s))
+        return {"inner_product_share": share, "approximation_ratio": ratio}
+
+    def _set_gradient(self, view: LearnerView, examples: Examples) -> Any:
+        # A batch gradient needs less memory than scoring; 128 is what training takes at a time.
+        size = self.chunk_size or 128
+        return gradients.set_gradient(view.apply, view.variables, examples, size)
+
+
+class Changes(NamedTuple):
+    """Δ of the unlabeled examples.
+
+    Attributes:
+      change: `[n]` Δ({u}|S).
+      terms: what it is made of.
+      grad_s: the gradient of the loss summed over S.
+    """
+
+    change: np.ndarray
+    terms: gradients.GradientTerms
+    grad_s: Any
