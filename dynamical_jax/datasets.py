@@ -197,7 +197,7 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
             f"{what}: images must be [n, height, width, channels], vectors [n, d], got {x.shape}"
         )
     kind = _kind(x)
-    if kind == "vectors" and not np.issubdtype(x.dtype, np.floating):
+    if kind == "vectors" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{what}: vectors must be of floating-point numbers, got {x.dtype}")
     if len(x) == 0 or y.shape != (len(x),):
         raise UserError(f"{what}: {len(x)} {kind} but labels of shape {y.shape}")

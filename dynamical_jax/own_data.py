@@ -146,7 +146,7 @@ def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) 
 
 def check_finite(what: str, kind: str, x: Any) -> None:
     """Raises `UserError` that names the rows of x `[n, ...]` that hold NaN or infinity."""
-    if not np.issubdtype(x.dtype, np.floating):
+    if x.dtype.kind in "biu":
         return
     rest = tuple(range(1, len(x.shape)))
     finite = np.concatenate([np.isfinite(block).all(axis=rest) for block in images.blocks(x)])

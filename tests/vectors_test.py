@@ -1,6 +1,7 @@
 """A pool of vectors, from the file to the records."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.preprocessing
@@ -157,7 +158,7 @@ class TestDataset:
                 "own", dj.Examples(x, labels), dj.Examples(np.eye(2), labels[:2]), ("a", "b")
             )
 
-    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
     def test_standardisation_is_that_of_scikit_learn(self, dtype, float64, monkeypatch):
         def in_blocks(x):
             return (x[start : start + 7] for start in range(0, len(x), 7))
@@ -173,6 +174,21 @@ class TestDataset:
         tolerance = 1e-9 if dtype == np.float64 else 1e-3
         np.testing.assert_allclose(x, expected.transform(given), atol=tolerance)
         np.testing.assert_allclose(x[:, -1], 0, atol=1e-7)
+
+    def test_half_precision_is_learned_from_as_its_float32(self):
+        half = make(np.float16)
+        parts = [dj.Examples(part.x.astype(np.float32), part.y) for part in (half.pool, half.test)]
+        played = []
+        for data in (half, dj.Dataset("own", *parts, half.class_names)):
+            model = dj.models.create("linear", data)
+            config = dj.TrainingConfig(max_epochs=5)
+            strategy = dj.STRATEGIES["dynamical"]()
+            experiment = dj.Experiment(data, model, strategy, dj.Budget(8, 5, 1), config)
+            played.append(list(experiment.run()))
+        for one, other in zip(*played, strict=True):
+            assert one.test == other.test
+            np.testing.assert_array_equal(one.query, other.query)
+            np.testing.assert_array_equal(one.query_scores, other.query_scores)
 
 
 class TestLinear:
