@@ -143,7 +143,7 @@ class Experiment:
 
     Attributes:
       dataset: the pool and the test set.
-      model: a Flax Linen module of raw images, `(x, train=False)` or `(x)`, which returns logits
+      model: a Flax Linen module of raw inputs, `(x, train=False)` or `(x)`, which returns logits
         `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
       strategy: chooses the queries.
       budget: how many labels, when.
@@ -174,8 +174,8 @@ class Experiment:
         if self.budget.total > size:
             raise UserError(
                 f"{self.budget.initial_size} initial labels and {self.budget.num_rounds} queries "
-                f"of {self.budget.batch_size} need {self.budget.total} images, but the pool of "
-                f"{self.dataset.name} has {size}"
+                f"of {self.budget.batch_size} need {self.budget.total} "
+                f"{self.dataset.kind}, but the pool of {self.dataset.name} has {size}"
             )
 
     def init(self) -> State:

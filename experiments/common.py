@@ -21,9 +21,14 @@ DATASET = flags.DEFINE_string(
     "dataset",
     "digits",
     f"One of {', '.join(dj.datasets.DATASETS)}, a folder of your own that holds one of images for "
-    "each class, or an .npz file of image and label.",
+    "each class, or an .npz file of image, or of embedding (vectors), and label.",
 )
-MODEL = flags.DEFINE_string("model", "cnn", f"One of {', '.join(dj.models.MODELS)}.")
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    f"One of {', '.join(dj.models.MODELS)}; by default {dj.models.DEFAULTS['images']}, for vectors "
+    f"{dj.models.DEFAULTS['vectors']}. Vectors need {' or '.join(dj.models.FOR_VECTORS)}.",
+)
 INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "Labels of the initial set.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
 NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How often labels are queried.")
@@ -210,10 +215,26 @@ def seeds() -> range:
 
 def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
-    dj.models.check_name(MODEL.value)
-    options = model_options()
+    if MODEL.value is not None:  # What is wrong should be said before the data are read.
+        settle_model()
     dataset = load_dataset()
+    options = settle_model(dataset.kind)
     return dataset, dj.models.create(MODEL.value, dataset, **options)
+
+
+def settle_model(kind: str = "images") -> dict[str, Any]:
+    """Gives the flag --model, where it is not given, its value; returns the model's options.
+
+    Args:
+      kind: of the data, "images" or "vectors".
+
+    Raises:
+      UserError: if there is no such model, or an option is given that it does not have.
+    """
+    if MODEL.value is None:  # Set, so that records hold the model that was used.
+        flags.FLAGS["model"].value = dj.models.DEFAULTS[kind]
+    dj.models.check_name(MODEL.value)
+    return model_options()
 
 
 def model_options() -> dict[str, Any]:

@@ -65,8 +65,8 @@ def run(argv: list[str]) -> list[str]:
     size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
     if needed > len(dataset.pool.y):
         raise dj.UserError(
-            f"an initial set of {size} and queries of {sizes[-1]} need {needed} images; the pool "
-            f"of {dataset.name} has {len(dataset.pool.y)}"
+            f"an initial set of {size} and queries of {sizes[-1]} need {needed} "
+            f"{dataset.kind}; the pool of {dataset.name} has {len(dataset.pool.y)}"
         )
     if ALL_EPOCHS.value:
         config = dataclasses.replace(config, target_accuracy=None)

@@ -156,8 +156,7 @@ def checked() -> tuple[dj.strategies.Strategy, dj.TrainingConfig, pathlib.Path]:
         raise dj.UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
     if common.BATCH_SIZE.value < 1:
         raise dj.UserError(f"batch_size must be at least 1, got {common.BATCH_SIZE.value}")
-    dj.models.check_name(common.MODEL.value)
-    common.model_options()
+    common.settle_model()
     strategy = active_learning.make_strategy(STRATEGY.value)
     if STRATEGY.value not in NAMES:
         raise dj.UserError(

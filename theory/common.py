@@ -81,6 +81,10 @@ def setting(query_size: int = 0) -> Setting:
     """
     widths = tuple(binary.positive("widths", WIDTHS.value))
     dataset = common.load_dataset()
+    if dataset.kind != "images":
+        raise dj.UserError(
+            f"the network of the theory, ntk_cnn, takes images, and {dataset.name} holds vectors"
+        )
     needed, there = NUM_LABELED.value + query_size, len(dataset.pool.y)
     if needed > there:
         beside = " and Q need" if query_size else " needs"

@@ -1,8 +1,8 @@
-"""Image classification data as NumPy arrays: a pool to query from and a test set.
+"""Classification data as NumPy arrays: a pool to query from and a test set.
 
 `load(name)` gives one of `DATASETS`, `load(path)` a folder or an .npz file of your own; a `Dataset`
-of your own arrays needs no more than its constructor. Images are uint8 `[n, h, w, c]` and stay so
-until a model standardises them.
+of your own arrays needs no more than its constructor. Images are uint8 `[n, h, w, c]`, or vectors
+take their place, floats `[n, d]`; both stay what they are until a model standardises them.
 """
 
 import dataclasses
@@ -39,8 +39,9 @@ class Dataset:
 
     Attributes:
       name: what records call it.
-      pool: x `[n, h, w, c]` and labels y `[n]`, NumPy; x may be anything that has a shape and a
-        dtype and gives rows as arrays, such as `images.OnDisk`, `types.Rows` or a memory map.
+      pool: x, images `[n, h, w, c]` or vectors `[n, d]` of floats, and labels y `[n]`, NumPy; x
+        may be anything that has a shape and a dtype and gives rows as arrays, such as
+        `images.OnDisk`, `types.Rows` or a memory map.
       test: the same for the test set.
       class_names: the K classes, in the order of the labels.
       version: of the data, for records.
@@ -49,7 +50,7 @@ class Dataset:
       paths: of image files: `paths[i]` is the file of the image with index i. Otherwise empty.
 
     Raises:
-      UserError: on construction, if shapes or labels do not fit, or an image is not finite.
+      UserError: on construction, if shapes or labels do not fit, or an input is not finite.
     """
 
     name: str
@@ -67,12 +68,19 @@ class Dataset:
             _check_examples(f"{self.name}: {part}", examples, len(self.class_names))
         kinds = [(part.x.shape[1:], part.x.dtype.name) for part in (self.pool, self.test)]
         if kinds[0] != kinds[1]:
-            raise UserError(f"{self.name}: pool images are {kinds[0]}, test images {kinds[1]}")
+            raise UserError(
+                f"{self.name}: pool {self.kind} are {kinds[0]}, test {self.kind} {kinds[1]}"
+            )
         if np.shape(self.index) != self.pool.y.shape:
             raise UserError(
-                f"{self.name}: {len(self.pool.y)} images but an index of shape "
+                f"{self.name}: {len(self.pool.y)} {self.kind} but an index of shape "
                 f"{np.shape(self.index)}"
             )
+
+    @property
+    def kind(self) -> str:
+        """What the inputs are, "images" or "vectors"."""
+        return _kind(self.pool.x)
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -88,17 +96,17 @@ class Dataset:
 
     @functools.cached_property
     def test_examples(self) -> Examples:
-        """`test` with its images likewise."""
+        """`test` with its inputs likewise."""
         return Examples(_at_hand(self.test.x), self.test.y)
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel over the pool, in the images' own units."""
+        """Mean of each channel, or feature, over the pool, in the inputs' own units."""
         return tuple(self._statistics[0].tolist())
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel over the pool, in the images' own units."""
+        """Standard deviation of each channel, or feature, over the pool, in their own units."""
         return tuple(self._statistics[1].tolist())
 
 
@@ -116,9 +124,9 @@ def load(
 ) -> Dataset:
     """Returns one of `DATASETS`, or data of your own.
 
-    Those are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of arrays
-    image `[n, h, w]` or `[n, h, w, c]` and label `[n]`, whole numbers or strings, and perhaps
-    test_image, test_label and class_names.
+    Those are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of arrays:
+    image `[n, h, w]` or `[n, h, w, c]`, or embedding `[n, d]`; label `[n]`, whole numbers or
+    strings; and perhaps test_image or test_embedding, test_label, class_names and index.
 
     Args:
       name: its key, or the path of a folder or .npz file.
@@ -158,34 +166,44 @@ def default_cache_dir() -> str:
 
 
 def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of each channel of images `[n, h, w, c]`."""
-    # Summed over blocks of images, which needs no float copy of the pool.
-    count, total, squares = 0, 0.0, 0.0
+    """Returns mean and standard deviation of the last axis of x: channels, or features.
+
+    Guaranteed: where all are equal, the deviation is 0.
+
+    Args:
+      x: images `[n, h, w, c]` or vectors `[n, d]`.
+    """
+    # Summed over blocks, which needs no float copy of the pool, and counted from the first value:
+    # else the deviation of what is constant would be a rounding error, and noise divided by it.
+    origin, count, total, squares = None, 0, 0.0, 0.0
     for block in images.blocks(x):
         block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
+        origin = block[:1].copy() if origin is None else origin
+        block = block - origin
         count, total = count + len(block), total + block.sum(axis=0)
         squares = squares + (block**2).sum(axis=0)
     mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return origin[0] + mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def _kind(x: Any) -> str:
+    return "vectors" if len(x.shape) == 2 else "images"
 
 
 def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     x, y = examples
-    if len(x.shape) != 4:
-        raise UserError(f"{what}: images must be [n, height, width, channels], got {x.shape}")
+    if len(x.shape) not in (2, 4):
+        raise UserError(
+            f"{what}: images must be [n, height, width, channels], vectors [n, d], got {x.shape}"
+        )
+    kind = _kind(x)
+    if kind == "vectors" and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{what}: vectors must be of floating-point numbers, got {x.dtype}")
     if len(x) == 0 or y.shape != (len(x),):
-        raise UserError(f"{what}: {len(x)} images but labels of shape {y.shape}")
+        raise UserError(f"{what}: {len(x)} {kind} but labels of shape {y.shape}")
     if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= num_classes:
         raise UserError(f"{what}: labels must be integers from 0 to {num_classes - 1}")
-    if np.issubdtype(x.dtype, np.floating):
-        finite = np.concatenate(
-            [np.isfinite(block).all(axis=(1, 2, 3)) for block in images.blocks(x)]
-        )
-        if not finite.all():
-            raise UserError(
-                f"{what}: {np.sum(~finite)} images are not finite, the first at position "
-                f"{np.argmin(finite)}"
-            )
+    folders.check_finite(what, kind, x)
 
 
 def _at_hand(x: Any) -> Any:
@@ -215,7 +233,7 @@ def _load_own(
             "holds one of images for each class, or an .npz file"
         )
     if test_dir is not None:
-        raise UserError(f"test_dir has no effect on {path}, which can hold a test_image itself")
+        raise UserError(f"test_dir has no effect on {path}, which can hold a test set itself")
     own = folders.from_npz(path, test_fraction, image_size, channels)
     return Dataset(pathlib.Path(path).stem, **own._asdict())
 

@@ -1,6 +1,6 @@
-"""Labeled images of one's own: a folder for each class, or arrays in an .npz file.
+"""Labeled data of one's own: a folder of images for each class, or arrays in an .npz file.
 
-Where there is no test set, some images of each class are held out: which ones is drawn once and
+Where there is no test set, some examples of each class are held out: which ones is drawn once and
 for all, whatever the seed of a run.
 """
 
@@ -8,7 +8,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples, Rows
 
 TEST_FRACTION = 0.2
-NPZ_NAMES = ("image", "label", "test_image", "test_label", "class_names")
+# An .npz file holds one of these, images or vectors.
+INPUT_NAMES = ("image", "embedding")
 
 
 class OwnData(NamedTuple):
@@ -86,28 +87,40 @@ def from_folder(
 def from_npz(
     path: str, test_fraction: float | None, image_size: int | None, channels: int | None
 ) -> OwnData:
-    """Returns the arrays of a file: image `[n, h, w]` or `[n, h, w, c]`, label `[n]`.
+    """Returns the arrays of a file: image or embedding, and label `[n]`.
 
-    Labels are whole numbers or strings. There may be test_image and test_label, and class_names;
-    labels that are numbers then count these from 0.
+    Images are numbers `[n, h, w]` or `[n, h, w, c]`, embeddings floats `[n, d]`, which become
+    float32; labels are whole numbers or strings. There may be test_image or test_embedding and
+    test_label; class_names, which labels that are numbers then count from 0; and index `[n]`, the
+    whole numbers by which records name the examples, instead of their rows. test_index is ignored.
 
     Raises:
       UserError: if arrays are missing, cannot be read, or do not fit.
     """
     images.check_options(image_size, channels)
     arrays = _arrays(path)
-    _check_fraction(test_fraction, "test_image" if "test_image" in arrays else None)
+    name = next(name for name in INPUT_NAMES if name in arrays)
+    _check_fraction(test_fraction, f"test_{name}" if f"test_{name}" in arrays else None)
     values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
     _check_several(path, class_names)
-    x, y = _npz_examples(path, arrays, "", values, image_size, channels)
-    pool = np.arange(len(y))
-    if "test_image" in arrays:
-        test = _npz_examples(path, arrays, "test_", values, image_size, channels)
+
+    def examples(prefix: str) -> Examples:
+        what, x = f"{path}: {prefix}{name}", arrays[prefix + name]
+        y = _npz_labels(what, len(x), prefix, arrays[f"{prefix}label"], values)
+        if name == "embedding":
+            return Examples(_npz_vectors(what, x, image_size, channels), y)
+        return Examples(_npz_images(what, x, image_size, channels), y)
+
+    x, y = examples("")
+    index = _npz_index(path, arrays.get("index"), len(y))
+    if f"test_{name}" in arrays:
+        test = examples("test_")
     else:
         for_test = held_out(y, test_fraction, class_names)
-        pool, test = pool[~for_test], Examples(x[for_test], y[for_test])
-        x, y = x[pool], y[pool]
-    return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), class_names), pool)
+        test = Examples(x[for_test], y[for_test])
+        x, y, index = x[~for_test], y[~for_test], index[~for_test]
+    facts = (class_names, zlib.crc32(index)) if "index" in arrays else (class_names,)
+    return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), *facts), index)
 
 
 def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) -> np.ndarray:
@@ -123,12 +136,26 @@ def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) 
         of_class = generator.permutation(np.flatnonzero(y == label))
         if len(of_class) == 1:
             raise UserError(
-                f"class {class_names[label]!r} has one image; it needs two, as one is held out for "
+                f"class {class_names[label]!r} has one example; it needs two: one is held out for "
                 "testing, or else give a test set"
             )
         size = round(fraction * len(of_class))
         result[of_class[: min(max(size, 1), len(of_class) - 1)]] = True
     return result
+
+
+def check_finite(what: str, kind: str, x: Any) -> None:
+    """Raises `UserError` that names the rows of x `[n, ...]` that hold NaN or infinity."""
+    if x.dtype.kind in "biu":
+        return
+    rest = tuple(range(1, len(x.shape)))
+    finite = np.concatenate([np.isfinite(block).all(axis=rest) for block in images.blocks(x)])
+    rows = np.flatnonzero(~finite)
+    if len(rows):
+        listed = [*map(str, rows[:5]), *(["…"] if len(rows) > 5 else [])]
+        raise UserError(
+            f"{what}: {len(rows)} of {len(x)} {kind} are not finite: rows {', '.join(listed)}"
+        )
 
 
 def _check_fraction(fraction: float | None, test_set: str | None) -> None:
@@ -191,10 +218,17 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"there is no file {path}") from error
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error})") from error
-    if foreign := [name for name in arrays if name not in NPZ_NAMES]:
-        raise UserError(f"{path}: unknown array {foreign[0]!r}; known are {', '.join(NPZ_NAMES)}")
-    with_test = {"test_image", "test_label"} & set(arrays)
-    needed = NPZ_NAMES[: 4 if with_test else 2]
+    given = [name for name in INPUT_NAMES if name in arrays]
+    if len(given) != 1:
+        holds = f"both {' and '.join(given)}" if given else ", ".join(arrays) or "nothing"
+        raise UserError(f"{path} must hold an array image or an array embedding; it holds {holds}")
+    (name,) = given
+    known = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
+    if foreign := [other for other in arrays if other not in known]:
+        raise UserError(
+            f"{path}: unknown array {foreign[0]!r}; known beside {name} are {', '.join(known[1:])}"
+        )
+    needed = known[: 4 if set(known[2:4]) & set(arrays) else 2]
     if missing := [name for name in needed if name not in arrays]:
         raise UserError(f"{path}: there is no array {missing[0]!r}")
     return arrays
@@ -218,17 +252,22 @@ def _npz_classes(
     return list(class_names if labels.dtype.kind == "U" else range(len(names))), class_names
 
 
-def _npz_examples(
-    path: str,
-    arrays: Mapping[str, np.ndarray],
-    prefix: str,
-    values: Sequence[Any],
-    image_size: int | None,
-    channels: int | None,
-) -> Examples:
-    """Images and the positions of their labels in `values`."""
-    what = f"{path}: {prefix}image"
-    x, labels = arrays[f"{prefix}image"], arrays[f"{prefix}label"]
+def _npz_labels(
+    what: str, size: int, prefix: str, labels: np.ndarray, values: Sequence[Any]
+) -> np.ndarray:
+    """The positions of labels in `values`."""
+    if labels.shape != (size,):
+        raise UserError(f"{what} has {size} rows, but {prefix}label is of shape {labels.shape}")
+    found, inverse = np.unique(labels, return_inverse=True)
+    if foreign := [value for value in found.tolist() if value not in values]:
+        raise UserError(f"{what}: {prefix}label {foreign[0]!r} is none of the classes")
+    return np.array([values.index(value) for value in found.tolist()], np.int32)[inverse]
+
+
+def _npz_images(
+    what: str, x: np.ndarray, image_size: int | None, channels: int | None
+) -> np.ndarray:
+    """Images `[n, h, w, c]`, resized if they are to be."""
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.dtype.kind not in "iuf" or 0 in x.shape:
@@ -237,15 +276,38 @@ def _npz_examples(
         )
     if channels not in (None, x.shape[-1]):
         raise UserError(f"{what} has {x.shape[-1]} channels; others can be had of image files only")
-    if labels.shape != (len(x),):
-        raise UserError(f"{what} has {len(x)} rows, but {prefix}label is of shape {labels.shape}")
-    if image_size is not None:
-        if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
-            raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
-        x = np.stack([images.resized(image, image_size, image_size) for image in x])
-    found, inverse = np.unique(labels, return_inverse=True)
-    if foreign := [value for value in found.tolist() if value not in values]:
-        raise UserError(f"{path}: {prefix}label {foreign[0]!r} is none of the classes")
-    return Examples(
-        x, np.array([values.index(value) for value in found.tolist()], np.int32)[inverse]
-    )
+    check_finite(what, "images", x)
+    if image_size is None:
+        return x
+    if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
+        raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
+    return np.stack([images.resized(image, image_size, image_size) for image in x])
+
+
+def _npz_vectors(
+    what: str, x: np.ndarray, image_size: int | None, channels: int | None
+) -> np.ndarray:
+    """Vectors `[n, d]`, as float32: sums of half precision overflow."""
+    if x.ndim != 2 or x.dtype.kind != "f" or 0 in x.shape:
+        raise UserError(
+            f"{what} must be floating-point numbers [n, d], got {x.dtype} of shape {x.shape}"
+        )
+    for option, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None:
+            raise UserError(f"{option} has no effect on {what}: these are vectors, not images")
+    with np.errstate(over="ignore"):  # What is too large becomes infinite, and is refused.
+        x = x.astype(np.float32, copy=False)
+    check_finite(what, "vectors", x)
+    return x
+
+
+def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
+    """The whole numbers that name the rows."""
+    if index is None:
+        return np.arange(size)
+    if index.dtype.kind not in "iu" or index.shape != (size,) or len(np.unique(index)) < size:
+        raise UserError(
+            f"{path}: index must be whole numbers [{size}], each another, got {index.dtype} of "
+            f"shape {index.shape}"
+        )
+    return index.astype(np.int64)

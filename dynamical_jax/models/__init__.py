@@ -1,7 +1,7 @@
 """Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
 
-`MODELS` holds those of the paper, `ntk_cnn` that of its theory. Any Flax module works in their
-place (docs/extend.md).
+`MODELS` holds those of the paper, `ntk_cnn` that of its theory, and `linear` for vectors. Any Flax
+module works in their place (docs/extend.md).
 """
 
 import functools
@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
+from dynamical_jax.models.linear import Linear as Linear
 from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
@@ -26,18 +28,25 @@ MODELS: Mapping[str, type[nn.Module]] = {
     "resnet18": ResNet18,
     "vgg11": VGG11,
     "ntk_cnn": NTKCNN,
+    "linear": Linear,
 }
+
+FOR_VECTORS = ("linear",)
+"""The models that take vectors; all take images."""
+
+DEFAULTS: Mapping[str, str] = {"images": "cnn", "vectors": "linear"}
+"""By `Dataset.kind`, the model where none is named."""
 
 
 class Standardized(nn.Module):
-    """A model of raw images: standardises each channel, then applies `model`.
+    """A model of raw inputs: standardises each channel, or feature, then applies `model`.
 
     Images stay uint8 on the host and on the way to the device; they become floats only here.
 
     Attributes:
-      model: a module of standardised images.
-      mean: mean of each channel, in units of the raw images.
-      std: standard deviation of each channel; a constant channel's 0 counts as 1.
+      model: a module of standardised images or vectors.
+      mean: mean of each channel of images, of each feature of vectors, in units of the raw inputs.
+      std: standard deviation of each; 0, of what is constant, counts as 1.
     """
 
     model: nn.Module
@@ -45,20 +54,21 @@ class Standardized(nn.Module):
     std: tuple[float, ...]
 
     def __call__(self, x: Any, train: bool = False) -> Any:
-        """Returns the outputs of `model` for raw images `[n, h, w, c]`."""
+        """Returns the outputs of `model` for raw images `[n, h, w, c]` or vectors `[n, d]`."""
         return self.model(self.standardize(x), **contract.train_option(self.model, train))
 
     @nn.nowrap
     def standardize(self, x: Any) -> Array:
-        """Returns what `model` is given for raw images `[n, h, w, c]`."""
+        """Returns what `model` is given for raw images `[n, h, w, c]` or vectors `[n, d]`."""
         dtype = jnp.result_type(jnp.float32, x.dtype)
-        # Shaped [1, 1, 1, c], so that nothing is broadcast by rank.
-        mean, std = (jnp.asarray([[[channel]]], dtype) for channel in (self.mean, self.std))
+        # Of as many axes as x, so that nothing is broadcast by rank.
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        mean, std = (jnp.asarray(np.reshape(part, shape), dtype) for part in (self.mean, self.std))
         return (x - mean) / jnp.where(std == 0, 1, std)
 
 
 def create(name: str, dataset: Any, **options: Any) -> Standardized:
-    """Returns the model called `name` for the classes and channel statistics of `dataset`.
+    """Returns the model called `name` for the classes and statistics of `dataset`.
 
     Args:
       name: a key of `MODELS`.
@@ -66,9 +76,14 @@ def create(name: str, dataset: Any, **options: Any) -> Standardized:
       **options: further attributes of the module, such as `stem="cifar"`.
 
     Raises:
-      UserError: if the name is unknown.
+      UserError: if the name is unknown, or the model takes images and the data are vectors.
     """
     check_name(name)
+    if dataset.kind == "vectors" and name not in FOR_VECTORS:
+        raise UserError(
+            f"{name} takes images, and {dataset.name} holds vectors: these need "
+            f"--model={' or '.join(FOR_VECTORS)}"
+        )
     module = MODELS[name](num_classes=len(dataset.class_names), **options)
     return Standardized(module, dataset.mean, dataset.std)
 

@@ -82,7 +82,7 @@ def test_index_must_fit():
 def test_images_that_are_not_finite(value):
     x = toy.images(6).astype(np.float32)
     x[4, 1, 2, 0] = value
-    with pytest.raises(dj.UserError, match="1 images are not finite, the first at position 4"):
+    with pytest.raises(dj.UserError, match="1 of 6 images are not finite: rows 4"):
         make(x, class_names=("a", "b", "c"))
 
 

@@ -127,7 +127,9 @@ class TestFolder:
     def test_class_with_too_few_images(self, photos, load, size):
         write_images(photos, {"fox": size})
         (photos / "fox").mkdir(exist_ok=True)
-        message = ("no image files of class 'fox'", "class 'fox' has one image; it needs two")[size]
+        message = ("no image files of class 'fox'", "class 'fox' has one example; it needs two")[
+            size
+        ]
         with pytest.raises(dj.UserError, match=message):
             load(photos)
 
@@ -240,12 +242,12 @@ class TestNpz:
             ),
             ({"label": Y / 2}, r"whole numbers or strings \[n\], got float64"),
             ({"label": Y * 0}, "has one class only, '0'"),
-            ({"label": np.arange(10)}, "class '0' has one image"),
+            ({"label": np.arange(10)}, "class '0' has one example"),
             ({"image": X[0]}, None),
             ({"image": X[:, 0, 0]}, r"image must be numbers \[n, h, w\] or .* shape \(10, 3\)"),
             ({"image": X.astype(str)}, "image must be numbers"),
             ({"image": X[:, :0]}, "image must be numbers"),
-            ({"images": X}, "unknown array 'images'; known are image, label, test_image"),
+            ({"images": X}, "unknown array 'images'; known beside image are label, test_image"),
             ({"test_image": X}, "there is no array 'test_label'"),
             ({"test_image": X, "test_label": Y + 1}, "test_label 4 is none of the classes"),
             ({"test_image": X[:, 1:], "test_label": Y}, "test images"),

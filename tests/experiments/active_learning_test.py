@@ -43,6 +43,7 @@ def test_records_table_and_picture(run, tmp_path):
         assert len(record["initial"]) == (0 if record["round"] else 10)
         assert record["flags"]["max_epochs"] == 2
         assert record["dataset"] == "digits"
+        assert record["model"] == record["flags"]["model"] == "cnn"
         assert set(record["seconds"]) >= {"train", "evaluate"}
         assert record["git_commit"] is None or len(record["git_commit"]) >= 40
     chosen = [record for record in rounds if record["query"]]

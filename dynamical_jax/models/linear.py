@@ -1,0 +1,28 @@
+"""Logistic regression: one dense layer, for vectors that a pretrained network gave."""
+
+from flax import linen as nn
+
+from dynamical_jax.types import AnyArray, Outputs
+
+
+class Linear(nn.Module):
+    """A dense layer on vectors, or on images as one vector of all pixels each.
+
+    It starts from zero, unlike the other models. With fewer labels than features, training leaves
+    the part of the weights that is orthogonal to all labeled examples what it was: drawn at random,
+    it would be noise in every prediction, for good. The loss is convex, so that there is no
+    symmetry to break.
+
+    Attributes:
+      num_classes: K.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: AnyArray, train: bool = False) -> Outputs:
+        """Returns logits `[n, K]` and embedding `[n, d]`, which is x, of x `[n, ...]`."""
+        del train  # nothing here behaves differently in training
+        x = x.reshape(x.shape[0], -1)
+        zeros = nn.initializers.zeros
+        return Outputs(nn.Dense(self.num_classes, kernel_init=zeros, name="fc")(x), x)
