@@ -74,6 +74,12 @@ TEST_FRACTION = flags.DEFINE_float(
 UNREADABLE = flags.DEFINE_enum(
     "unreadable", "skip", dj.images.UNREADABLE, "What to do with broken image files of your own."
 )
+FEATURE_SCALE = flags.DEFINE_enum(
+    "feature_scale",
+    "shared",
+    dj.models.FEATURE_SCALES,
+    "Vectors are divided by one deviation, which all features share, or each feature by its own.",
+)
 STEM = flags.DEFINE_enum(
     "stem", "imagenet", dj.models.STEMS, "resnet18: torchvision's stem or CIFAR's."
 )
@@ -89,7 +95,13 @@ CACHE_DIR = flags.DEFINE_string(
 OPTIMIZER = flags.DEFINE_enum(
     "optimizer", "adam", list(dj.training.OPTIMIZERS), "Made afresh in every round."
 )
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Learning rate.")
+LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate",
+    None,
+    f"Learning rate; by default {dj.models.LEARNING_RATE:g}, "
+    + ", ".join(f"for {name} {rate:g}" for name, rate in dj.models.LEARNING_RATES.items())
+    + ".",
+)
 SCHEDULE = flags.DEFINE_enum(
     "schedule", "constant", dj.training.SCHEDULES, "Of the learning rate, over --max_epochs."
 )
@@ -104,7 +116,7 @@ TARGET_LOSS = flags.DEFINE_float(
     "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
 )
 TARGET_TOTAL_LOSS = flags.DEFINE_float(
-    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
+    "target_total_loss", 0.3, "until its sum over S is at most this (inf: any; why: docs),"
 )
 MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
 MAX_EPOCHS = flags.DEFINE_integer(
@@ -154,8 +166,8 @@ def compare(
       A line for each run that failed.
     """
     of_seeds = seeds()
-    training = training_config()
     dataset, model = load()
+    training = training_config()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     identity = {
         "dataset": dataset.name,
@@ -190,10 +202,11 @@ def compare(
 
 
 def training_config() -> dj.TrainingConfig:
-    """Returns how the flags want a model fitted."""
+    """Returns how the flags want a model fitted; to be called once the model is settled."""
+    rate = LEARNING_RATE.value
     return dj.TrainingConfig(
         optimizer=OPTIMIZER.value,
-        learning_rate=LEARNING_RATE.value,
+        learning_rate=dj.models.LEARNING_RATE if rate is None else rate,
         schedule=SCHEDULE.value,
         batch_size=TRAIN_BATCH_SIZE.value,
         weight_decay=WEIGHT_DECAY.value,
@@ -215,15 +228,20 @@ def seeds() -> range:
 
 def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
-    if MODEL.value is not None:  # What is wrong should be said before the data are read.
+    training_config()  # What is wrong should be said before the data are read.
+    if MODEL.value is not None:
         settle_model()
     dataset = load_dataset()
     options = settle_model(dataset.kind)
+    if dataset.kind == "vectors":
+        options["feature_scale"] = FEATURE_SCALE.value
+    elif not flags.FLAGS["feature_scale"].using_default_value:
+        raise dj.UserError(f"--feature_scale has no effect on {dataset.name}, only on vectors")
     return dataset, dj.models.create(MODEL.value, dataset, **options)
 
 
 def settle_model(kind: str = "images") -> dict[str, Any]:
-    """Gives the flag --model, where it is not given, its value; returns the model's options.
+    """Gives --model and --learning_rate values where they have none; returns the model's options.
 
     Args:
       kind: of the data, "images" or "vectors".
@@ -234,6 +252,9 @@ def settle_model(kind: str = "images") -> dict[str, Any]:
     if MODEL.value is None:  # Set, so that records hold the model that was used.
         flags.FLAGS["model"].value = dj.models.DEFAULTS[kind]
     dj.models.check_name(MODEL.value)
+    if LEARNING_RATE.value is None:
+        rate = dj.models.LEARNING_RATES.get(MODEL.value, dj.models.LEARNING_RATE)
+        flags.FLAGS["learning_rate"].value = rate
     return model_options()
 
 

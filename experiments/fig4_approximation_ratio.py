@@ -1,14 +1,15 @@
 """Figure 4: is the greedy choice of a query as good as that of the set as a whole?
 
 While a model is trained on |S| labels: the approximation ratio R(Q|S) = Σ_u Δ({u}|S) / Δ(Q|S) of
-random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by epoch. Where it is 1
-the sum of single changes, which dynamicAL makes largest, is the change by the whole set.
+random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by epoch, drawn over
+the loss on S. Where it is 1 the sum of single changes, which dynamicAL makes largest, is the change
+by the whole set.
 
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
-      --ratio_sizes=250,500,1000 --all_epochs --max_epochs=200 --every=20
+      --ratio_sizes=250,500,1000 --all_epochs --max_epochs=500 --every=20
 
-Recorded so, 2 minutes on one core: R = 1.01, 0.95, 1.01; with --model=resnet18 below 1, and the
-lower the larger b.
+Beside R stands what it comes to when S is fitted: with g_S = 0 and ρ the mean of g_u·g_u′ over
+pairs of Q, divided by the mean of ‖g_u‖², R = 1 / (1 + (b − 1) ρ).
 
 Written to --output_dir: approximation_ratio.json and .png; what there is on the way is kept as
 approximation_ratio.partial.json.
@@ -36,14 +37,15 @@ EVERY = flags.DEFINE_integer("every", 5, "Epochs between looks at R.", lower_bou
 ALL_EPOCHS = flags.DEFINE_bool(
     "all_epochs",
     False,
-    "Train for --max_epochs, past --target_accuracy too: R is 1 when the model is converged, says "
-    "the paper.",
+    "Train for --max_epochs, past the targets too: R is 1 when the model is converged, says the "
+    "paper.",
 )
 for _name in (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
     *("data_dir", "download", "cache_dir", "output_dir", "first_seed", "initial_size"),
-    *("model", "stem", "optimizer", "learning_rate", "schedule", "weight_decay"),
-    *("train_batch_size", "max_epochs", "target_accuracy", "engine", "chunk_size"),
+    *("model", "stem", "feature_scale", "optimizer", "learning_rate", "schedule"),
+    *("weight_decay", "train_batch_size", "target_accuracy", "target_loss"),
+    *("target_total_loss", "min_epochs", "max_epochs", "look_every", "engine", "chunk_size"),
 ):
     flags.declare_key_flag(_name)
 
@@ -61,7 +63,8 @@ def run(argv: list[str]) -> list[str]:
     sizes = sorted(set(binary.positive("ratio_sizes", SIZES.value)))
     if common.INITIAL_SIZE.value < 1:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
-    config, (dataset, model) = common.training_config(), common.load()
+    dataset, model = common.load()
+    config = common.training_config()
     size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
     if needed > len(dataset.pool.y):
         raise dj.UserError(
@@ -69,7 +72,9 @@ def run(argv: list[str]) -> list[str]:
             f"{dataset.kind}; the pool of {dataset.name} has {len(dataset.pool.y)}"
         )
     if ALL_EPOCHS.value:
-        config = dataclasses.replace(config, target_accuracy=None)
+        config = dataclasses.replace(
+            config, target_accuracy=None, target_loss=None, target_total_loss=None
+        )
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
     directory = common.writable(common.OUTPUT_DIR.value or default)
 
@@ -90,8 +95,9 @@ def finding_of(point: dict[str, Any]) -> str:
         for size, found in point["ratios"].items()
     ]
     return (
-        f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S, R is on average "
-        f"over {NUM_QUERIES.value} random Q {', '.join(parts)}."
+        f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S and a loss of "
+        f"{point['train_loss']:.2g}, R is on average over {NUM_QUERIES.value} random Q "
+        f"{', '.join(parts)}."
     )
 
 
@@ -115,15 +121,24 @@ def ratios(
     def look(epoch: int, variables: Any, evaluation: dj.training.Evaluation) -> None:
         grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
         found: dict[str, list[float]] = {str(size): [] for size in sizes}
+        limits: dict[str, list[float]] = {str(size): [] for size in sizes}
         for index in range(NUM_QUERIES.value):
             draw = dj.streams.generator(seed, "draws", epoch, index)
             query = dataset.pool.x[draw.choice(pool.unlabeled, sizes[-1], replace=False)]
-            for size, ratio in zip(
-                sizes, of_query(model, variables, query, grad_s, sizes), strict=True
-            ):
+            ratios = of_query(model, variables, query, grad_s, sizes)
+            for size, (ratio, limit) in zip(sizes, ratios, strict=True):
                 found[str(size)].append(ratio)
-        accuracy = evaluation.accuracy
-        points.append({"epoch": epoch, "train_accuracy": accuracy, "ratios": found})
+                limits[str(size)].append(limit)
+        points.append(
+            {
+                "epoch": epoch,
+                "train_accuracy": evaluation.accuracy,
+                "train_loss": evaluation.loss,
+                "training_dynamics": float(dj.dynamics.training_dynamics(grad_s)),
+                "ratios": found,
+                "ratios_without_g_s": limits,
+            }
+        )
         keep(points)
 
     variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
@@ -131,11 +146,13 @@ def ratios(
 
     with tqdm.tqdm(desc="epochs", total=config.max_epochs, disable=None, leave=False) as bar:
 
-        def on_epoch(progress: dj.training.Progress, evaluation: dj.training.Evaluation) -> None:
-            bar.set_postfix_str(f"accuracy {evaluation.accuracy:.1%}", refresh=False)
+        def on_epoch(progress: dj.training.Progress, seen: dj.training.Evaluation | None) -> None:
+            if seen is not None:
+                bar.set_postfix_str(f"loss {seen.loss:.2g}", refresh=False)
             bar.update()
             if progress.epoch % EVERY.value == 0:
-                look(progress.epoch, progress.variables, evaluation)
+                seen = seen or dj.training.evaluate(model.apply, progress.variables, labeled)
+                look(progress.epoch, progress.variables, seen)
 
         fit = dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
     if points[-1]["epoch"] != fit.epochs:
@@ -145,8 +162,11 @@ def ratios(
 
 def of_query(
     model: Any, variables: Any, query: np.ndarray, grad_s: Any, sizes: list[int]
-) -> list[float]:
-    """Returns R(Q|S) of the first b images of a query, for each b, at their pseudo-labels."""
+) -> list[tuple[float, float]]:
+    """Returns R(Q|S) of the first b images of a query, for each b, at their pseudo-labels.
+
+    The second number is R if g_S were 0: Σ‖g_u‖² / ‖g_Q‖² = 1 / (1 + (b − 1) ρ).
+    """
     terms = dj.gradients.norms_and_products(
         model.apply,
         variables,
@@ -164,7 +184,8 @@ def of_query(
         more = dj.gradients.set_gradient(model.apply, variables, part)
         grad_q = more if grad_q is None else jax.tree.map(np.add, grad_q, more)
         ratio = dj.dynamics.approximation_ratio(changes[:size], grad_q, grad_s)
-        result.append(float(ratio))
+        squared_norm = float(np.sum(np.asarray(terms.squared_norm[:size], np.float64)))
+        result.append((float(ratio), squared_norm / float(dj.dynamics.training_dynamics(grad_q))))
         start = size
     return result
 

@@ -41,22 +41,26 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
 
 def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws R over epochs for each b: mean over draws, and one standard deviation each way.
+    """Draws R over the loss on S for each b: mean over draws, and one standard deviation each way.
 
     Args:
-      points: for each epoch looked at "epoch" and "ratios", R of each draw by b.
+      points: for each epoch looked at "train_loss" and "ratios", R of each draw by b.
       path: of the picture.
     """
     picture = figure(6.0, 4.0)
     axes = picture.subplots()
-    epochs = [point["epoch"] for point in points]
+    losses = [point["train_loss"] for point in points]
     for size in points[0]["ratios"]:
         values = np.array([point["ratios"][size] for point in points])
         mean, std = values.mean(axis=1), values.std(axis=1, ddof=1)
-        (line,) = axes.plot(epochs, mean, marker="o", markersize=3, label=f"b = {size}")
-        axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.15)
+        (line,) = axes.plot(losses, mean, marker="o", markersize=3, label=f"b = {size}")
+        axes.fill_between(losses, mean - std, mean + std, color=line.get_color(), alpha=0.15)
     axes.axhline(1, color="gray", linewidth=0.8)
-    axes.set_xlabel("epoch")
+    # Before S is fitted the denominator of R changes sign, and R is anything.
+    axes.set_ylim(-1, 3)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("mean cross-entropy on S while training goes on")
     axes.set_ylabel("approximation ratio R(Q|S)")
     axes.legend(frameon=False)
     picture.savefig(path, dpi=150)

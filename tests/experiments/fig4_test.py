@@ -41,7 +41,7 @@ def test_json_and_picture(run, tmp_path):
 def test_all_epochs_past_the_target(run, tmp_path):
     epochs = []
     for all_epochs in (False, True):
-        run(target_accuracy=0.0, all_epochs=all_epochs)
+        run(target_accuracy=0.0, target_total_loss=1e9, look_every=1, all_epochs=all_epochs)
         results = json.loads((tmp_path / "approximation_ratio.json").read_text())
         epochs.append([point["epoch"] for point in results["points"]])
     assert epochs == [[0, 1], [0, 3, 4]]
@@ -79,8 +79,13 @@ def test_ratio_by_definition():
         / (dynamics(flat_s + sum(each[:size])) - dynamics(flat_s))
         for size in (2, 6)
     ]
-    actual = fig4.of_query(model, variables, query, grad_s, [2, 6])
+    actual, limit = zip(*fig4.of_query(model, variables, query, grad_s, [2, 6]), strict=True)
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
+    # Without g_S: R = 1 / (1 + (b − 1) ρ), ρ the mean product of pairs over the mean square.
+    for size, found in zip((2, 6), limit, strict=True):
+        products = np.array([[u @ v for v in each[:size]] for u in each[:size]])
+        pairs = products[~np.eye(size, dtype=bool)].mean() / np.diag(products).mean()
+        np.testing.assert_allclose(found, 1 / (1 + (size - 1) * pairs), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
