@@ -63,7 +63,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     target_accuracy: float | None = 0.99
     target_loss: float | None = None
-    target_total_loss: float | None = 0.3
+    target_total_loss: float | None = 1.0
     min_epochs: int = 0
     max_epochs: int = 500
     look_every: int = 5

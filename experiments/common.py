@@ -116,7 +116,7 @@ TARGET_LOSS = flags.DEFINE_float(
     "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
 )
 TARGET_TOTAL_LOSS = flags.DEFINE_float(
-    "target_total_loss", 0.3, "until its sum over S is at most this (inf: any; why: docs),"
+    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
 )
 MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
 MAX_EPOCHS = flags.DEFINE_integer(

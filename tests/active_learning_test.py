@@ -69,8 +69,8 @@ def test_weights_are_carried_over(dataset):
     seen = []
 
     class Probe(dj.active_learning.Reporter):
-        def epoch(self, epoch, evaluation):
-            seen.append(evaluation)
+        def epoch(self, epoch, labeled, target):
+            seen.append(labeled)
 
     start = dj.training.evaluate(experiment_.model.apply, state.variables, dataset.pool)
     experiment_.step(state, Probe())

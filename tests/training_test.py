@@ -139,15 +139,81 @@ def test_fit_leaves_its_input_and_stops_when_fitted(dataset):
     variables = toy.variables(model)
     before = jax.tree.map(np.array, variables)
     epochs = []
-    config = dj.TrainingConfig(max_epochs=60, target_accuracy=0.9, batch_size=16)
+    size = len(dataset.pool.y)
+    config = dj.TrainingConfig(
+        max_epochs=90,
+        target_accuracy=0.9,
+        target_total_loss=0.4 * size,
+        batch_size=16,
+        look_every=3,
+    )
     fit = training.fit(
         model, variables, dataset.pool, config, 0, on_epoch=lambda *at: epochs.append(at)
     )
     same(variables, before)
-    assert fit.labeled.accuracy >= 0.9
     assert [progress.epoch for progress, _ in epochs] == list(range(1, fit.epochs + 1))
-    assert all(evaluation.accuracy < 0.9 for _, evaluation in epochs[:-1])
-    assert fit.epochs < 60
+    looks = {progress.epoch: seen for progress, seen in epochs if seen is not None}
+    assert list(looks) == list(range(3, fit.epochs + 1, 3))
+    met = [seen.accuracy >= 0.9 and size * seen.loss <= 0.4 * size for seen in looks.values()]
+    assert met == [False] * (len(met) - 1) + [True]
+    assert fit.converged
+    assert fit.labeled == looks[fit.epochs]
+    # Which is what the variables are worth that are returned.
+    again = training.evaluate(model.apply, fit.variables, dataset.pool)
+    np.testing.assert_allclose(again, fit.labeled, rtol=1e-6)
+
+
+def test_each_target_is_waited_for():
+    labeled = training.Evaluation(accuracy=0.9, loss=0.02)  # Of 50 examples: 1 in all.
+    none = {"target_accuracy": None, "target_total_loss": None}
+    for targets, fitted in (
+        ({"target_accuracy": 0.9}, True),
+        ({"target_accuracy": 0.91}, False),
+        ({"target_loss": 0.02}, True),
+        ({"target_loss": 0.019}, False),
+        ({"target_total_loss": 1.0}, True),
+        ({"target_total_loss": 0.99}, False),
+        ({"target_accuracy": 0.9, "target_loss": 0.02, "target_total_loss": 0.99}, False),
+        ({"target_accuracy": 0.9, "target_loss": 0.01, "target_total_loss": 1.0}, False),
+        ({"target_accuracy": 0.91, "target_loss": 0.02, "target_total_loss": 1.0}, False),
+    ):
+        config = dj.TrainingConfig(**{**none, **targets})
+        assert config.is_fitted(labeled, 50) == fitted
+    assert dj.TrainingConfig(**none).largest_loss(50) is None
+    assert dj.TrainingConfig(target_loss=0.01, target_total_loss=1.0).largest_loss(50) == 0.01
+    assert dj.TrainingConfig(target_loss=0.01, target_total_loss=0.1).largest_loss(50) == 0.002
+
+
+@pytest.mark.parametrize("targets", [{"min_epochs": 8}, {"target_total_loss": 1e-9}])
+def test_epochs_at_least_and_at_most(targets):
+    # Any accuracy and loss will do, were it not for `targets`.
+    model = toy.models()["cnn"]
+    config = dj.TrainingConfig(
+        target_accuracy=0.0, look_every=4, max_epochs=10, **{"target_total_loss": 1e9, **targets}
+    )
+    fit = training.fit(model, toy.variables(model), toy.examples(9), config, seed=0)
+    assert fit.epochs == (8 if "min_epochs" in targets else 10)
+    assert fit.converged == ("min_epochs" in targets)
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_continued_training_stops_where_it_would_have(stopped_at):
+    # 4 is where it stops: interrupted just before, it must not go on.
+    model = toy.models()["cnn"]
+    labeled = toy.examples(9)
+    config = dj.TrainingConfig(target_accuracy=0.0, target_total_loss=1e9, look_every=4)
+    whole = training.fit(model, toy.variables(model), labeled, config, seed=0)
+    assert whole.epochs == 4
+
+    def keep(progress, seen):
+        if progress.epoch == stopped_at:
+            kept.append(jax.tree.map(jnp.copy, progress))
+
+    kept = []
+    training.fit(model, toy.variables(model), labeled, config, seed=0, on_epoch=keep)
+    continued = training.fit(model, training.Progress(*kept[0]), labeled, config, seed=0)
+    assert continued.epochs == 4
+    same(continued.variables, whole.variables, rtol=0)
 
 
 def test_evaluate_in_blocks():
@@ -168,7 +234,9 @@ def test_evaluate_in_blocks():
 def test_divergence_is_said():
     model = toy.models()["batch_norm"]
     config = dj.TrainingConfig(optimizer="sgd", learning_rate=1e30)
-    with pytest.raises(DivergedError, match=r"diverged: the loss of epoch .* learning rate below"):
+    with pytest.raises(
+        DivergedError, match=r"diverged: after epoch 5 the loss is not finite; .* below"
+    ):
         training.fit(model, toy.variables(model), toy.examples(9), config, 0)
 
 
@@ -191,6 +259,10 @@ def test_cosine_schedule():
         ({"learning_rate": float("nan")}, "learning rate must be positive"),
         ({"weight_decay": -1.0}, "weight decay not negative"),
         ({"target_accuracy": 99.0}, r"target accuracy must be in \[0, 1\]"),
+        ({"target_loss": 0.0}, "target_loss must be above 0, got 0.0"),
+        ({"target_total_loss": float("nan")}, "target_total_loss must be above 0, got nan"),
+        ({"min_epochs": 501}, "min_epochs must be from 0 to max_epochs, got 501 and 500"),
+        ({"look_every": 0}, "look_every of training must be at least 1, got 0"),
     ],
 )
 def test_bad_configurations(option, message):

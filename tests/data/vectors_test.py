@@ -169,11 +169,19 @@ class TestDataset:
         np.testing.assert_allclose(data.mean, expected.mean_, rtol=1e-12)
         np.testing.assert_allclose(data.std[:-1], expected.scale_[:-1], rtol=1e-9)
         assert data.std[-1] == 0  # Exactly, else noise would be divided by it.
-        x = dj.models.create("linear", data).standardize(data.test.x)
+        x = dj.models.create("linear", data, feature_scale="each").standardize(data.test.x)
         given = data.test.x.astype(np.float64)
         tolerance = 1e-9 if dtype == np.float64 else 1e-3
         np.testing.assert_allclose(x, expected.transform(given), atol=tolerance)
         np.testing.assert_allclose(x[:, -1], 0, atol=1e-7)
+
+    def test_one_scale_for_all_features_keeps_their_proportions(self):
+        data = make(size=1000)
+        x = dj.models.create("linear", data).standardize(data.pool.x)
+        np.testing.assert_allclose(np.mean(x, axis=0), 0, atol=1e-4)
+        np.testing.assert_allclose(np.mean(np.var(x, axis=0)), 1, rtol=1e-4)
+        proportions = np.std(x, axis=0) / np.asarray(data.std)
+        np.testing.assert_allclose(proportions[:-1], proportions[0], rtol=1e-3)
 
     def test_half_precision_is_learned_from_as_its_float32(self):
         half = make(np.float16)
@@ -222,7 +230,7 @@ class TestLinear:
     def test_change_of_training_dynamics_in_closed_form(self, engine, float64):
         # g = (p − y) ⊗ (h, 1), hence ‖g‖² = ‖p − y‖² (‖h‖² + 1) and products likewise.
         data = make(np.float64)
-        model = dj.models.create("linear", data)
+        model = dj.models.create("linear", data, feature_scale="each")
         generator = np.random.default_rng(3)
         kernel, bias = generator.normal(size=(NUM_FEATURES, NUM_CLASSES)), np.array([0.1, -0.5, 1])
         variables = {"params": {"model": {"fc": {"kernel": kernel, "bias": bias}}}}

@@ -371,3 +371,38 @@ class TestALBL:
             strategies.ALBL({})
         with pytest.raises(dj.UserError, match="cannot keep a state"):
             strategies.ALBL({"albl": strategies.ALBL()})
+
+
+class TestWhatDynamicalSaysOfItsQuery:
+    @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, np.inf])
+    def test_share_and_ratio_by_definition(self, gamma, float64, recwarn):
+        model = toy.models(np.float64)["cnn"]
+        variables = toy.variables(model)
+        labeled, unlabeled = toy.examples(5), toy.images(12, seed=7)
+        view = strategies.LearnerView(model.apply, variables, labeled, unlabeled)
+        query = strategies.Dynamical(gamma).query(KEY, view, 4)
+
+        chosen = unlabeled[query.positions]
+        labels = np.argmax(model.apply(variables, chosen).logits, axis=1)
+
+        def flat(x, y):
+            trees = dj.gradients.per_example_gradients(model.apply, variables, x, y)
+            return np.concatenate([np.reshape(g, (len(y), -1)) for g in jax.tree.leaves(trees)], 1)
+
+        g_s, g_u = flat(*labeled).sum(axis=0), flat(chosen, labels)
+        norms, products = (g_u**2).sum(axis=1), g_u @ g_s
+        # G of sets: the definition, Eq. 11, with γ = 2 whatever was taken to choose.
+        change = lambda g: (g + g_s) @ (g + g_s) - g_s @ g_s
+        ratio = sum(change(g) for g in g_u) / change(g_u.sum(axis=0))
+        weighed = np.abs(products) * (1.0 if np.isinf(gamma) else gamma)
+        share = 1.0 if np.isinf(gamma) else weighed.sum() / (norms.sum() + weighed.sum())
+        assert set(query.facts) == {"inner_product_share", "approximation_ratio"}
+        np.testing.assert_allclose(query.facts["inner_product_share"], share, rtol=1e-9)
+        np.testing.assert_allclose(query.facts["approximation_ratio"], ratio, rtol=1e-9)
+        # One line where g_S decides, and none where it was asked for.
+        told = [str(warning.message) for warning in recwarn]
+        assert bool(told) == (share > 0.5 and not np.isinf(gamma))
+        assert all(f"makes up {share:.0%} of the chosen Δ" in line for line in told)
+
+    def test_others_have_nothing_to_say(self):
+        assert strategies.Margin().query(KEY, view(), 3).facts == {}
