@@ -1,4 +1,8 @@
-"""Losses of single examples and their gradients with respect to the outputs."""
+"""Losses of single examples and their gradients with respect to the outputs.
+
+Logits in half precision are first made float32: where p is near 1, loss and residual are about
+1 − p, of which bfloat16, with steps of 0.004 below 1, and float16 keep little or nothing.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ def cross_entropy(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) ->
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))  # log 4
     Array([1.3862944], dtype=float32)
     """
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(_at_least_single(logits), labels)
 
 
 def squared_error(
@@ -30,5 +34,10 @@ def residual(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Floa
     >>> residual(jnp.zeros((1, 2)), jnp.array([0]))
     Array([[-0.5,  0.5]], dtype=float32)
     """
-    probabilities = jax.nn.softmax(logits)
-    return probabilities - jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    probabilities = jax.nn.softmax(_at_least_single(logits))
+    return probabilities - jax.nn.one_hot(labels, logits.shape[-1], dtype=probabilities.dtype)
+
+
+def _at_least_single(logits: AnyArray) -> Array:
+    """Logits in float32, or in float64 if they are given in that."""
+    return jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))

@@ -11,15 +11,17 @@ layers have one probe in common, so its cotangent is the sum over layers.
 
 Never silently wrong. What the shares do not cover raises `UnsupportedError`: a layer called twice
 (‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
-transformations), normalisation by the statistics of the batch, a layer whose input and output have
-not the examples, and them only, on their first axis, other method interceptors. What cannot be seen
-from outside is required: away from layers, the model treats examples independently and leaves them
-in their order, as any per-example gradient needs it; and a layer of a kind that is not known here
-does not ask for its parent.
+transformations), a layer of a kind not known here that finds more in its scope than `variables`
+hold, normalisation by the statistics of the batch, a layer whose input and output have not the
+examples, and them only, on their first axis, other method interceptors. What cannot be seen from
+outside is required: away from layers, the model treats examples independently and leaves them in
+their order, as any per-example gradient needs it; and a layer of a kind that is not known here does
+not ask for its parent.
 """
 
 import contextlib
 import functools
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,7 +56,7 @@ def gradient_terms(
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
 
     Args:
-      apply: `model.apply`, in evaluation mode.
+      apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
@@ -65,6 +67,7 @@ def gradient_terms(
     """
     variables = core.unfreeze(nn.unbox(dict(variables)))
     direction = core.unfreeze(nn.unbox(direction))
+    apply = _without_jit(apply)
     check_supported(apply, variables, x)
 
     def loss(probe: Array) -> tuple[Array, Array]:
@@ -77,6 +80,22 @@ def gradient_terms(
     probe = jnp.zeros((len(x), 2), dtype)
     terms, targets = jax.grad(loss, has_aux=True)(probe)
     return GradientTerms(terms[:, 0], terms[:, 1], targets)
+
+
+_Jitted = type(jax.jit(lambda: None))
+
+
+def _without_jit(apply: ApplyFn) -> ApplyFn:
+    """The function that `jax.jit` was given, whose layers can be seen; else `apply` itself.
+
+    To leave `jax.jit` away changes no value. Of no other wrapper is that known, so `__wrapped__` of
+    a decorated function is none of our business.
+    """
+    if isinstance(apply, functools.partial):
+        return functools.partial(_without_jit(apply.func), *apply.args, **apply.keywords)
+    if isinstance(apply, types.MethodType):
+        return types.MethodType(_without_jit(apply.__func__), apply.__self__)
+    return _without_jit(apply.__wrapped__) if isinstance(apply, _Jitted) else apply
 
 
 class Call(NamedTuple):
@@ -110,9 +129,12 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     given = zip(paths, jaxpr.invars, strict=False)
     own = {variable for path, variable in given if path[0].key == "params"}
-    used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
-    if own.intersection(variable for variable in used if not hasattr(variable, "val")):
-        raise UnsupportedError("the model", "parameters are used outside their own layer")
+    uses = [(jaxpr.outvars, ""), *((equation.invars, _user(equation)) for equation in jaxpr.eqns)]
+    for used, user in uses:
+        if own.intersection(variable for variable in used if not hasattr(variable, "val")):
+            raise UnsupportedError(
+                "the model", f"parameters are used outside their own layer{user}"
+            )
     if sum(call.num_parameters for call in calls) != len(own):
         leaves = jax.tree_util.tree_leaves_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -127,6 +149,12 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
                     "/".join(call.path) or "the model",
                     "its input or output has not the examples on its first axis",
                 )
+
+
+def _user(equation: Any) -> str:
+    """Says it where parameters go into a compiled function, whose layers cannot be seen."""
+    name = equation.params.get("name")
+    return f", in jax.jit of {name}" if equation.primitive.name == "jit" else ""
 
 
 def _tapped(
@@ -155,8 +183,8 @@ def _tapped(
         if running or not names or context.method_name == "setup":
             return call(*args, **kwargs)
         why = _why_not(module, context.method_name, args, own, names)
-        if given is not None and not _reads_its_own(module, given):
-            why = "it is applied with other variables than its own"
+        if given is not None:
+            why = why or _why_not_its_own(module, given)
         if any(path == earlier.path for earlier in calls):
             why = "it is called more than once"
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
@@ -167,7 +195,9 @@ def _tapped(
         if why is not None:
             raise UnsupportedError(name, why)
 
-        collections = {key: _at(tree, path) for key, tree in variables.items()}
+        # Other kinds of layers have been seen to have no more than `variables`; of those known here
+        # BatchNorm alone has more than parameters, constants wherever `apply` takes them from.
+        collections = {**module.variables, "params": own}
         running.append(path)
         try:
             layer = _freestanding(module, kwargs, name)
@@ -190,15 +220,24 @@ def _tapped(
     return nn.intercept_methods(intercept)
 
 
-def _reads_its_own(module: nn.Module, given: Variables) -> bool:
-    for collection, tree in given.items():
-        for name, value in _at(tree, module.path).items():
-            if not isinstance(value, Mapping):
-                read = jax.tree.leaves(module.get_variable(collection, name))
-                own = jax.tree.leaves(value)
-                if len(read) != len(own) or any(a is not b for a, b in zip(read, own, strict=True)):
-                    return False
-    return True
+def _why_not_its_own(module: nn.Module, given: Variables) -> str | None:
+    """Why a layer, applied by itself, would not read what it reads in its place, if so."""
+    read = core.unfreeze(module.variables)
+    for collection in ("params",) if type(module) in shares.SHARES else {*read, *given}:
+        own = _leaves(_at(given.get(collection, {}), module.path))
+        leaves = _leaves(read.get(collection, {}))
+        if further := sorted(set(leaves) - set(own)):
+            names = ", ".join(f"{collection}/{path}" for path in further)
+            return f"its scope holds what `variables` lacks: {names}"
+        if any(leaves.get(path) is not leaf for path, leaf in own.items()):
+            return "it is applied with other variables than its own"
+    return None
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[str]) -> str | None:

@@ -102,14 +102,23 @@ def normalization_shares(
 def embedding_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
-    """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'."""
+    """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'.
+
+    A token beyond the table has no row: `nn.Embed` makes NaN of it, which a model that goes on from
+    there has to mask, and it adds nothing to any gradient.
+    """
     n = inputs.shape[0]
-    # Tokens below zero count from the end, as indices do.
-    tokens = inputs.reshape(n, -1).astype(jnp.int32) % layer.num_embeddings
     e = cotangent.reshape(n, -1, layer.features).astype(_accumulated(variables))
-    same = (tokens[:, :, None] == tokens[:, None, :]).astype(e.dtype)
+    if layer.num_embeddings == 1:  # There `nn.Embed` takes the one row for every token.
+        rows = jnp.zeros(e.shape[:2], int)
+    else:  # Indexed as `nn.Embed` does: tokens below zero count from the end.
+        rows = jnp.take(
+            jnp.arange(layer.num_embeddings), inputs.reshape(n, -1), mode="fill", fill_value=-1
+        )
+    e = jnp.where((rows >= 0)[..., None], e, 0)
+    same = (rows[:, :, None] == rows[:, None, :]).astype(e.dtype)
     squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
-    outputs = layer.clone(dtype=e.dtype).apply({"params": direction}, inputs).reshape(e.shape)
+    outputs = direction["embedding"].astype(e.dtype)[rows]
     return squared_norm, jnp.sum(outputs * e, axis=(1, 2))
 
 

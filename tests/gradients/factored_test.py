@@ -189,6 +189,51 @@ def test_embedding_of_repeated_tokens():
     check(alone(nn.Embed(300, 4)), np.abs(tokens).astype(np.uint8))
 
 
+def masked(size, padding):
+    """Embeds tokens, of which those that are `padding` count for nothing."""
+
+    def function(self, x):
+        y = nn.Embed(size, 3)(x)
+        return jnp.where((x == padding)[..., None], 0, y).sum(axis=1)
+
+    return model_of(function)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("padding", [4, 9, -5, 2**31 + 1, 2**40 + 1])
+def test_padding_tokens_beyond_the_table(padding):
+    tokens = np.random.default_rng(0).integers(-4, 4, (NUM_EXAMPLES, 6))
+    tokens[:, 4:] = tokens[0, 2] = padding
+    check(masked(4, padding), tokens)
+    check(masked(1, 0), np.minimum(tokens, 3))  # A table of one row has it for every token.
+
+
+@jax.custom_vjp
+def straight_through(y):
+    """Zeros in the place of NaN, but cotangents as if they were not."""
+    return jnp.nan_to_num(y)
+
+
+straight_through.defvjp(lambda y: (straight_through(y), None), lambda _, e: (e,))
+
+
+@pytest.mark.usefixtures("float64")
+def test_tokens_beyond_the_table_add_nothing_whatever_becomes_of_them():
+    tokens = np.arange(NUM_EXAMPLES * 4).reshape(NUM_EXAMPLES, 4) % 7
+    check(model_of(lambda self, x: straight_through(nn.Embed(4, 3)(x)).sum(axis=1)), tokens)
+
+
+def test_tokens_beyond_the_table_that_are_not_masked_are_refused():
+    model = model_of(lambda self, x: nn.Dense(3)(nn.Embed(4, 3)(x).mean(axis=1)))
+    tokens = np.arange(12).reshape(4, 3) % 4
+    variables, _ = variables_and_direction(model, tokens)
+    beyond = np.where(tokens == 3, 4, tokens)
+    view = dj.LearnerView(model.apply, variables, (tokens, np.zeros(4, int)), beyond)
+    for name in ("dynamical", "entropy"):
+        with pytest.raises(dj.UserError, match=r"3 of 4 .* are not finite"):
+            dj.STRATEGIES[name]().query(jax.random.key(0), view, 1)
+
+
 # --- Layers of other types, which are formed ---
 
 
@@ -549,14 +594,68 @@ def test_the_statistics_of_the_batch_are_refused():
             factored.gradient_terms(apply, variables, jnp.asarray(x), None, direction)
 
 
-def test_a_compiled_model_is_refused_also_once_it_has_been_traced():
+class Compiled:
+    """A model whose method is compiled, as one decorates it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @functools.partial(jax.jit, static_argnames=("self", "scale"))
+    def apply(self, variables, x, scale=1.0):
+        return dj.Outputs(*(scale * part for part in self.model.apply(variables, x)))
+
+
+JITTED = {
+    "apply": lambda model: jax.jit(model.apply),
+    "with donation": lambda model: jax.jit(model.apply, donate_argnums=1),
+    "twice": lambda model: jax.jit(jax.jit(model.apply)),
+    "lambda": lambda model: jax.jit(lambda variables, x: model.apply(variables, x)),
+    "partial within": lambda model: jax.jit(functools.partial(model.apply, mutable=False)),
+    "partial around": lambda model: functools.partial(
+        jax.jit(model.apply, static_argnames="mutable"), mutable=False
+    ),
+    "method": lambda model: Compiled(model).apply,
+    "static option": lambda model: functools.partial(Compiled(model).apply, scale=3.0),
+}
+
+
+@pytest.mark.filterwarnings("error")  # It is the factored engine that does it.
+@pytest.mark.parametrize("compiled", JITTED.values(), ids=JITTED)
+def test_a_compiled_model_is_taken_apart_all_the_same(compiled):
+    model, x = model_of(used_twice), rows().astype(np.float32)
+    variables, direction = variables_and_direction(model, x)
+    apply = compiled(model)
+    expected = gradients.norms_and_products(apply, variables, x, direction, engine="vmap")
+    for _ in range(2):
+        terms = gradients.norms_and_products(apply, variables, x, direction)
+        toy.assert_close(terms, expected, direction, 1e-5)
+        apply(variables, jnp.array(x))  # From now on it is not traced again.
+
+
+def test_a_decorator_is_not_undone():
+    model, x = model_of(used_twice), rows().astype(np.float32)
+    variables, direction = variables_and_direction(model, x)
+
+    @functools.wraps(jax.jit(model.apply))  # With all attributes of what it wraps.
+    def tripled(variables, x):
+        return dj.Outputs(*(3 * part for part in model.apply(variables, x)))
+
+    terms, expected = (
+        gradients.norms_and_products(tripled, variables, x, direction, engine=engine)
+        for engine in gradients.ENGINES
+    )
+    toy.assert_close(terms, expected, direction, 1e-5)
+
+
+def test_a_model_compiled_out_of_sight_is_refused_also_once_it_has_been_traced():
     model, x = alone(nn.Dense(3)), jnp.asarray(rows())
     variables, direction = variables_and_direction(model, x)
-    apply = jax.jit(model.apply)
+    compiled = jax.jit(model.apply)
+    apply = lambda *arguments: compiled(*arguments)
     for _ in range(2):
-        with pytest.raises(gradients.UnsupportedError):
+        with pytest.raises(gradients.UnsupportedError, match=r"own layer, in jax\.jit of apply"):
             factored.gradient_terms(apply, variables, x, None, direction)
-        apply(variables, x)
+        compiled(variables, x)
 
 
 @pytest.mark.parametrize(
@@ -576,6 +675,125 @@ def test_variables_that_apply_changes_are_refused(change):
         gradients.UnsupportedError, match=r"[ab]: it is applied with other variables"
     ):
         factored.gradient_terms(apply, variables, x, None, direction)
+
+
+class Reads(nn.Module):
+    """A layer, or none if it owns no parameters, that goes by a further value if there is one."""
+
+    owns: bool = True
+    inner: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = x if self.inner is None else self.inner(x)
+        for collection in ("frozen", "params"):
+            x = x * self.get_variable(collection, "gain", jnp.ones(4)).reshape(1, 4)
+        return x @ self.param("kernel", nn.initializers.ones, (4, 4)) if self.owns else x
+
+
+class Statistics(nn.Module):
+    """Owns a kernel, and holds a layer that has statistics and no parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(True, use_scale=False, use_bias=False, name="norm")(x)
+        return x @ self.param("kernel", nn.initializers.ones, (4, 3))
+
+
+GAIN = {"gain": np.arange(1, 5)}
+
+
+def closes_over(*path, values=GAIN):
+    """An `apply` that puts `values` at `path` of the variables."""
+
+    def put(tree, path):
+        return {**tree, path[0]: put(tree.get(path[0], {}), path[1:])} if path else values
+
+    return lambda model: lambda variables, x: model.apply(put(variables, path), x)
+
+
+def reads(**options):
+    return lambda self, x: nn.Dense(3)(Reads(**options, name="layer")(x))
+
+
+def also_frozen(self, x):
+    self.variable("frozen", "other", lambda: jnp.ones(()))
+    return reads()(self, x)
+
+
+lacks = "layer: its scope holds what `variables` lacks: "
+CLOSED_OVER = {
+    "a collection": (reads(), closes_over("frozen", "layer"), lacks + "frozen/gain"),
+    "a further value": (also_frozen, closes_over("frozen", "layer"), lacks + "frozen/gain"),
+    "of an inner module": (
+        reads(inner=Reads(owns=False)),
+        closes_over("frozen", "layer", "inner"),
+        lacks + "frozen/inner/gain",
+    ),
+    "a parameter": (
+        reads(),
+        closes_over("params", "layer", "gain", values=GAIN["gain"]),
+        lacks + "params/gain",
+    ),
+    "statistics of an inner layer": (
+        lambda self, x: Statistics(name="layer")(x),
+        closes_over("batch_stats", "layer", "norm", values={"mean": np.ones(4), "var": np.ones(4)}),
+        "layer: it is applied with other variables than its own",
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "closes", "why"), CLOSED_OVER.values(), ids=CLOSED_OVER)
+def test_what_apply_closes_over_is_not_lost(function, closes, why):
+    model, x = model_of(function), rows().astype(np.float32)
+    variables, direction = variables_and_direction(model, x)
+    apply = closes(model)
+    expected = per_example.gradient_terms(apply, variables, x, None, direction)
+    without = per_example.gradient_terms(model.apply, variables, x, None, direction)
+    assert not np.allclose(expected.squared_norm, without.squared_norm, rtol=0.1)
+    with pytest.raises(gradients.UnsupportedError) as raised:
+        factored.gradient_terms(apply, variables, jnp.asarray(x), None, direction)
+    assert str(raised.value) == why
+    with pytest.warns(UserWarning, match="no factored gradients .layer: .*; using vmap"):
+        terms = gradients.norms_and_products(apply, variables, x, direction)
+    toy.assert_close(terms, expected, direction, 1e-5)
+
+
+def normalized(batch_norm):
+    return lambda self, x: nn.Dense(3)(batch_norm(use_running_average=True)(nn.Dense(4)(x)))
+
+
+EXACT = {
+    "statistics": (normalized(nn.BatchNorm), ["params"], {}),
+    "statistics of ours": (normalized(layers.BatchNorm), ["params"], {}),
+    "other statistics": (normalized(nn.BatchNorm), ["params", "batch_stats"], {}),
+    "a collection of a module without parameters": (
+        lambda self, x: nn.Dense(3)(Reads(owns=False, name="layer")(x)),
+        ["params"],
+        {"frozen": {"layer": GAIN}},
+    ),
+    "parameters of a whole layer": (
+        lambda self, x: nn.Dense(3)(nn.tanh(nn.Dense(4, name="idle")(x))),
+        ["params"],
+        {},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error")  # It is the factored engine that does it.
+@pytest.mark.parametrize(("function", "given", "more"), EXACT.values(), ids=EXACT)
+def test_constants_that_apply_closes_over_are_exact(function, given, more):
+    model, x = model_of(function), rows().astype(np.float32)
+    whole = {**variables_and_direction(model, x)[0], **more}
+    apply = lambda v, x: model.apply({**whole, "params": {**whole["params"], **v["params"]}}, x)
+    variables = {name: jax.tree.map(lambda leaf: leaf + 1, whole[name]) for name in given}
+    variables["params"].pop("idle", None)
+    direction = drawn(variables["params"], seed=2)
+    terms, expected = (
+        gradients.norms_and_products(apply, variables, x, direction, engine=engine)
+        for engine in gradients.ENGINES
+    )
+    toy.assert_close(terms, expected, direction, 1e-5)
 
 
 def doubling(call, args, kwargs, context):
