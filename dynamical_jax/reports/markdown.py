@@ -90,9 +90,13 @@ def significance(rounds: Sequence[records.Record], references: Iterable[str]) ->
     lines += _summary(curves, scores)
     if len(scores.seeds) < 2:
         return "\n".join([*lines, "", _too_few(len(scores.seeds))]) + "\n"
-    for reference in references:
-        if reference in scores.strategies and len(scores.strategies) > 1:
-            lines += ["", *_against(reference, scores)]
+    if len(scores.strategies) > 1:
+        sections = [_against(name, scores) for name in references if name in scores.strategies]
+        num_tables = len(sections) * len(_tested(scores))
+        if sections:
+            lines += ["", _families(len(scores.strategies) - 1, num_tables)]
+        for section in sections:
+            lines += ["", *section]
     if len(scores.strategies) > 1 and len(scores.num_labeled) > 1:
         lines += ["", *_penalties(scores)]
     return "\n".join(lines) + "\n"
@@ -165,7 +169,7 @@ def _accuracies(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str
     rows = []
     for name, curve in curves.items():
         points = zip(curve.num_labeled, curve.mean, curve.std, strict=True)
-        cells = {int(n): _cell(mean, std) for n, mean, std in points}
+        cells = {int(n): records.percent(mean, std) for n, mean, std in points}
         if curve.num_seeds < num_seeds:
             name = f"{name} ({_seeds(curve.num_seeds)})"
         rows.append([name, *(cells.get(n, "") for n in labels)])
@@ -182,7 +186,7 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
     for value, title in measures.items():
         curves = records.curves(rounds, value)
         means = {
-            (name, int(n)): 100 * mean
+            (name, int(n)): mean
             for name, curve in curves.items()
             for n, mean in zip(curve.num_labeled, curve.mean, strict=True)
         }
@@ -196,7 +200,8 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
                     row.append("")
                     continue
                 mean, std = published.cells[name, n]
-                row.append(f"{means[name, n]:.2f} ({_percent(mean, std)})")
+                theirs = records.percent(mean / 100, std / 100)
+                row.append(f"{records.percent(means[name, n])} ({theirs})")
             if any(row[1:]):
                 rows.append(row)
         lines += [
@@ -205,17 +210,42 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
             *_markdown(["labels", *map(str, labels)], rows),
             "",
         ]
-        within = [
-            abs(means[cell] - mean) <= std
-            for cell in shared
-            for mean, std in [published.cells[cell]]
-            if not np.isnan(std)
-        ]
+        within: dict[Any, list[bool]] = {}
+        once = _same_by_construction(rounds, value)
+        for cell in shared:
+            mean, std = published.cells[cell]
+            if not np.isnan(std):
+                # Rounded, so that numbers at the very edge are within.
+                inside = np.round(abs(100 * means[cell] - mean), 9) <= std
+                within.setdefault(once.get(cell, cell), []).append(inside)
         if within:
-            counts.append(f"{title} {sum(within)} of {len(within)}")
+            counts.append(f"{title} {sum(map(all, within.values()))} of {len(within)}")
     if counts:
-        lines.append(f"Means within one of their standard deviations: {', '.join(counts)}.")
+        lines.append(
+            f"Means within one of their standard deviations: {', '.join(counts)}. A mean that "
+            "several strategies share, as they do before the first query, counts once, and is "
+            "within if it is so for all of them."
+        )
     return lines
+
+
+def _same_by_construction(
+    rounds: Iterable[records.Record], value: str
+) -> dict[tuple[str, int], Any]:
+    """(strategy, labels) → what the mean there is made of, for the round before any query.
+
+    Until a strategy asks for labels it is not in play: the seed alone determines the initial set
+    and weights, so in round 0 the runs of all strategies with one seed are the same run, and their
+    means over the same seeds one number, not as many as there are strategies. Cells are the same by
+    construction where round 0 has the same seeds, with the same initial sets and values: strategies
+    with other seeds, or trained on a device that rounds otherwise, have means of their own.
+    """
+    runs: dict[tuple[str, int], list[Any]] = {}
+    for record in rounds:
+        if record["round"] == 0:
+            run = record["seed"], tuple(record.get("initial", ())), record[value]
+            runs.setdefault((record["strategy"], record["num_labeled"]), []).append(run)
+    return {cell: tuple(sorted(of)) for cell, of in runs.items()}
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
@@ -239,13 +269,15 @@ def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
         curve, row = curves[name], [name]
         if scores.area is not None:
             area = scores.area[index]
-            row.append(_cell(area.mean(), area.std(ddof=1) if len(area) > 1 else float("nan")))
+            spread = area.std(ddof=1) if len(area) > 1 else float("nan")
+            row.append(records.percent(area.mean(), spread))
         if random is not None:
             needed = statistics.labels_to_reach(
                 random.mean[-1], curve.num_labeled.astype(float), curve.mean
             )
             share = random.num_labeled[-1] / needed
-            row += ["never"] * 2 if np.isnan(needed) else [f"{needed:.0f}", f"{share:.2f}"]
+            reached = records.rounded(needed, digits=0), records.rounded(share)
+            row += ["never"] * 2 if np.isnan(needed) else reached
         rows.append(row)
     lines = [" ".join(text), *filter(None, [scores.left_out])]
     return [*lines, "", *_markdown(header, rows)] if len(header) > 1 else lines
@@ -256,22 +288,19 @@ def _against(reference: str, scores: Scores) -> list[str]:
     at = scores.strategies.index(reference)
     others = [i for i in range(len(scores.strategies)) if i != at]
     lines = [f"## Against {reference}", ""]
-    tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
-    if scores.area is not None:
-        tested["Area under the curve"] = scores.area
-    for title, values in tested.items():
+    for title, values in _tested(scores).items():
         differences = [statistics.paired_difference(values[i], values[at]) for i in others]
         t_pvalues = statistics.holm(np.array([d.t_pvalue for d in differences]))
         ranked = statistics.holm(np.array([d.wilcoxon_pvalue for d in differences]))
         rows = [
             [
                 scores.strategies[i],
-                f"{100 * d.mean:+.2f}".replace("-", MINUS),
-                f"{100 * d.low:+.2f} to {100 * d.high:+.2f}".replace("-", MINUS),
-                f"{d.t_pvalue:.4f}",
-                f"{t_pvalue:.4f}",
-                f"{d.wilcoxon_pvalue:.4f}",
-                f"{rank:.4f}",
+                _points(d.mean),
+                f"{_points(d.low)} to {_points(d.high)}",
+                *(
+                    records.rounded(pvalue, digits=4)
+                    for pvalue in (d.t_pvalue, t_pvalue, d.wilcoxon_pvalue, rank)
+                ),
             ]
             for i, d, t_pvalue, rank in zip(others, differences, t_pvalues, ranked, strict=True)
         ]
@@ -295,10 +324,35 @@ def _against(reference: str, scores: Scores) -> list[str]:
             "",
             *_markdown(header, rows),
             "",
-            f"By the t-test with Holm's correction, at 5 %: {verdict}.",
+            f"By the t-test with Holm's correction over this table, at 5 %: {verdict}.",
             "",
         ]
     return [*lines, _limits(len(scores.seeds), len(others))]
+
+
+def _tested(scores: Scores) -> dict[str, np.ndarray]:
+    """What strategies are compared by, in a table each: title → `[strategies, seeds]`."""
+    tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
+    if scores.area is not None:
+        tested["Area under the curve"] = scores.area
+    return tested
+
+
+def _families(num_tests: int, num_tables: int) -> str:
+    """Says over which tests Holm's correction is, and what it does not cover."""
+    comparisons = "comparison" if num_tests == 1 else f"{num_tests} comparisons"
+    sentence = (
+        f"Holm: p-values corrected for the {comparisons} of their own table, for each kind of test "
+        "by itself."
+    )
+    if num_tables == 1:
+        return sentence
+    return (
+        f"{sentence} The {num_tables} tables are {num_tables} families: that such a test finds "
+        f"anything false in any of them has a probability of up to {num_tables} times 5 %. A "
+        "result that is picked from all of them should have a corrected p below "
+        f"{0.05 / num_tables:.4g}."
+    )
 
 
 def _limits(num_seeds: int, num_tests: int) -> str:
@@ -328,10 +382,10 @@ def _too_few(num_seeds: int) -> str:
 def _penalties(scores: Scores) -> list[str]:
     matrix = statistics.penalty_matrix(scores.values[..., 1:])
     rows = [
-        [name, *(f"{cell:.2f}" for cell in row), f"{row.sum():.2f}"]
+        [name, *map(records.rounded, row), records.rounded(row.sum())]
         for name, row in zip(scores.strategies, matrix, strict=True)
     ]
-    rows.append(["beaten", *(f"{cell:.2f}" for cell in matrix.sum(axis=0)), ""])
+    rows.append(["beaten", *map(records.rounded, matrix.sum(axis=0)), ""])
     return [
         "## Penalty matrix",
         "",
@@ -351,12 +405,8 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def _cell(mean: float, std: float) -> str:
-    return _percent(100 * mean, 100 * std)
-
-
-def _percent(mean: float, std: float) -> str:
-    return f"{mean:.2f}" + ("" if np.isnan(std) else f" ± {std:.2f}")
+def _points(difference: float) -> str:
+    return records.rounded(100 * difference, sign="+").replace("-", MINUS)
 
 
 def _all(values: Iterable[str | None]) -> str:

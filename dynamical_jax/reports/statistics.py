@@ -5,6 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+# Accuracies and their means are fractions, of which binary numbers hold 15 digits. Those that are
+# equal as fractions must not differ in the last bit where equality decides.
+DECIMALS = 12
+
 
 class PairedDifference(NamedTuple):
     """The difference a − b of two strategies over the seeds that both have.
@@ -14,7 +18,8 @@ class PairedDifference(NamedTuple):
       low: lower end of the 95 % confidence interval of their mean, by Student's t.
       high: upper end.
       t_pvalue: of the two-sided paired t-test.
-      wilcoxon_pvalue: of the two-sided Wilcoxon signed-rank test, exact for fewer than 50 seeds.
+      wilcoxon_pvalue: of the two-sided Wilcoxon signed-rank test, exact for up to 50
+        seeds, or up to 13 if some of the differences are equal or zero.
     """
 
     mean: float
@@ -47,7 +52,7 @@ def labels_to_reach(
     >>> labels_to_reach(0.3, np.array([100.0, 200.0]), np.array([0.2, 0.4]))
     150.0
     """
-    reached = np.flatnonzero(accuracy >= target)
+    reached = np.flatnonzero(np.round(accuracy, DECIMALS) >= np.round(target, DECIMALS))
     if not len(reached):
         return float("nan")
     after = reached[0]
@@ -66,13 +71,13 @@ def paired_difference(
     Where all differences are equal the tests have nothing to go by: then p = 1, and the interval
     is what it is, of no width.
     """
-    differences = a - b
+    differences = np.round(a - b, DECIMALS)
     mean = float(np.mean(differences))
     if np.ptp(differences) == 0:
         return PairedDifference(mean, mean, mean, 1.0, 1.0)
     import scipy.stats  # here, because it is a third of the time that the package takes to import
 
-    t_test = scipy.stats.ttest_rel(a, b)
+    t_test = scipy.stats.ttest_1samp(differences, 0)
     interval = t_test.confidence_interval()
     wilcoxon = scipy.stats.wilcoxon(differences)
     return PairedDifference(

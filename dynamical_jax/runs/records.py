@@ -4,6 +4,7 @@ One line for each round of each seed and strategy, in `<output_dir>/rounds.jsonl
 round ends. Tables and figures are made from these lines and nothing else.
 """
 
+import decimal
 import functools
 import importlib.metadata
 import json
@@ -161,9 +162,42 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
         cells = []
         for curve in columns.values():
             at = np.flatnonzero(curve.num_labeled == count)
-            cells.append(_cell(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
+            cells.append(percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
         lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
+
+
+def percent(mean: float, std: float = math.nan) -> str:
+    """Returns a cell of a table: a mean in percent, with its deviation unless that is NaN.
+
+    >>> percent(0.37125), percent(0.37125, 0.01)
+    ('37.13', '37.13 ± 1.00')
+    """
+    return rounded(100 * mean) + ("" if math.isnan(std) else f" ± {rounded(100 * std)}")
+
+
+def rounded(value: float, digits: int = 2, sign: str = "") -> str:
+    """Returns a number as all tables print it, halves away from zero.
+
+    Accuracies are fractions k/n, and their means, too, but binary numbers are not: `f"{x:.2f}"`
+    rounds means half-way between two others up or down by what happened in their last bit. So the
+    number is first rounded to ten decimals, which restores the fraction.
+
+    Args:
+      value: the number.
+      digits: decimals.
+      sign: "+" to print that of positive numbers, too.
+
+    >>> f"{37.115:.2f}, {37.125:.2f}, {37.135:.2f}"
+    '37.12, 37.12, 37.13'
+    >>> rounded(37.115), rounded(37.125), rounded(-37.135), rounded(0.1, digits=0, sign="+")
+    ('37.12', '37.13', '-37.14', '+0')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    exact = decimal.Decimal(f"{value:.10f}") + 0  # No minus before a zero.
+    last = decimal.Decimal(1).scaleb(-digits)
+    return f"{exact.quantize(last, decimal.ROUND_HALF_UP):{sign}f}"
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -183,10 +217,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(mean: float, std: float) -> str:
-    return f"{100 * mean:.2f}" + ("" if np.isnan(std) else f" ± {100 * std:.2f}")
 
 
 def _version(package: str) -> str | None:

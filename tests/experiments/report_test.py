@@ -89,6 +89,60 @@ def test_accuracies_and_the_papers(run, tmp_path):
     assert (tmp_path / "run0" / "accuracy.png").stat().st_size > 10_000
 
 
+def from_one_start(accuracy=0.324):
+    """Records in which all strategies of a seed begin alike, as they do in an experiment."""
+    for r in records():
+        start = {
+            "initial": [r["seed"], 7],
+            "test_accuracy": accuracy + 0.001 * (r["seed"] - 2),
+            "best_test_accuracy": accuracy + 0.001 * r["seed"],
+        }
+        yield {**r, **start} if r["round"] == 0 else r
+
+
+def within(lines):
+    """Which means are within one of the paper's deviations, strategies × budgets."""
+    theirs, found = paper.tables()["table3"], []
+    for name in MEANS:
+        means = [r["test_accuracy"] for r in lines if r["strategy"] == name]
+        ours = 100 * np.mean(np.reshape(means, (-1, 5)), axis=0)
+        found.append(np.abs(ours - theirs.mean[name]) <= theirs.std[name])
+    return np.array(found)
+
+
+COUNTED = "standard deviations: after the last epoch {} of {}, at the best epoch"
+
+
+@pytest.mark.parametrize(
+    ("start", "inside"),
+    [(0.324, [True, True, True]), (0.313, [False, True, True]), (0.5, [False, False, False])],
+)
+def test_the_mean_that_all_share_counts_once(run, start, inside):
+    lines = list(from_one_start(start))
+    found = within(lines)
+    assert found[:, 0].tolist() == inside  # The paper's own first means differ.
+    # Once, and as a hit where it is one beside all of theirs.
+    assert COUNTED.format(found[:, 1:].sum() + all(inside), 13) in run(lines)[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"initial": [7, 8]}, {"test_accuracy": 0.3201, "best_test_accuracy": 0.3301}],
+    ids=["another initial set", "another device"],
+)
+def test_means_that_were_measured_apart_count_each(run, change):
+    lines = [
+        {**r, **change} if (r["round"], r["strategy"]) == (0, "margin") else r
+        for r in from_one_start()
+    ]
+    assert COUNTED.format(within(lines)[:, 1:].sum() + 2, 14) in run(lines)[1]
+
+
+def test_means_over_other_seeds_count_each(run):
+    lines = [r for r in from_one_start() if (r["strategy"], r["seed"]) != ("margin", 4)]
+    assert COUNTED.format(within(lines)[:, 1:].sum() + 2, 14) in run(lines)[1]
+
+
 def test_no_best_epoch_where_only_the_last_was_looked_at(run):
     rounds = [{**r, "best_test_accuracy": r["test_accuracy"]} for r in records()]
     output = run(rounds)[1]
@@ -121,8 +175,37 @@ def test_statistics(run, tmp_path):
     assert "cannot go below p = 0.0625, 0.125 after the correction for 2 comparisons" in text
     assert "cannot support any claim at 5 %; 7 seeds could" in text
     assert "## Against dynamical" in text
+    assert "corrected for the 2 comparisons of their own table" in text
+    assert text.count("p, Wilcoxon") == 4
+    assert "The 4 tables are 4 families" in text
+    assert "should have a corrected p below 0.0125" in text
     penalties = cells(text, "## Penalty matrix")
     assert penalties["dynamical"] == ["0.00", "1.00", "1.00", "2.00"]
+
+
+def test_families_are_those_of_the_page(run, tmp_path):
+    few = [r for r in records() if r["strategy"] != "margin"]
+    page = tmp_path / "run0" / "statistics.md"
+    run(few, references=["random"])
+    assert "corrected for the comparison of their own table" in page.read_text()
+    assert "The 2 tables are 2 families" in page.read_text()
+    apart = [r for r in few if not (r["strategy"] == "random" and r["round"] == 2)]
+    run(apart, references=["random"])  # No areas, so one table.
+    assert "corrected for the comparison of their own table" in page.read_text()
+    assert "families" not in page.read_text()
+
+
+def test_differences_are_rounded_as_fractions(run, tmp_path):
+    def accuracy(r):
+        right = 3000 + 10 * r["seed"] ** 2 + 7 * r["round"]
+        return right / 10_000 + (r["strategy"] == "dynamical") * (1, 1, 1, 2)[r["seed"]] / 10_000
+
+    lines = [{**r, "test_accuracy": accuracy(r)} for r in records(seeds=range(4))]
+    run(lines, references=["random"])
+    text = (tmp_path / "run0" / "statistics.md").read_text()
+    against = cells(text, "## Against random")
+    assert against["dynamical"][0] == "+0.01"  # 0.0125 points.
+    assert against["margin"][:2] == ["+0.00", "+0.00 to +0.00"]
 
 
 def test_one_seed_supports_nothing(run, tmp_path):

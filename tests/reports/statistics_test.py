@@ -55,6 +55,28 @@ def test_equal_differences_prove_nothing(shift):
     assert result == (shift, shift, shift, 1.0, 1.0)
 
 
+def test_what_is_equal_as_a_fraction_is_equal():
+    """Of 10,000 images each: k/n as binary numbers differ from one another in the last bit."""
+    b = np.array([5551, 4910, 4533, 3809, 3923])
+    one_more = (b + 1) / 10_000 - b / 10_000
+    assert np.ptp(one_more) > 0
+    result = statistics.paired_difference((b + 1) / 10_000, b / 10_000)
+    assert result == (0.0001, 0.0001, 0.0001, 1.0, 1.0)
+    # Two more and two fewer are ties, of which Wilcoxon's test is to know: ranks 1.5, 1.5, 3, 4, 5
+    # and the sums 1.5 and 13.5. Of the 32 signs 6 have a sum of 1.5 or less on one side or other.
+    differences = np.array([-2, 2, 3, 4, 5])
+    result = statistics.paired_difference((b + differences) / 10_000, b / 10_000)
+    assert result.wilcoxon_pvalue == pytest.approx(6 / 32)
+
+
+def test_a_mean_that_is_equal_is_reached():
+    target, mean = np.mean([0.3, 0.3002, 0.3001]), np.mean([0.3001, 0.3001, 0.3001])
+    higher, lower = max(target, mean), min(target, mean)
+    assert 0 < higher - lower < 1e-12
+    labels = np.array([10.0, 20.0])
+    assert statistics.labels_to_reach(higher, labels, np.array([0.1, lower])) == pytest.approx(20)
+
+
 def test_holm_by_hand():
     # Sorted: 0.005·4, 0.01·3, 0.03·2 and 0.04·1, which must not be below what went before.
     pvalues = np.array([0.01, 0.04, 0.03, 0.005])

@@ -1,4 +1,6 @@
+import fractions
 import json
+import math
 import subprocess
 
 import numpy as np
@@ -44,6 +46,35 @@ def test_table():
         "    10   20.00 ± 14.14           50.00",
         "    15   40.00 ± 28.28                ",
     ]
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 4, 5, 8])
+def test_means_of_fractions_are_rounded_as_the_fractions_are(seeds):
+    generator, by_accident = np.random.default_rng(seeds), 0
+    for size in (797, 4000, 10_000):
+        for right in generator.integers(size, size=(300, seeds)):
+            exact = fractions.Fraction(int(right.sum()), size * seeds) * 10_000
+            expected = f"{math.floor(exact + fractions.Fraction(1, 2)) / 100:.2f}"
+            mean = np.mean(right / size)
+            assert records.percent(mean) == expected
+            by_accident += f"{100 * mean:.2f}" != expected
+    assert by_accident > 0 or seeds in (1, 5)  # Of 5 · 10,000 none is half-way, as of 797.
+
+
+def test_numbers_of_tables():
+    shown = [records.rounded(x) for x in (0.125, -0.125, 1e-17, -1e-17, -0.001, 99.995, 12345.0)]
+    assert shown == ["0.13", "-0.13", "0.00", "0.00", "-0.00", "100.00", "12345.00"]
+    assert records.rounded(1 / 32, digits=4) == "0.0313"
+    assert records.rounded(1234.5, digits=0) == "1235"
+    assert [records.rounded(x, sign="+") for x in (0.1 + 0.2 - 0.3, 2.5, -2.5)] == [
+        *("+0.00", "+2.50", "-2.50")
+    ]
+    assert [records.rounded(x) for x in (np.nan, np.inf)] == ["nan", "inf"]
+
+
+def test_table_rounds_halves():
+    line = records.table([record("a", seed, 0, acc) for seed, acc in enumerate([0.3712, 0.3713])])
+    assert line.splitlines()[1].split() == ["10", "37.13", "±", "0.01"]
 
 
 def test_append_and_read(tmp_path):
