@@ -16,7 +16,7 @@ hold, normalisation by the statistics of the batch, a layer whose input and outp
 examples, and them only, on their first axis, other method interceptors. What cannot be seen from
 outside is required: away from layers, the model treats examples independently and leaves them in
 their order, as any per-example gradient needs it; and a layer of a kind that is not known here does
-not ask for its parent.
+not ask for its parent or its path.
 """
 
 import contextlib

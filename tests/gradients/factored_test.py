@@ -796,6 +796,19 @@ def test_constants_that_apply_closes_over_are_exact(function, given, more):
     toy.assert_close(terms, expected, direction, 1e-5)
 
 
+@pytest.mark.parametrize("form", [lambda mean: mean, lambda mean: 2 * mean])
+def test_statistics_made_of_parameters_are_no_constants(form):
+    model, x = model_of(normalized(nn.BatchNorm)), rows().astype(np.float32)
+    variables, direction = variables_and_direction(model, x)
+
+    def apply(variables, x):
+        statistics = {"mean": form(variables["params"]["Dense_1"]["bias"]), "var": jnp.ones(4)}
+        return model.apply({**variables, "batch_stats": {"BatchNorm_0": statistics}}, x)
+
+    with pytest.raises(gradients.UnsupportedError, match="parameters are used outside their own"):
+        factored.gradient_terms(apply, variables, jnp.asarray(x), None, direction)
+
+
 def doubling(call, args, kwargs, context):
     return (2 if isinstance(context.module, nn.Dense) else 1) * call(*args, **kwargs)
 
