@@ -102,8 +102,9 @@ class TrainingConfig:
 
     def largest_loss(self, size: int) -> float | None:
         """Returns the mean cross-entropy at which a set of this size is fitted; None: any."""
-        targets = [self.target_loss, self.target_total_loss and self.target_total_loss / size]
-        return min((target for target in targets if target is not None), default=None)
+        mean, total = self.target_loss, self.target_total_loss
+        targets = [target for target in (mean, total and total / size) if target is not None]
+        return min(filter(math.isfinite, targets), default=None)
 
     def is_fitted(self, labeled: "Evaluation", size: int) -> bool:
         """Returns whether all targets are met.

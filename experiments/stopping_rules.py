@@ -1,0 +1,317 @@
+"""When may training stop so that a query by dynamicAL is to be trusted?
+
+Trains on the initial set far beyond any rule, looks at the model at epochs spaced evenly on a
+logarithmic scale (ten to a decade), and asks at each what dynamicAL would query. Then, for each
+rule by which training could stop: after how many epochs it does; how much of the chosen Δ is the
+inner product with g_S; how many of the chosen are also chosen ten times as many epochs later; and R
+of the query (Eq. 14).
+
+  python -m experiments.stopping_rules --dataset=cifar10 --model=cnn --initial_size=500
+      --batch_size=500 --pool_size=5000 --max_epochs=1600 --num_seeds=3
+
+Written to --output_dir: stopping_rules.json and .png; what there is on the way is kept as
+stopping_rules.partial.json. Given such files, nothing is trained: one table and one picture of all,
+
+  python -m experiments.stopping_rules results/convergence/*/stopping_rules.json
+
+What the accuracies of strategies owe to a rule, experiments.active_learning tells: it has the rules
+as flags (--target_accuracy, --target_loss, --target_total_loss, --min_epochs).
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import app, flags, logging
+
+import dynamical_jax as dj
+from experiments import binary, common
+
+POOL_SIZE = flags.DEFINE_integer(
+    "pool_size", None, "Choose from so many random examples of the pool; by default from all."
+)
+for _name in (
+    *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
+    *("data_dir", "download", "cache_dir", "output_dir", "num_seeds", "first_seed"),
+    *("initial_size", "batch_size", "model", "stem", "feature_scale", "optimizer"),
+    *("learning_rate", "schedule", "weight_decay", "train_batch_size", "max_epochs"),
+    *("engine", "chunk_size"),
+):
+    flags.declare_key_flag(_name)
+
+NAME = "stopping_rules"
+
+Look = Mapping[str, Any]
+"""What was seen at an epoch: see `look_at`."""
+
+RULES: dict[str, Callable[[Look], bool]] = {
+    "99 % of S right": lambda look: look["accuracy"] >= 0.99,
+    "99 % right for 10 epochs": lambda look: look["epochs_at_99"] >= 10,
+    "100 epochs": lambda look: look["epoch"] >= 100,
+    "mean loss ≤ 0.1": lambda look: look["loss"] <= 0.1,
+    "mean loss ≤ 0.01": lambda look: look["loss"] <= 0.01,
+    "mean loss ≤ 0.001": lambda look: look["loss"] <= 0.001,
+    "total loss ≤ 10": lambda look: look["loss"] * look["size"] <= 10,
+    "total loss ≤ 1": lambda look: look["loss"] * look["size"] <= 1,
+    "total loss ≤ 0.1": lambda look: look["loss"] * look["size"] <= 0.1,
+    "G(S) ≤ median ‖g_u‖²": lambda look: look["dynamics"] <= look["median"],
+    "G(S) ≤ mean ‖g_u‖²": lambda look: look["dynamics"] <= look["mean"],
+    "R of random Q within 0.2 of 1": lambda look: abs(look["random_ratio"] - 1) <= 0.2,
+}
+"""By name, whether training may stop; the rules of the study in docs/convergence.md."""
+
+
+def main(argv: list[str]) -> int | None:
+    """Studies the rules; returns the exit status."""
+    return binary.run_main(functools.partial(run, argv))
+
+
+def run(argv: list[str]) -> list[str]:
+    """Trains and looks, or reports on the files that are given; returns what failed: nothing."""
+    if files := argv[1:]:
+        return report(files)
+    binary.check_command_line(argv, sys.modules[__name__])
+    seeds, size = common.seeds(), common.BATCH_SIZE.value
+    dataset, model = common.load()
+    needed = common.INITIAL_SIZE.value + (POOL_SIZE.value or size)
+    if min(common.INITIAL_SIZE.value, size, POOL_SIZE.value or size) < 1 or size > (
+        POOL_SIZE.value or size
+    ):
+        raise dj.UserError("initial_size and batch_size must be at least 1, pool_size no smaller")
+    if needed > len(dataset.pool.y):
+        raise dj.UserError(
+            f"{needed} examples are needed; the pool of {dataset.name} has {len(dataset.pool.y)}"
+        )
+    config = dataclasses.replace(
+        common.training_config(),
+        target_accuracy=None,
+        target_loss=None,
+        target_total_loss=None,
+        look_every=1,
+    )
+    default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    directory = common.writable(common.OUTPUT_DIR.value or default)
+    results: dict[str, Any] = {"dataset": dataset.name, "model": common.MODEL.value, "seeds": {}}
+    for number, seed in enumerate(seeds, start=1):
+        results["seeds"][str(seed)] = looks_of(dataset, model, config, seed)
+        draw = functools.partial(picture, [results])
+        path = common.save(
+            sys.modules[__name__], directory, NAME, results, draw, number == len(seeds)
+        )
+    print(table(results))
+    print(f"{path}\n{path.with_suffix('.png')}")
+    return []
+
+
+def looks_of(
+    dataset: dj.Dataset, model: Any, config: dj.TrainingConfig, seed: int
+) -> list[dict[str, Any]]:
+    """Returns what was seen at each epoch looked at, of one seed."""
+    pool = dj.pool.initial_pool(
+        len(dataset.pool.y),
+        common.INITIAL_SIZE.value,
+        dj.streams.generator(seed, "initial_set"),
+    )
+    labeled = dj.Examples(dataset.pool.x[pool.labeled], dataset.pool.y[pool.labeled])
+    unlabeled = pool.unlabeled
+    if POOL_SIZE.value:
+        draw = dj.streams.generator(seed, "draws")
+        unlabeled = np.sort(draw.choice(unlabeled, POOL_SIZE.value, replace=False))
+    candidates = dj.types.Rows(dataset.pool_images, unlabeled)
+    at = set(epochs_looked_at(config.max_epochs))
+    looks: list[dict[str, Any]] = []
+    epochs_at_99 = 0
+    with tqdm.tqdm(desc=f"seed {seed}", total=config.max_epochs, disable=None, leave=False) as bar:
+
+        def on_epoch(progress: dj.training.Progress, seen: dj.training.Evaluation) -> None:
+            nonlocal epochs_at_99
+            bar.update()
+            epochs_at_99 += seen.accuracy >= 0.99
+            if progress.epoch in at:
+                look = look_at(model, progress.variables, labeled, candidates, progress.epoch)
+                looks.append(
+                    {
+                        "epoch": progress.epoch,
+                        "size": len(labeled.y),
+                        "accuracy": seen.accuracy,
+                        "loss": seen.loss,
+                        "epochs_at_99": epochs_at_99,
+                        **look,
+                    }
+                )
+
+        variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
+        dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
+    return looks
+
+
+def epochs_looked_at(last: int) -> list[int]:
+    """Returns epochs spaced evenly on a logarithmic scale, ten to a decade: 10·e is one of them.
+
+    >>> epochs_looked_at(13)
+    [1, 2, 3, 4, 5, 6, 8, 10, 13]
+    """
+    exponents = range(1 + math.floor(10 * math.log10(last)))
+    return sorted({round(10 ** (k / 10)) for k in exponents} | {last})
+
+
+def look_at(
+    model: Any, variables: Any, labeled: dj.Examples, candidates: Any, epoch: int
+) -> dict[str, Any]:
+    """Returns what dynamicAL would query now, and what that query is like.
+
+    Returns:
+      "query": positions in `candidates`; "share" and "ratio": of the query, as `Dynamical` reports
+      them; "random_ratio": R of as many random candidates; "dynamics": G(S); "median" and "mean" of
+      ‖g_u‖² over the candidates.
+    """
+    size = common.BATCH_SIZE.value
+    grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
+    terms = dj.gradients.norms_and_products(
+        model.apply,
+        variables,
+        candidates,
+        grad_s,
+        engine=common.ENGINE.value,
+        chunk_size=common.CHUNK_SIZE.value,
+    )
+    squared_norm, inner_product = (
+        np.asarray(part, np.float64) for part in (terms.squared_norm, terms.inner_product)
+    )
+    change = squared_norm + 2 * inner_product
+
+    def ratio(chosen: np.ndarray) -> float:
+        query = dj.Examples(candidates[chosen], np.asarray(terms.label)[chosen])
+        grad_q = dj.gradients.set_gradient(model.apply, variables, query)
+        return float(dj.dynamics.approximation_ratio(change[chosen], grad_q, grad_s))
+
+    query = np.asarray(dj.selection.top_b(change, size))
+    drawn = dj.streams.generator(0, "draws", epoch).choice(len(change), size, replace=False)
+    share = dj.dynamics.inner_product_share(squared_norm[query], inner_product[query])
+    return {
+        "query": query.tolist(),
+        "share": float(share),
+        "ratio": ratio(query),
+        "random_ratio": ratio(drawn),
+        "dynamics": float(dj.dynamics.training_dynamics(grad_s)),
+        "median": float(np.median(squared_norm)),
+        "mean": float(np.mean(squared_norm)),
+    }
+
+
+def stop_of(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str, float] | None:
+    """Returns what a rule comes to on one seed: its first look and what became of the query.
+
+    "overlap" is with the query ten times as many epochs later; None if training ended before that.
+    """
+    stop = next((look for look in looks if rule(look)), None)
+    if stop is None:
+        return None
+    later = [look for look in looks if look["epoch"] >= 9.9 * stop["epoch"]]
+    common_part = set(stop["query"]) & set(later[0]["query"]) if later else ()
+    overlap = len(common_part) / len(stop["query"]) if later else None
+    return {"overlap": overlap, **{name: stop[name] for name in ("epoch", "share", "ratio")}}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Returns a table of the rules for one setting, in Markdown: means over seeds."""
+    lines = [
+        f"{results['dataset']}, {results['model']}, |S| = {_size(results)}, "
+        f"{len(results['seeds'])} seeds:",
+        "",
+        "| training stops at | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, rule in RULES.items():
+        stops = [stop_of(rule, looks) for looks in results["seeds"].values()]
+        if None in stops:
+            missing = sum(stop is None for stop in stops)
+            lines.append(f"| {name} | not reached by {missing} of {len(stops)} seeds | | | |")
+            continue
+        overlaps = [stop["overlap"] for stop in stops if stop["overlap"] is not None]
+        cells = [
+            f"{np.mean([stop['epoch'] for stop in stops]):.0f}",
+            _range([stop["share"] for stop in stops]),
+            _range(overlaps) if len(overlaps) == len(stops) else "not trained so long",
+            _range([stop["ratio"] for stop in stops]),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Draws for each setting share of g_S and overlap with the last query over epochs."""
+    drawn = dj.plotting.figure(3.6 * len(every), 3.6)
+    for axes, results in zip(
+        np.ravel(drawn.subplots(1, len(every), sharey=True, squeeze=False)), every, strict=True
+    ):
+        seeds = list(results["seeds"].values())
+        epochs = [look["epoch"] for look in seeds[0]]
+        share = np.array([[look["share"] for look in looks] for looks in seeds])
+        overlap = np.array(
+            [
+                [
+                    len({*look["query"]} & {*looks[-1]["query"]}) / len(look["query"])
+                    for look in looks
+                ]
+                for looks in seeds
+            ]
+        )
+        for values, label in (
+            (share, "share of g_S in Δ"),
+            (overlap, "overlap with the last query"),
+        ):
+            (line,) = axes.plot(epochs, values.mean(axis=0), label=label)
+            low, high = values.min(axis=0), values.max(axis=0)
+            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
+        for name, style in (("99 % of S right", ":"), ("total loss ≤ 1", "--")):
+            stops = [stop_of(RULES[name], looks) for looks in seeds]
+            if None not in stops:
+                mean = np.mean([stop["epoch"] for stop in stops])
+                axes.axvline(mean, color="black", linestyle=style, linewidth=1, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("epochs on S")
+        axes.set_title(
+            f"{results['dataset']}, {results['model']}, |S| = {_size(results)}", fontsize=9
+        )
+        axes.legend(frameon=False, fontsize=7)
+    drawn.savefig(path, dpi=130)
+
+
+def report(files: Sequence[str]) -> list[str]:
+    """Prints the tables of recorded studies, and draws one picture beside the first's directory."""
+    every = []
+    for file in files:
+        try:
+            every.append(json.loads(pathlib.Path(file).read_text(encoding="utf-8")))
+            tables = table(every[-1])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise dj.UserError(f"{file} is no stopping_rules.json ({error})") from error
+        print(tables)
+    path = common.writable(str(pathlib.Path(files[0]).parent.parent)) / f"{NAME}.png"
+    picture(every, path)
+    print(path)
+    return []
+
+
+def _size(results: Mapping[str, Any]) -> int:
+    return next(iter(results["seeds"].values()))[0]["size"]
+
+
+def _range(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(main)
