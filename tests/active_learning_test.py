@@ -33,7 +33,7 @@ def test_budget_is_spent_on_distinct_examples(dataset):
     assert [len(happened.query) for happened in rounds] == [4, 4, 4, 0]
     asked = np.concatenate([dataset.index[initial], *(happened.query for happened in rounds)])
     assert len(np.unique(asked)) == 18
-    assert set(rounds[0].seconds) == {"train", "evaluate", "score", "select"}
+    assert set(rounds[0].seconds) == {"train", "evaluate", "score", "select", "describe"}
     assert all(happened.best_test_accuracy >= happened.test.accuracy for happened in rounds)
 
 

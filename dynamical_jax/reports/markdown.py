@@ -69,7 +69,6 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
         lines += ["", *_beside(rounds, published)]
     lines += ["", *_convergence(rounds)]
     lines += [
-        "",
         f"Seeds: {', '.join(map(str, seeds))}. "
         f"Device: {_all(record['device'] for record in rounds)}. "
         f"Commit: {_all(record['git_commit'] for record in rounds)}. "
@@ -231,28 +230,13 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
 
 
 def _convergence(rounds: Sequence[records.Record]) -> list[str]:
-    """How long training took, and what strategies said of their queries."""
-    lines = [
-        "## Convergence",
-        "",
-        "Epochs of training, mean over seeds; in brackets how many seeds ended at `--max_epochs` "
-        "before they met their targets:",
-        "",
-        *_by_labels(rounds, "epochs", _epochs),
-    ]
-    for name, title in QUERY_FACTS.items():
+    """How long training took, and what strategies said of their queries, where that is recorded."""
+    lines = ["## Convergence"]
+    for name, (title, cell) in FACTS.items():
         told = [record for record in rounds if record.get(name) is not None]
         if told:
-            lines += ["", title, "", *_by_labels(told, name, _mean_and_range)]
-    return lines
-
-
-QUERY_FACTS = {
-    "query_inner_product_share": "The inner product's share of the chosen Δ, mean (least to "
-    "greatest) over seeds: near 0 where S is fitted, near 1 where its gradient g_S decides:",
-    "query_approximation_ratio": "R of the query (Eq. 14), mean (least to greatest) over seeds: "
-    "below 1 where its images ask for the same, above where they cancel out:",
-}
+            lines += ["", title, "", *_by_labels(told, name, cell)]
+    return [*lines, ""] if len(lines) > 1 else []
 
 
 def _by_labels(
@@ -307,6 +291,25 @@ def _same_by_construction(
             run = record["seed"], tuple(record.get("initial", ())), record[value]
             runs.setdefault((record["strategy"], record["num_labeled"]), []).append(run)
     return {cell: tuple(sorted(of)) for cell, of in runs.items()}
+
+
+FACTS = {
+    "epochs": (
+        "Epochs of training, mean over seeds; in brackets how many seeds ended at `--max_epochs` "
+        "before they met their targets:",
+        _epochs,
+    ),
+    "query_inner_product_share": (
+        "The inner product's share of the chosen Δ, mean (least to greatest) over seeds: near 0 "
+        "where S is fitted, near 1 where its gradient g_S decides:",
+        _mean_and_range,
+    ),
+    "query_approximation_ratio": (
+        "R of the query (Eq. 14), mean (least to greatest) over seeds: below 1 where its gradients "
+        "agree, above where they cancel out:",
+        _mean_and_range,
+    ),
+}
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:

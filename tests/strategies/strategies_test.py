@@ -376,9 +376,9 @@ class TestALBL:
 class TestWhatDynamicalSaysOfItsQuery:
     @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, np.inf])
     def test_share_and_ratio_by_definition(self, gamma, float64, recwarn):
-        model = toy.models(np.float64)["cnn"]
-        variables = toy.variables(model)
-        labeled, unlabeled = toy.examples(5), toy.images(12, seed=7)
+        model = toy.models()["cnn"]
+        variables = toy.variables(model, np.float64)
+        labeled, unlabeled = toy.examples(5), toy.images(12, seed=7).astype(np.float64)
         view = strategies.LearnerView(model.apply, variables, labeled, unlabeled)
         query = strategies.Dynamical(gamma).query(KEY, view, 4)
 
@@ -405,4 +405,4 @@ class TestWhatDynamicalSaysOfItsQuery:
         assert all(f"makes up {share:.0%} of the chosen Δ" in line for line in told)
 
     def test_others_have_nothing_to_say(self):
-        assert strategies.Margin().query(KEY, view(), 3).facts == {}
+        assert strategies.Margin().query(KEY, make_view(), 3).facts == {}
