@@ -10,12 +10,16 @@ of the query (Eq. 14).
       --batch_size=500 --pool_size=5000 --max_epochs=1600 --num_seeds=3
 
 Written to --output_dir: stopping_rules.json and .png; what there is on the way is kept as
-stopping_rules.partial.json. Given such files, nothing is trained: one table and one picture of all,
+stopping_rules.partial.json.
 
-  python -m experiments.stopping_rules results/convergence/*/stopping_rules.json
+What strategies owe to a rule, experiments.active_learning tells, which has the rules as flags
+(--target_accuracy, --target_loss, --target_total_loss, --min_epochs). With an output directory for
+each rule below that of the setting, all is put together by
 
-What the accuracies of strategies owe to a rule, experiments.active_learning tells: it has the rules
-as flags (--target_accuracy, --target_loss, --target_total_loss, --min_epochs).
+  python -m experiments.stopping_rules results/convergence/*/
+
+which trains nothing, prints tables, and writes them to tables.md, and one picture of all settings
+to stopping_rules.png, beside the directories.
 """
 
 import dataclasses
@@ -75,9 +79,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains and looks, or reports on the files that are given; returns what failed: nothing."""
-    if files := argv[1:]:
-        return report(files)
+    """Trains and looks, or reports on the directories given; returns what failed: nothing."""
+    if directories := argv[1:]:
+        return report(directories)
     binary.check_command_line(argv, sys.modules[__name__])
     seeds, size = common.seeds(), common.BATCH_SIZE.value
     dataset, model = common.load()
@@ -282,24 +286,61 @@ def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         axes.set_title(
             f"{results['dataset']}, {results['model']}, |S| = {_size(results)}", fontsize=9
         )
-        axes.legend(frameon=False, fontsize=7)
+    handles, labels = axes.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     drawn.savefig(path, dpi=130)
 
 
-def report(files: Sequence[str]) -> list[str]:
-    """Prints the tables of recorded studies, and draws one picture beside the first's directory."""
-    every = []
-    for file in files:
+def report(directories: Sequence[str]) -> list[str]:
+    """Prints and writes the tables of recorded settings, and draws one picture of all."""
+    every, texts = [], []
+    for directory in map(pathlib.Path, directories):
+        file = directory / f"{NAME}.json"
         try:
-            every.append(json.loads(pathlib.Path(file).read_text(encoding="utf-8")))
-            tables = table(every[-1])
+            every.append(json.loads(file.read_text(encoding="utf-8")))
+            texts += [table(every[-1]), gains(directory)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise dj.UserError(f"{file} is no stopping_rules.json ({error})") from error
-        print(tables)
-    path = common.writable(str(pathlib.Path(files[0]).parent.parent)) / f"{NAME}.png"
-    picture(every, path)
-    print(path)
+            raise dj.UserError(f"{file} is no record of this program ({error})") from error
+    text = "\n".join(filter(None, texts))
+    print(text)
+    parent = common.writable(str(pathlib.Path(directories[0]).resolve().parent))
+    dj.records.write(parent / "tables.md", text)
+    picture(every, parent / f"{NAME}.png")
+    print(f"{parent / 'tables.md'}\n{parent / NAME}.png")
     return []
+
+
+def gains(directory: pathlib.Path) -> str:
+    """Returns a table of what strategies gain over random under each rule, in Markdown.
+
+    Args:
+      directory: of a setting; its directories with records are named by their rules.
+    """
+    rows = []
+    for path in sorted(directory.glob(f"*/{dj.records.FILE_NAME}")):
+        rounds = dj.records.read(path)
+        scores = dj.reports.markdown.common_scores(rounds)
+        area = dict(zip(scores.strategies, scores.area, strict=True))
+        cells = [path.parent.name, str(len(scores.seeds)), f"{100 * np.mean(area['random']):.1f}"]
+        for name in ("dynamical", "badge"):
+            gain = dj.statistics.paired_difference(area[name], area["random"])
+            numbers = [f"{100 * value:+.1f}" for value in (gain.mean, gain.low, gain.high)]
+            cells.append("{} ({} to {})".format(*numbers).replace("-", dj.reports.markdown.MINUS))
+        shares = [record.get("query_inner_product_share") for record in rounds]
+        cells.append(f"{max(share for share in shares if share is not None):.2f}")
+        cells.append(f"{sum(r['epochs'] for r in rounds) / len(area) / len(scores.seeds):.0f}")
+        rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    lines = [
+        "Area under the curve of test accuracy (%), paired by seed, with 95 % intervals:",
+        "",
+        "| rule | seeds | random | dynamical − random | badge − random | largest share of g_S | "
+        "epochs a run |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _size(results: Mapping[str, Any]) -> int:

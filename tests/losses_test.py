@@ -56,3 +56,14 @@ def test_double_precision_stays():
         assert loss.dtype == residual.dtype == jnp.float64
         np.testing.assert_allclose(loss, -np.log(probabilities[:, 3]), rtol=1e-9)
         np.testing.assert_allclose(residual, probabilities - np.eye(4)[labels], atol=1e-15)
+
+
+def test_residual_is_at_most_root_two_times_the_loss(float64):
+    # So that the total loss bounds g_S, which is why training stops by it (docs/convergence.md).
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(2000, 5)) * generator.exponential(5, size=(2000, 1))
+    labels = generator.integers(0, 5, 2000)
+    norms = np.linalg.norm(losses.residual(logits, labels), axis=1)
+    bound = np.sqrt(2) * np.asarray(losses.cross_entropy(logits, labels))
+    assert np.all(norms <= bound * (1 + 1e-12) + 1e-15)
+    assert np.max(norms / bound) > 0.9  # And no smaller factor would do.
