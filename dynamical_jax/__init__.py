@@ -13,6 +13,7 @@ from dynamical_jax import active_learning as active_learning
 from dynamical_jax import data as data
 from dynamical_jax import dynamics as dynamics
 from dynamical_jax import errors as errors
+from dynamical_jax import files as files
 from dynamical_jax import gradients as gradients
 from dynamical_jax import labeling as labeling
 from dynamical_jax import losses as losses
@@ -20,6 +21,7 @@ from dynamical_jax import models as models
 from dynamical_jax import ntk as ntk
 from dynamical_jax import reports as reports
 from dynamical_jax import runs as runs
+from dynamical_jax import store as store
 from dynamical_jax import strategies as strategies
 from dynamical_jax import streams as streams
 from dynamical_jax import training as training

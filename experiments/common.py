@@ -329,11 +329,11 @@ def save(
       finished: whether this is all.
     """
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
-    record = dj.records.finite({**results, "flags": used, **dj.records.environment()})
+    record = dj.files.finite({**results, "flags": used, **dj.records.environment()})
     partial = directory / f"{name}.partial.json"
     path = directory / f"{name}.json" if finished else partial
     try:
-        dj.records.write(path, json.dumps(record, indent=1) + "\n")
+        dj.files.write(path, json.dumps(record, indent=1) + "\n")
         draw(path.with_suffix(".png"))
         if finished:
             partial.unlink(missing_ok=True)

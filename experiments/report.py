@@ -61,7 +61,7 @@ def run(directories: list[str]) -> list[str]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            dj.records.write(output / name, text)
+            dj.files.write(output / name, text)
         dj.plotting.accuracy(rounds, output / "accuracy.png")
     except OSError as error:
         raise dj.UserError(f"cannot write to {output}: {error.strerror}") from error

@@ -241,7 +241,7 @@ def trained(
     """
     if len(set(files.labels.values())) < 2:
         return None, {}
-    store = dj.checkpoints.Store(directory)
+    store = dj.store.Store(directory)
     learner, before, number = warm_start(files, store)
     if before.get("labels") == files.labels_checksum:
         print("no labels that the model was not trained on: it stays as it is")
@@ -278,7 +278,7 @@ def trained(
     return learner, facts
 
 
-def warm_start(files: Files, store: dj.checkpoints.Store) -> tuple[Learner, dict[str, Any], int]:
+def warm_start(files: Files, store: dj.store.Store) -> tuple[Learner, dict[str, Any], int]:
     """Returns the learner to train, what is known of its training, and the round's number."""
     kept = store.restore(lambda description, leaves: (description, leaves))
     description, leaves = kept or ({"round": -1, **kind(files)}, None)
@@ -293,7 +293,7 @@ def warm_start(files: Files, store: dj.checkpoints.Store) -> tuple[Learner, dict
         return learner_of(files, names, mean.tolist(), std.tolist()), {}, number
     mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
     old = learner_of(files, known, mean, std)
-    old = old._replace(variables=dj.checkpoints.unflattened(old.variables, leaves))
+    old = old._replace(variables=dj.store.unflattened(old.variables, leaves))
     new = [name for name in names if name not in known]
     if not new:
         return old, description, number
@@ -394,7 +394,7 @@ def write(
         "flags": {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)},
         **dj.records.environment(),
     }
-    dj.records.append(output.with_suffix(".jsonl"), record)
+    dj.files.append(output.with_suffix(".jsonl"), record)
     print(f"{output}: {len(proposed)} images to label next\n{output.with_suffix('.png')}")
 
 

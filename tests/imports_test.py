@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 # Each room (a folder, or a file at the top) may import those of earlier rows, and itself.
 ROOMS = (
     # what everything stands on
-    {"errors", "types", "streams"},
-    {"contract", "convolution"},
+    {"errors", "files", "types", "streams"},
+    {"contract", "convolution", "store"},
     # the paper's arrays
     {"losses", "dynamics"},
     # a network, and what is made of it
@@ -23,9 +23,10 @@ ROOMS = (
     # Algorithm 1
     {"training"},
     {"active_learning"},
-    # many runs, and what is made of them
-    {"runs"},
-    {"reports", "labeling"},
+    # many runs; a person in the loop, who needs none
+    {"runs", "labeling"},
+    # what is made of runs
+    {"reports"},
 )
 # These take arrays, and nothing that has a network or a data set in it.
 OF_ARRAYS = (

@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 from PIL import ExifTags, Image, ImageOps
 
+from dynamical_jax import files
 from dynamical_jax.errors import UserError
 
 # Files that differ in size, or would fill disks and networks at their own, are resized to this.
@@ -217,23 +218,19 @@ def check_options(size: int | None, channels: int | None, unreadable: str = "ski
 
 @contextlib.contextmanager
 def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another path to write to, which in the end becomes `path`; nothing if that fails.
+    """Gives another path to write to, which in the end becomes a file of the cache.
 
     Raises:
       UserError: if it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with files.replacing(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(
             f"cannot write the cache {path}: {error}; give another --cache_dir"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()  # There no more, unless something went wrong.
 
 
 def _flat(image: Image.Image, channels: int) -> Image.Image:

@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from dynamical_jax import files
 from dynamical_jax.errors import UserError
-from dynamical_jax.runs import records
 
 COLUMNS = ("path", "label")
 
@@ -116,7 +116,7 @@ def write_proposal(
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([image.path, "", image.predicted, *numbers, rank])
-    records.write(path, _mark(like) + table.getvalue())
+    files.write(path, _mark(like) + table.getvalue())
 
 
 def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
@@ -134,7 +134,7 @@ def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
         writer.writeheader()
     writer.writerows({"path": name, "label": label} for name, label in labels.items())
     between = end if text and not text.endswith("\n") else ""
-    records.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
+    files.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dynamical_jax import files
 from dynamical_jax.active_learning import Round
 from dynamical_jax.errors import UserError
 
@@ -79,17 +80,6 @@ def environment() -> Mapping[str, Any]:
     }
 
 
-def append(path: pathlib.Path, record: Record) -> None:
-    """Adds a line and sees to it that it is on disk.
-
-    JSON has no infinities: `gamma=inf` is written as the string "inf".
-    """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read(path: pathlib.Path) -> list[Record]:
     """Returns the records of a file; a last line without an end is no record.
 
@@ -113,7 +103,7 @@ def read(path: pathlib.Path) -> list[Record]:
 
 def as_read(record: Record) -> Record:
     """Returns a record as `read` will give it."""
-    return json.loads(json.dumps(finite(record)))
+    return json.loads(json.dumps(files.finite(record)))
 
 
 def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
@@ -200,25 +190,6 @@ def rounded(value: float, digits: int = 2, sign: str = "") -> str:
     exact = decimal.Decimal(f"{value:.10f}") + 0  # No minus before a zero.
     last = decimal.Decimal(1).scaleb(-digits)
     return f"{exact.quantize(last, decimal.ROUND_HALF_UP):{sign}f}"
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it is there wholly or not at all, and on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """Returns a value as JSON can hold it: infinities and NaN as strings."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(package: str) -> str | None:

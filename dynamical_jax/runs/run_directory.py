@@ -9,6 +9,7 @@ from typing import Any
 
 import filelock
 
+from dynamical_jax import files
 from dynamical_jax.errors import UserError
 from dynamical_jax.runs import records
 
@@ -34,7 +35,7 @@ class RunDirectory:
 
     def append(self, record: records.Record) -> None:
         """Adds the record of a round."""
-        records.append(self.rounds, record)
+        files.append(self.rounds, record)
         self.done[record["strategy"], record["seed"]].append(record)
 
     def checkpoints(self, strategy: str, seed: int) -> pathlib.Path:
@@ -102,7 +103,7 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
     """Checks the flags against those of the directory, or writes them to a new one."""
-    ours = json.loads(json.dumps(records.finite(flags)))
+    ours = json.loads(json.dumps(files.finite(flags)))
     file = path / FLAGS_NAME
     if _holds_work(path):
         try:
@@ -118,7 +119,7 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
                 "--output_dir"
             )
     else:
-        records.write(file, json.dumps(ours, indent=1))
+        files.write(file, json.dumps(ours, indent=1))
     (path / records.FILE_NAME).touch()
 
 

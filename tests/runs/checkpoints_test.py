@@ -8,7 +8,7 @@ import toy
 
 import dynamical_jax as dj
 from dynamical_jax.runs import comparison, records, run_directory
-from dynamical_jax.runs.checkpoints import Checkpoints, Store
+from dynamical_jax.runs.checkpoints import Checkpoints
 
 FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
 
@@ -26,18 +26,6 @@ def outcome(rounds):
     for record in kept:
         del record["seconds"]
     return kept
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
-
-    def save(*args, **kwargs):
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
-
-    monkeypatch.setattr(ocp.Checkpointer, "save", save)
-    with pytest.raises(dj.UserError, match=r"cannot write .*one: there is no space left"):
-        Store(tmp_path).save("one", [np.zeros(2)], {})
-    assert Store(tmp_path).restore(lambda description, leaves: leaves) is None
 
 
 class Killed(BaseException):
@@ -187,7 +175,7 @@ class TestRunDirectory:
             pass
 
     def test_records_of_unknown_making(self, tmp_path):
-        records.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
+        dj.files.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
         with (
             pytest.raises(dj.UserError, match=r"holds records, but no readable flags.json"),
             run_directory.opened(str(tmp_path), FLAGS),
@@ -245,7 +233,7 @@ class TestPlay:
         experiment_ = experiment(dataset)
         state = experiment_.init()
         stale.save(state._replace(round_index=2))
-        flags = json.dumps(records.finite(FLAGS))
+        flags = json.dumps(dj.files.finite(FLAGS))
         (tmp_path / "run" / run_directory.FLAGS_NAME).write_text(flags)
         append, calls = run_directory.RunDirectory.append, []
 
@@ -267,7 +255,7 @@ class TestPlay:
         rounds = records.read(tmp_path / "rounds.jsonl")
         (tmp_path / "rounds.jsonl").unlink()
         for record in rounds[:2]:
-            records.append(tmp_path / "rounds.jsonl", {**record, "test_loss": 7.0})
+            dj.files.append(tmp_path / "rounds.jsonl", {**record, "test_loss": 7.0})
         failures, _ = self.play(tmp_path, dataset)
         (failure,) = failures
         assert "round 0 came out differently when it was played again (test_loss)" in failure

@@ -1,0 +1,185 @@
+"""Draws the pictures of docs/gallery.md: what each strategy asks for in two dimensions, and why.
+
+  python -m docs.gallery
+
+One network is trained on a few labeled points of the plane. Each strategy then asks it for ten
+more. Its picture shows them in the order in which they were chosen, over the score that a point
+would have had at any place of the plane. Half a minute on two cores; the same pictures each time.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from matplotlib import colors
+
+import dynamical_jax as dj
+from dynamical_jax import strategies
+from dynamical_jax.reports import plotting
+
+FOLDER = pathlib.Path(__file__).parent / "gallery"
+SEED = 0
+BATCH_SIZE = 10
+GRID_SIZE = 120
+KEY = jax.random.key(SEED)
+CLASS_COLORS = ("tab:blue", "tab:orange", "tab:green")
+QUERY_COLOR = "crimson"
+
+Background = Callable[[Any], np.ndarray]
+
+
+class MLP(nn.Module):
+    """A network of the plane, with the embedding that some strategies look at."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> dj.Outputs:
+        """Returns logits and embedding of points `[n, 2]`."""
+        for _ in range(2):
+            x = nn.tanh(nn.Dense(32)(x))
+        return dj.Outputs(nn.Dense(len(CLASS_COLORS))(x), x)
+
+
+class Task(NamedTuple):
+    """What is drawn: a pool, the labeled points, and the network trained on these."""
+
+    pool: dj.Examples
+    labeled: np.ndarray
+    model: nn.Module
+    variables: Any
+
+    def view(self, unlabeled: np.ndarray | None = None) -> dj.LearnerView:
+        """Returns what a strategy sees, with these points to choose from, or the pool's."""
+        if unlabeled is None:
+            unlabeled = np.delete(self.pool.x, self.labeled, axis=0)
+        labeled = dj.Examples(self.pool.x[self.labeled], self.pool.y[self.labeled])
+        return dj.LearnerView(self.model.apply, self.variables, labeled, unlabeled)
+
+
+def main() -> None:
+    """Draws all pictures."""
+    FOLDER.mkdir(exist_ok=True)
+    task = make_task()
+    draw_task(task, FOLDER / "task.png")
+    for name, strategy in dj.STRATEGIES.items():
+        draw(task, strategy(), FOLDER / f"{name}.png")
+        print(FOLDER / f"{name}.png")
+
+
+def make_task(num_labeled: int = 12) -> Task:
+    """Returns three classes that meet and an island of one, and a network that has not seen it."""
+    generator = np.random.default_rng(SEED)
+    angle = 2 * np.pi * np.arange(3) / 3 + 0.6
+    centers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    parts = [
+        generator.normal(center, 0.45, (count, 2))
+        for center, count in zip(centers, (150, 110, 150), strict=True)
+    ]
+    island = generator.normal((3.2, -0.6), 0.2, (50, 2))
+    x = np.concatenate([*parts, island]).astype(np.float32)
+    pool = dj.Examples(x, np.repeat([0, 1, 2, 1], [150, 110, 150, 50]).astype(np.int32))
+    labeled = generator.choice(len(x) - len(island), num_labeled, replace=False)
+    model = MLP()
+    start = dj.models.init(model, dj.streams.key(SEED, "weights"), pool.x)
+    known = dj.Examples(pool.x[labeled], pool.y[labeled])
+    fit = dj.training.fit(model, start, known, dj.TrainingConfig(learning_rate=1e-2), SEED)
+    return Task(pool, labeled, model, fit.variables)
+
+
+def background(strategy: strategies.Strategy, view: dj.LearnerView) -> np.ndarray:
+    """Returns for each unlabeled point the score by which it would be chosen first.
+
+    Strategies that choose one point after the other score what is left anew each time, by its
+    distance to those that were chosen: their first look at the points is what this returns.
+    """
+    key_score, _ = jax.random.split(KEY)  # As `Strategy.query` does.
+    return first_look(strategy.score(key_score, view, strategy.init()))
+
+
+def first_look(scored: Any) -> np.ndarray:
+    """Returns `[n]` scores of what a strategy's `score` returns."""
+    match scored:
+        case strategies.dynamical.Changes():
+            return scored.change
+        case strategies.coreset.Embeddings():
+            between = scored.unlabeled[:, None] - scored.labeled[None]
+            return np.min(np.linalg.norm(between, axis=-1), axis=1)
+        case strategies.badge.Factors():
+            return np.prod([np.linalg.norm(part, axis=-1) for part in scored], axis=0)
+        case strategies.albl.BanditState(), of_arm:
+            return first_look(of_arm)
+    return np.asarray(scored)
+
+
+def draw(task: Task, strategy: strategies.Strategy, path: pathlib.Path) -> None:
+    """Draws the score over the plane, the points, and those that are asked for."""
+    picture, axes = canvas()
+    sides, points = grid(task)
+    score = background(strategy, task.view(points)).reshape(GRID_SIZE, GRID_SIZE)
+    # Few points with a score far above the rest would leave one colour for all others.
+    low, high = np.quantile(score, (0.02, 0.98))
+    axes.pcolormesh(
+        *sides,
+        score,
+        cmap="Greys",
+        norm=colors.Normalize(low, high + (high - low) / 2),
+        rasterized=True,
+    )
+    draw_points(axes, task)
+    view = task.view()
+    query = strategy.query(KEY, view, BATCH_SIZE)
+    chosen = view.unlabeled[query.positions]
+    axes.scatter(*chosen.T, s=70, color=QUERY_COLOR, edgecolors="white", linewidths=0.8, zorder=4)
+    for number, point in enumerate(chosen, start=1):
+        style = {"ha": "center", "va": "center_baseline", "fontsize": 6, "color": "white"}
+        axes.text(*point, str(number), zorder=5, **style)
+    save(picture, path)
+
+
+def draw_task(task: Task, path: pathlib.Path) -> None:
+    """Draws the points, and what the network takes each place of the plane for."""
+    picture, axes = canvas()
+    sides, points = grid(task)
+    logits = task.model.apply(task.variables, points).logits
+    predicted = np.argmax(logits, axis=-1).reshape(GRID_SIZE, GRID_SIZE)
+    classes = colors.ListedColormap(CLASS_COLORS)
+    axes.pcolormesh(*sides, predicted, cmap=classes, alpha=0.25, vmin=0, vmax=2, rasterized=True)
+    draw_points(axes, task, truth=True)
+    save(picture, path)
+
+
+def draw_points(axes: Any, task: Task, truth: bool = False) -> None:
+    """Draws the pool, with the classes that no strategy sees if `truth`, and what is labeled."""
+    classes = np.array(CLASS_COLORS)
+    pool_colors = classes[task.pool.y] if truth else "tab:cyan"
+    axes.scatter(*task.pool.x.T, s=5, c=pool_colors, linewidths=0, zorder=2)
+    x, y = task.pool.x[task.labeled], task.pool.y[task.labeled]
+    axes.scatter(*x.T, s=45, c=classes[y], marker="s", edgecolors="black", zorder=3)
+
+
+def grid(task: Task) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the sides of a grid over the plane, and its points `[GRID_SIZE², 2]`."""
+    low, high = task.pool.x.min(axis=0) - 0.3, task.pool.x.max(axis=0) + 0.3
+    sides = [np.linspace(*ends, GRID_SIZE) for ends in zip(low, high, strict=True)]
+    points = np.stack(np.meshgrid(*sides), axis=-1).reshape(-1, 2)
+    return sides, points.astype(np.float32)
+
+
+def canvas() -> tuple[Any, Any]:
+    """Returns an empty picture and its axes."""
+    picture = plotting.figure(5.0, 3.2)
+    axes = picture.subplots()
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    return picture, axes
+
+
+def save(picture: Any, path: pathlib.Path) -> None:
+    """Writes a picture, without the version of what drew it."""
+    picture.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

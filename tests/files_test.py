@@ -1,0 +1,61 @@
+"""Files are there wholly or not at all, and hold JSON that any program can read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dynamical_jax import files
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestReplacing:
+    def test_what_was_there_stays_until_all_is_written(self, tmp_path):
+        path = tmp_path / "table.csv"
+        path.write_text("old")
+        with files.replacing(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old"
+            assert partial.parent == path.parent  # Else it could not be renamed at one stroke.
+        assert path.read_text() == "new"
+        assert names(tmp_path) == ["table.csv"]
+
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    def test_nothing_is_left_of_what_fails(self, tmp_path, error):
+        path = tmp_path / "table.csv"
+        path.write_text("old")
+
+        def fail():
+            with files.replacing(path) as partial:
+                partial.write_text("half of the n")
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["table.csv"]
+
+
+def test_write_keeps_the_ends_of_lines(tmp_path):
+    files.write(tmp_path / "table.csv", "ä\r\nb\n")
+    assert (tmp_path / "table.csv").read_bytes() == "ä\r\nb\n".encode()
+    assert names(tmp_path) == ["table.csv"]
+
+
+def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
+    path, synced = tmp_path / "log.jsonl", []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(path.read_text()))
+    files.append(path, {"round": 0})
+    files.append(path, {"round": 1})
+    # Flushed before it is synced: what the kernel does not have cannot reach the disk.
+    assert synced == ['{"round": 0}\n', '{"round": 0}\n{"round": 1}\n']
+
+
+def test_infinity_is_written_as_a_word(tmp_path):
+    path = tmp_path / "log.jsonl"
+    files.append(path, {"flags": {"gamma": np.inf, "sizes": (1, np.nan)}, "x": np.float64(-np.inf)})
+    line = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert line == {"flags": {"gamma": "inf", "sizes": [1, "nan"]}, "x": "-inf"}
