@@ -84,8 +84,9 @@ def significance(rounds: Sequence[records.Record], references: Iterable[str]) ->
       rounds: the records of one setting.
       references: strategies against which the others are tested, those of them that are there.
     """
-    curves = records.curves(rounds)
     scores = common_scores(rounds)
+    # Of the seeds that all share: a mean over others is not to be compared with these.
+    curves = records.curves(record for record in rounds if record["seed"] in scores.seeds)
     lines = [f"# What the differences are worth: {rounds[0]['dataset']}, {rounds[0]['model']}", ""]
     lines += _summary(curves, scores)
     if len(scores.seeds) < 2:

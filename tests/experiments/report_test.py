@@ -246,6 +246,16 @@ def test_random_unfinished_gives_no_label_efficiency(run, tmp_path):
     assert cells(text, "5 seeds.")["strategy"] == ["area under the curve"]
 
 
+def test_a_seed_that_one_strategy_lacks_counts_for_none(run, tmp_path):
+    tables = []
+    for left_out in (lambda r: r["strategy"] == "dynamical" and r["round"] == 4, lambda r: True):
+        run([r for r in records() if not (r["seed"] == 2 and left_out(r))])
+        text = (tmp_path / "run0" / "statistics.md").read_text()
+        tables.append(cells(text, "4 seeds."))
+    assert tables[0] == tables[1]
+    assert len(tables[0]["dynamical"]) == 3
+
+
 def test_areas_of_other_rounds_are_not_compared(run, tmp_path):
     lines = [r for r in records() if not (r["strategy"] == "margin" and r["round"] == 2)]
     run(lines)
