@@ -6,6 +6,8 @@ Three quantities, each for any set size in bounded memory:
 - `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
 - `per_example_gradients`: g_u itself, for small sets.
 
+`register` tells the factored engine of a layer of your own, `verify` whether that was right.
+
 Gradients are over all trainable parameters with the model in evaluation mode, where the gradient of
 an example depends on that example alone.
 """
@@ -17,4 +19,7 @@ from dynamical_jax.gradients.per_example import per_example_gradients as per_exa
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products
 from dynamical_jax.gradients.set_gradient import set_gradient as set_gradient
+from dynamical_jax.gradients.shares import register as register
+from dynamical_jax.gradients.verification import Verification as Verification
+from dynamical_jax.gradients.verification import verify as verify
 from dynamical_jax.types import GradientTerms as GradientTerms

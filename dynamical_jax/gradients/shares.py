@@ -25,6 +25,7 @@ from flax import linen as nn
 from jax import lax
 
 from dynamical_jax import convolution
+from dynamical_jax.errors import UserError
 from dynamical_jax.types import Array
 
 Shares = tuple[Array, Array]
@@ -271,6 +272,34 @@ SHARES: dict[type[nn.Module], Callable[..., Shares]] = {
     nn.Embed: embedding_shares,
 }
 """Layers of exactly these types; others that own parameters and no further layers are formed."""
+
+
+def register(
+    layer: type[nn.Module],
+    *,
+    like: type[nn.Module] | None = None,
+    shares: Callable[..., Shares] | None = None,
+) -> None:
+    """Tells the factored engine how a layer of your own adds to ‖g_u‖² and g_u·v.
+
+    A layer that is not registered is exact, too: its gradients are formed, example by example,
+    which takes longer. A wrong registration gives wrong scores: `gradients.verify` finds it.
+
+    Args:
+      layer: a class of Flax Linen modules that own parameters.
+      like: a registered layer from which it differs in nothing that matters in evaluation mode:
+        same parameters under the same names, same output.
+      shares: or a function like those of this file.
+
+    Raises:
+      UserError: unless exactly one of `like` and `shares` is given, and `like` is known.
+    """
+    if (like is None) == (shares is None):
+        raise UserError("register(layer, like=…) or register(layer, shares=…): give one of the two")
+    if like is not None and like not in SHARES:
+        known = ", ".join(kind.__name__ for kind in SHARES)
+        raise UserError(f"{like.__name__} is not registered itself; registered are {known}")
+    SHARES[layer] = SHARES[like] if shares is None else shares
 
 
 CONVOLUTIONS = (None, lax.conv_general_dilated, convolution.conv_general_dilated)

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dynamical_jax import convolution
-from dynamical_jax.gradients import shares
+from dynamical_jax import convolution, gradients
 from dynamical_jax.types import Array
 
 # torch.nn.Linear and Conv2d: U(−1/√fan_in, 1/√fan_in), that is Kaiming uniform with a = √5.
@@ -102,4 +101,4 @@ class BatchNorm(nn.BatchNorm):
 
 
 # In evaluation it is `nn.BatchNorm`.
-shares.SHARES[BatchNorm] = shares.SHARES[nn.BatchNorm]
+gradients.register(BatchNorm, like=nn.BatchNorm)
