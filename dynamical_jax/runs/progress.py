@@ -48,22 +48,24 @@ class Bar(Reporter):
         if labeled is not None:
             goal = "" if target is None else f" → {target:.2g}"
             self._seen = f"loss {labeled.loss:.2g}{goal}, {labeled.accuracy:.1%} right"
-        self._show("training", epoch, self._max_epochs if target is None else None, self._seen)
+        total = self._max_epochs if target is None else None
+        self._show("training", epoch, total, "epochs", self._seen)
 
     def scored(self, done: int, total: int) -> None:
         """Shows how much of the pool is scored."""
-        self._show("scoring", done, total)
+        self._show("scoring", done, total, "examples")
 
     def write(self, line: str) -> None:
         """Prints a line to standard output without breaking the bar."""
         self._bar.write(line)
 
-    def _show(self, part: str, done: int, total: int | None, detail: str = "") -> None:
+    def _show(self, part: str, done: int, total: int | None, unit: str, detail: str = "") -> None:
         if self._bar.disable:
             return
         if (part, total) != self._total:
             self._total = (part, total)
-            self._bar.reset(total)
+            self._bar.reset()
+            self._bar.total, self._bar.unit = total, f" {unit}"
             self._bar.set_description_str(f"{self._round}, {part}")
         self._bar.set_postfix_str("; ".join(filter(None, (detail, self.status))), refresh=False)
         self._bar.update(done - self._bar.n)
