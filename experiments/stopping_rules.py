@@ -304,7 +304,7 @@ def report(directories: Sequence[str]) -> list[str]:
     text = "\n".join(filter(None, texts))
     print(text)
     parent = common.writable(str(pathlib.Path(directories[0]).resolve().parent))
-    dj.records.write(parent / "tables.md", text)
+    dj.files.write(parent / "tables.md", text)
     picture(every, parent / f"{NAME}.png")
     print(f"{parent / 'tables.md'}\n{parent / NAME}.png")
     return []
