@@ -28,7 +28,7 @@ from absl import flags
 
 import dynamical_jax as dj
 from benchmarks.task import Task
-from experiments import binary
+from dynamical_jax.programs import binary
 
 DEFAULT_BATCH_SIZES = {
     "cnn": (128, 512),

@@ -10,7 +10,7 @@ taken beyond parameters and images, in a process of its own that finds its progr
 from absl import app, flags, logging
 
 from benchmarks import harness
-from experiments import binary
+from dynamical_jax.programs import binary
 
 flags.adopt_module_key_flags(harness)
 

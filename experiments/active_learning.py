@@ -22,13 +22,14 @@ import sys
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary, common, paper
+from dynamical_jax.programs import binary, options, strategy
+from experiments import common, paper
 
 STRATEGIES = flags.DEFINE_list(
     "strategies", ["dynamical", "random"], f"Some of {', '.join(dj.STRATEGIES)}."
 )
-GAMMA = flags.DEFINE_float("gamma", 2.0, "dynamical: weight of g_u·g_S; inf for it alone.")
 flags.adopt_module_key_flags(common)
+flags.adopt_module_key_flags(strategy)
 
 PRESETS = [name for name, table in paper.tables().items() if "batch_size" in table.flags]
 
@@ -50,22 +51,10 @@ def run(argv: list[str]) -> list[str]:
         raise dj.UserError(f"no strategy given; choose from {', '.join(dj.STRATEGIES)}")
     if len(set(names)) < len(names):
         raise dj.UserError(f"a strategy is given twice: {','.join(names)}")
-    strategies = {name: make_strategy(name) for name in names}
-    budget = dj.Budget(common.INITIAL_SIZE.value, common.BATCH_SIZE.value, common.NUM_ROUNDS.value)
-    arms = {name: (strategy, budget) for name, strategy in strategies.items()}
+    strategies = {name: strategy.make(name) for name in names}
+    budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, common.NUM_ROUNDS.value)
+    arms = {name: (chosen, budget) for name, chosen in strategies.items()}
     return common.compare(arms, sys.modules[__name__], "{dataset}-{model}")
-
-
-def make_strategy(name: str) -> dj.strategies.Strategy:
-    """Returns a strategy with the options that the flags give it."""
-    options = {}
-    if name == "dynamical":
-        options = {
-            "gamma": GAMMA.value,
-            "engine": common.ENGINE.value,
-            "chunk_size": common.CHUNK_SIZE.value,
-        }
-    return dj.strategies.create(name, **options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 from absl import flags
 
 import dynamical_jax as dj
-from experiments import binary, paper
+from dynamical_jax.programs import options
+from experiments import circumstances, paper
 
 PRESET = flags.DEFINE_string(
     "preset",
@@ -23,14 +24,7 @@ DATASET = flags.DEFINE_string(
     f"One of {', '.join(dj.datasets.DATASETS)}, a folder of your own that holds one of images for "
     "each class, or an .npz file of image, or of embedding (vectors), and label.",
 )
-MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    f"One of {', '.join(dj.models.MODELS)}; by default {dj.models.DEFAULTS['images']}, for vectors "
-    f"{dj.models.DEFAULTS['vectors']}. Vectors need {' or '.join(dj.models.FOR_VECTORS)}.",
-)
 INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "Labels of the initial set.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
 NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How often labels are queried.")
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Repetitions, with seeds from --first_seed on.")
 FIRST_SEED = flags.DEFINE_integer(
@@ -46,22 +40,6 @@ CHECKPOINT_EVERY = flags.DEFINE_integer(
     lower_bound=1,
 )
 
-ENGINE = flags.DEFINE_enum(
-    "engine", "factored", list(dj.gradients.ENGINES), "dynamical: how gradients are computed."
-)
-CHUNK_SIZE = flags.DEFINE_integer(
-    "chunk_size", None, "dynamical: images scored at a time; by default what memory allows."
-)
-
-IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size",
-    None,
-    "Resize images to this side; by default their own (caltech101, and image files that differ in "
-    "size or are larger than 256: 64).",
-)
-CHANNELS = flags.DEFINE_integer(
-    "channels", None, "Of image files of your own, 1 or 3; by default 1 if all are grey."
-)
 TEST_DIR = flags.DEFINE_string(
     "test_dir", None, "Folder with test images, of the same classes as the folder --dataset."
 )
@@ -71,58 +49,14 @@ TEST_FRACTION = flags.DEFINE_float(
     "Share of each class to hold out if your own data have no test set; by default "
     f"{dj.folders.TEST_FRACTION}.",
 )
-UNREADABLE = flags.DEFINE_enum(
-    "unreadable", "skip", dj.images.UNREADABLE, "What to do with broken image files of your own."
-)
 FEATURE_SCALE = flags.DEFINE_enum(
     "feature_scale",
     "shared",
     dj.models.FEATURE_SCALES,
     "Vectors are divided by one deviation, which all features share, or each feature by its own.",
 )
-STEM = flags.DEFINE_enum(
-    "stem", "imagenet", dj.models.STEMS, "resnet18: torchvision's stem or CIFAR's."
-)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps data; else TFDS_DATA_DIR.")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS download and prepare missing data.")
-CACHE_DIR = flags.DEFINE_string(
-    "cache_dir",
-    None,
-    "Where decoded data and compiled programs are kept between runs; by default "
-    "~/.cache/dynamical_jax.",
-)
-
-OPTIMIZER = flags.DEFINE_enum(
-    "optimizer", "adam", list(dj.training.OPTIMIZERS), "Made afresh in every round."
-)
-LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate",
-    None,
-    f"Learning rate; by default {dj.models.LEARNING_RATE:g}, "
-    + ", ".join(f"for {name} {rate:g}" for name, rate in dj.models.LEARNING_RATES.items())
-    + ".",
-)
-SCHEDULE = flags.DEFINE_enum(
-    "schedule", "constant", dj.training.SCHEDULES, "Of the learning rate, over --max_epochs."
-)
-TRAIN_BATCH_SIZE = flags.DEFINE_integer("train_batch_size", 128, "Images per training step.")
-WEIGHT_DECAY = flags.DEFINE_float(
-    "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
-)
-TARGET_ACCURACY = flags.DEFINE_float(
-    "target_accuracy", 0.99, "Training goes on until this share of the labeled set S is right,"
-)
-TARGET_LOSS = flags.DEFINE_float(
-    "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
-)
-TARGET_TOTAL_LOSS = flags.DEFINE_float(
-    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
-)
-MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
-MAX_EPOCHS = flags.DEFINE_integer(
-    "max_epochs", 500, "training stops after so many epochs in any case."
-)
-LOOK_EVERY = flags.DEFINE_integer("look_every", 5, "Epochs of training between looks at S.")
 EVALUATE_EVERY = flags.DEFINE_integer(
     "evaluate_every",
     0,
@@ -130,7 +64,7 @@ EVALUATE_EVERY = flags.DEFINE_integer(
     "tables have it; 0: look only after the last epoch.",
     lower_bound=0,
 )
-
+flags.adopt_module_key_flags(options)
 
 INTERRUPTED = "interrupted; the same command continues from here"
 
@@ -167,12 +101,12 @@ def compare(
     """
     of_seeds = seeds()
     dataset, model = load()
-    training = training_config()
+    training = options.training_config()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     identity = {
         "dataset": dataset.name,
         "dataset_version": dataset.version,
-        "model": MODEL.value,
+        "model": options.MODEL.value,
         "flags": used,
     }
     runs = [
@@ -187,10 +121,10 @@ def compare(
     dj.records.environment()  # What cannot be recorded should fail now and not after a round.
     runs[0].experiment.init()  # The model may refuse images of this size.
     output_dir = OUTPUT_DIR.value or os.path.join(
-        "runs", default_dir.format(dataset=dataset.name, model=MODEL.value)
+        "runs", default_dir.format(dataset=dataset.name, model=options.MODEL.value)
     )
     decisive = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
-    decisive |= {name: value for name, value in used.items() if name not in binary.CIRCUMSTANCES}
+    decisive |= {name: value for name, value in used.items() if name not in circumstances.FLAGS}
     with dj.run_directory.opened(output_dir, decisive) as directory:
         failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
         summarize(directory.rounds)
@@ -199,24 +133,6 @@ def compare(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
         )
     return failures
-
-
-def training_config() -> dj.TrainingConfig:
-    """Returns how the flags want a model fitted; to be called once the model is settled."""
-    rate = LEARNING_RATE.value
-    return dj.TrainingConfig(
-        optimizer=OPTIMIZER.value,
-        learning_rate=dj.models.LEARNING_RATE if rate is None else rate,
-        schedule=SCHEDULE.value,
-        batch_size=TRAIN_BATCH_SIZE.value,
-        weight_decay=WEIGHT_DECAY.value,
-        target_accuracy=TARGET_ACCURACY.value,
-        target_loss=TARGET_LOSS.value,
-        target_total_loss=TARGET_TOTAL_LOSS.value,
-        min_epochs=MIN_EPOCHS.value,
-        max_epochs=MAX_EPOCHS.value,
-        look_every=LOOK_EVERY.value,
-    )
 
 
 def seeds() -> range:
@@ -228,68 +144,32 @@ def seeds() -> range:
 
 def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
-    training_config()  # What is wrong should be said before the data are read.
-    if MODEL.value is not None:
-        settle_model()
+    options.training_config()  # What is wrong should be said before the data are read.
+    if options.MODEL.value is not None:
+        options.settle_model()
     dataset = load_dataset()
-    options = settle_model(dataset.kind)
+    attributes = options.settle_model(dataset.kind)
     if dataset.kind == "vectors":
-        options["feature_scale"] = FEATURE_SCALE.value
+        attributes["feature_scale"] = FEATURE_SCALE.value
     elif not flags.FLAGS["feature_scale"].using_default_value:
         raise dj.UserError(f"--feature_scale has no effect on {dataset.name}, only on vectors")
-    return dataset, dj.models.create(MODEL.value, dataset, **options)
-
-
-def settle_model(kind: str = "images") -> dict[str, Any]:
-    """Gives --model and --learning_rate values where they have none; returns the model's options.
-
-    Args:
-      kind: of the data, "images" or "vectors".
-
-    Raises:
-      UserError: if there is no such model, or an option is given that it does not have.
-    """
-    if MODEL.value is None:  # Set, so that records hold the model that was used.
-        flags.FLAGS["model"].value = dj.models.DEFAULTS[kind]
-    dj.models.check_name(MODEL.value)
-    if LEARNING_RATE.value is None:
-        rate = dj.models.LEARNING_RATES.get(MODEL.value, dj.models.LEARNING_RATE)
-        flags.FLAGS["learning_rate"].value = rate
-    return model_options()
-
-
-def model_options() -> dict[str, Any]:
-    """Returns the options that the flags give the model.
-
-    Raises:
-      UserError: if one is given that the model does not have.
-    """
-    if not flags.FLAGS["stem"].using_default_value and MODEL.value != "resnet18":
-        raise dj.UserError(f"only resnet18 has a --stem, and the model is {MODEL.value}")
-    return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
+    return dataset, dj.models.create(options.MODEL.value, dataset, **attributes)
 
 
 def load_dataset() -> dj.Dataset:
     """Returns the data set that the flags name, and keeps compiled programs beside it."""
-    cache_dir = prepared_cache_dir()
+    cache_dir = options.prepared_cache_dir()
     return dj.datasets.load(
         DATASET.value,
-        image_size=IMAGE_SIZE.value,
+        image_size=options.IMAGE_SIZE.value,
         data_dir=DATA_DIR.value,
         cache_dir=cache_dir,
         download=DOWNLOAD.value,
         test_dir=TEST_DIR.value,
         test_fraction=TEST_FRACTION.value,
-        channels=CHANNELS.value,
-        unreadable=UNREADABLE.value,
+        channels=options.CHANNELS.value,
+        unreadable=options.UNREADABLE.value,
     )
-
-
-def prepared_cache_dir() -> str:
-    """Returns where decoded data are kept, and keeps compiled programs beside them."""
-    cache_dir = CACHE_DIR.value or dj.datasets.default_cache_dir()
-    binary.keep_compiled_programs(cache_dir)
-    return cache_dir
 
 
 def writable(directory: str) -> pathlib.Path:

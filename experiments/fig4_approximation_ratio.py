@@ -29,7 +29,8 @@ import tqdm
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary, common
+from dynamical_jax.programs import binary, options
+from experiments import common
 
 SIZES = flags.DEFINE_list("ratio_sizes", ["25", "50", "100"], "The values of b = |Q|.")
 NUM_QUERIES = flags.DEFINE_integer("num_queries", 20, "Random Q at each epoch.", lower_bound=2)
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> list[str]:
     if common.INITIAL_SIZE.value < 1:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
     dataset, model = common.load()
-    config = common.training_config()
+    config = options.training_config()
     size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
     if needed > len(dataset.pool.y):
         raise dj.UserError(
@@ -75,7 +76,7 @@ def run(argv: list[str]) -> list[str]:
         config = dataclasses.replace(
             config, target_accuracy=None, target_loss=None, target_total_loss=None
         )
-    default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
     directory = common.writable(common.OUTPUT_DIR.value or default)
 
     def keep(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
@@ -172,8 +173,8 @@ def of_query(
         variables,
         query,
         grad_s,
-        engine=common.ENGINE.value,
-        chunk_size=common.CHUNK_SIZE.value,
+        engine=options.ENGINE.value,
+        chunk_size=options.CHUNK_SIZE.value,
     )
     changes = np.asarray(
         dj.dynamics.change_of_training_dynamics(terms.squared_norm, terms.inner_product)

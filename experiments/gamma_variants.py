@@ -14,7 +14,8 @@ import sys
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import active_learning, binary, common
+from dynamical_jax.programs import binary, options
+from experiments import active_learning, common
 
 GAMMAS = flags.DEFINE_list("gammas", ["0", "1", "2", "inf"], "The values of γ to compare.")
 flags.adopt_module_key_flags(common)
@@ -29,14 +30,14 @@ def run(argv: list[str]) -> list[str]:
     """Checks the flags, then plays every γ with every seed; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(active_learning.PRESETS)
-    budget = dj.Budget(common.INITIAL_SIZE.value, common.BATCH_SIZE.value, common.NUM_ROUNDS.value)
+    budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {}
     for text in GAMMAS.value:
         try:
             gamma = float(text)
         except ValueError as error:
             raise dj.UserError(f"gammas are numbers or inf, got {text!r}") from error
-        strategy = dj.strategies.Dynamical(gamma, common.ENGINE.value, common.CHUNK_SIZE.value)
+        strategy = dj.strategies.Dynamical(gamma, options.ENGINE.value, options.CHUNK_SIZE.value)
         if (name := f"gamma={gamma:g}") in arms:
             raise dj.UserError(f"a gamma is given twice: {','.join(GAMMAS.value)}")
         arms[name] = (strategy, budget)

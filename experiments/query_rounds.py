@@ -13,7 +13,8 @@ import sys
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary, common, paper
+from dynamical_jax.programs import binary, options
+from experiments import common, paper
 
 BUDGET = flags.DEFINE_integer("budget", 120, "Labels to query, besides those of the initial set.")
 ROUNDS = flags.DEFINE_list("rounds", ["10", "4", "2", "1"], "In how many queries; each divides it.")
@@ -36,7 +37,7 @@ def run(argv: list[str]) -> list[str]:
         if not flags.FLAGS[name].using_default_value:
             raise dj.UserError(f"--{name} follows here from --budget and --rounds")
     strategy = dj.strategies.Dynamical(
-        engine=common.ENGINE.value, chunk_size=common.CHUNK_SIZE.value
+        engine=options.ENGINE.value, chunk_size=options.CHUNK_SIZE.value
     )
     arms = {}
     for text in ROUNDS.value:

@@ -16,7 +16,8 @@ import pathlib
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary, paper
+from dynamical_jax.programs import binary
+from experiments import circumstances, paper
 
 OUTPUT_DIR = flags.DEFINE_string(
     "report_dir", None, "Where the report goes; by default the first of the directories."
@@ -31,7 +32,7 @@ REFERENCES = flags.DEFINE_list(
 # What a record must hold to be reported.
 NEEDED = {"strategy", "seed", "round", "num_labeled", "test_accuracy", "flags", "dataset", "model"}
 # What may differ between directories that are reported together.
-OF_ONE_DIRECTORY = {*binary.CIRCUMSTANCES, "num_seeds", "first_seed", "strategies"}
+OF_ONE_DIRECTORY = {*circumstances.FLAGS, "num_seeds", "first_seed", "strategies"}
 
 
 def main(argv: list[str]) -> int | None:

@@ -37,7 +37,8 @@ import tqdm
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary, common
+from dynamical_jax.programs import binary, options
+from experiments import common
 
 POOL_SIZE = flags.DEFINE_integer(
     "pool_size", None, "Choose from so many random examples of the pool; by default from all."
@@ -83,7 +84,7 @@ def run(argv: list[str]) -> list[str]:
     if directories := argv[1:]:
         return report(directories)
     binary.check_command_line(argv, sys.modules[__name__])
-    seeds, size = common.seeds(), common.BATCH_SIZE.value
+    seeds, size = common.seeds(), options.BATCH_SIZE.value
     dataset, model = common.load()
     needed = common.INITIAL_SIZE.value + (POOL_SIZE.value or size)
     if min(common.INITIAL_SIZE.value, size, POOL_SIZE.value or size) < 1 or size > (
@@ -95,15 +96,15 @@ def run(argv: list[str]) -> list[str]:
             f"{needed} examples are needed; the pool of {dataset.name} has {len(dataset.pool.y)}"
         )
     config = dataclasses.replace(
-        common.training_config(),
+        options.training_config(),
         target_accuracy=None,
         target_loss=None,
         target_total_loss=None,
         look_every=1,
     )
-    default = os.path.join("runs", f"{NAME}-{dataset.name}-{common.MODEL.value}")
+    default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
     directory = common.writable(common.OUTPUT_DIR.value or default)
-    results: dict[str, Any] = {"dataset": dataset.name, "model": common.MODEL.value, "seeds": {}}
+    results: dict[str, Any] = {"dataset": dataset.name, "model": options.MODEL.value, "seeds": {}}
     for number, seed in enumerate(seeds, start=1):
         results["seeds"][str(seed)] = looks_of(dataset, model, config, seed)
         draw = functools.partial(picture, [results])
@@ -177,15 +178,15 @@ def look_at(
       them; "random_ratio": R of as many random candidates; "dynamics": G(S); "median" and "mean" of
       ‖g_u‖² over the candidates.
     """
-    size = common.BATCH_SIZE.value
+    size = options.BATCH_SIZE.value
     grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
     terms = dj.gradients.norms_and_products(
         model.apply,
         variables,
         candidates,
         grad_s,
-        engine=common.ENGINE.value,
-        chunk_size=common.CHUNK_SIZE.value,
+        engine=options.ENGINE.value,
+        chunk_size=options.CHUNK_SIZE.value,
     )
     squared_norm, inner_product = (
         np.asarray(part, np.float64) for part in (terms.squared_norm, terms.inner_product)

@@ -27,6 +27,8 @@ ROOMS = (
     {"runs", "labeling"},
     # what is made of runs
     {"reports"},
+    # command lines
+    {"programs"},
 )
 # These take arrays, and nothing that has a network or a data set in it.
 OF_ARRAYS = (
@@ -87,7 +89,9 @@ def test_mathematics_of_arrays_knows_no_network_and_no_data(file):
     assert set(imported(PACKAGE / file)) <= {"errors", "types", *others}
 
 
-@pytest.mark.parametrize("module", ["dynamical_jax", "experiments.active_learning"])
+@pytest.mark.parametrize(
+    "module", ["dynamical_jax", "experiments.active_learning", "dynamical_jax.programs.select"]
+)
 def test_nothing_heavy_is_imported_before_it_is_needed(module):
     program = (
         f"import sys, {module}\n"

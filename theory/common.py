@@ -13,8 +13,9 @@ import tqdm
 from absl import flags
 
 import dynamical_jax as dj
+from dynamical_jax.programs import binary
 from dynamical_jax.types import ApplyFn, Array, Variables
-from experiments import binary, common
+from experiments import common
 
 WIDTHS = flags.DEFINE_list(
     "widths", ["64", "64", "64"], "Channels of each convolution of the network, ntk_cnn."

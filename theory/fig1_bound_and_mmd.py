@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary
+from dynamical_jax.programs import binary
 from theory import common
 
 QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")

@@ -25,7 +25,7 @@ import scipy.stats
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary
+from dynamical_jax.programs import binary
 from experiments import common as experiment
 from theory import common
 

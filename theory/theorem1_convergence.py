@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary
+from dynamical_jax.programs import binary
 from theory import common
 
 STEPS = flags.DEFINE_integer("steps", 200, "Steps of gradient descent.", lower_bound=1)

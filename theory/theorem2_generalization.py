@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import dynamical_jax as dj
-from experiments import binary
+from dynamical_jax.programs import binary
 from theory import common
 
 for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):

@@ -1,6 +1,18 @@
-"""A person in the loop: tables of labels, and of images to label."""
+"""A person in the loop: which images to label next, round after round.
 
+- `tables`: labels so far, and images that are asked for, in CSV files that a person edits;
+- `folder`: the images, what is labeled and what there is to choose from;
+- `learner`: the model, trained further in each round;
+- `proposal`: what the model and a strategy ask for next.
+"""
+
+from dynamical_jax.labeling import folder as folder
+from dynamical_jax.labeling import learner as learner
+from dynamical_jax.labeling import proposal as proposal
 from dynamical_jax.labeling import tables as tables
+from dynamical_jax.labeling.folder import Folder as Folder
+from dynamical_jax.labeling.learner import Config as Config
+from dynamical_jax.labeling.learner import Learner as Learner
 from dynamical_jax.labeling.tables import Labels as Labels
 from dynamical_jax.labeling.tables import Proposed as Proposed
 from dynamical_jax.labeling.tables import add_labels as add_labels

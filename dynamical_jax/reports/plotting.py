@@ -66,28 +66,6 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     picture.savefig(path, dpi=150)
 
 
-def contact_sheet(
-    images: Sequence[np.ndarray], captions: Sequence[str], path: pathlib.Path
-) -> None:
-    """Draws images in rows of ten, each with a caption.
-
-    Args:
-      images: `[h, w, 3]` uint8 each, not none.
-      captions: of each, one line or two.
-      path: of the picture.
-    """
-    columns = min(10, len(images))
-    rows = -(-len(images) // columns)
-    picture = figure(1.3 * columns, 1.6 * rows)
-    grid = picture.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, caption in zip(grid.flat, images, captions, strict=False):
-        axes.imshow(image)
-        axes.set_title(caption, fontsize=7, parse_math=False)
-    picture.savefig(path, dpi=110)
-
-
 def figure(width: float, height: float) -> Any:
     """Returns an empty matplotlib figure, to be saved; pyplot and its backend are left alone."""
     from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while

@@ -1,27 +1,35 @@
-"""What every binary does, whatever its flags."""
+"""What every program does, whatever its flags: those of the package, and the checkout's."""
 
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import flags
+from absl import app, flags, logging
 
-import dynamical_jax as dj
+from dynamical_jax.errors import UserError
 
-# Flags that change no result: a directory may be continued with others.
-CIRCUMSTANCES = {
-    "preset",
-    "output_dir",
-    "checkpoint_every",
-    "chunk_size",
-    "data_dir",
-    "download",
-    "cache_dir",
-    "unreadable",  # What is left out is not of the data, whose version is compared.
-}
+OURS = ("dynamical_jax.", "experiments.", "theory.")
+"""Where flags are defined that a program should not be given in vain."""
+
+
+def start(program: types.ModuleType) -> None:
+    """Runs a program as the command line asks, and exits with its status.
+
+    A console script, or a file that only calls this, is then as good as the program itself: --help
+    shows the program's docstring and its key flags.
+
+    Args:
+      program: its `main` takes the command line without flags and returns the exit status.
+    """
+    sys.modules["__main__"].__doc__ = program.__doc__
+    for flag in flags.FLAGS.get_key_flags_for_module(program):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
+    app.run(program.main)
 
 
 def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
@@ -35,7 +43,7 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             failures = run()
-    except dj.UserError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -63,12 +71,12 @@ def check_command_line(argv: list[str], module: Any) -> None:
       module: the binary; its key flags are those that it reads.
     """
     if len(argv) > 1:
-        raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
+        raise UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
     read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
     for where, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined if where.startswith(("experiments.", "theory.")) else ():
+        for flag in defined if where.startswith(OURS) else ():
             if flag.name not in read and not flag.using_default_value:
-                raise dj.UserError(f"--{flag.name} has no effect here; --help lists what has")
+                raise UserError(f"--{flag.name} has no effect here; --help lists what has")
 
 
 def keep_compiled_programs(cache_dir: str) -> None:
@@ -77,7 +85,7 @@ def keep_compiled_programs(cache_dir: str) -> None:
     try:
         os.makedirs(compiled, exist_ok=True)
     except OSError as error:
-        raise dj.UserError(f"cannot write to {compiled}: {error.strerror}") from error
+        raise UserError(f"cannot write to {compiled}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
@@ -89,5 +97,5 @@ def positive(flag: str, values: Sequence[str]) -> list[int]:
       UserError: if there are none, or others than positive whole ones.
     """
     if not values or not all(value.isdecimal() and int(value) for value in values):
-        raise dj.UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
+        raise UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
     return [int(value) for value in values]

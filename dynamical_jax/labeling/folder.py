@@ -1,0 +1,152 @@
+"""A folder of images, of which a table labels some: what is labeled, what there is to choose from.
+
+Images are known by their paths relative to the folder, with slashes.
+"""
+
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamical_jax.data import images
+from dynamical_jax.errors import UserError
+from dynamical_jax.labeling import tables
+from dynamical_jax.types import Rows
+
+
+class Folder(NamedTuple):
+    """The images.
+
+    Attributes:
+      paths: of each, relative to the folder.
+      x: `[n, h, w, c]`.
+      labels: path → class name, in the order in which labels came, of images that can be read.
+      labeled: rows of `x` that have a label, in this order.
+      unlabeled: rows to choose from: of copies only the first, and none of what is labeled.
+      readable: rows that are images.
+      num_copies: rows with the pixels of another.
+      broken: labeled paths that cannot be read, whose labels are left out.
+      conflicts: (path, label, other label) of each copy that is labeled differently.
+    """
+
+    paths: list[str]
+    x: images.OnDisk
+    labels: dict[str, str]
+    labeled: np.ndarray
+    unlabeled: np.ndarray
+    readable: np.ndarray
+    num_copies: int
+    broken: list[str]
+    conflicts: list[tuple[str, str, str]]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes that there are labels of, sorted."""
+        return sorted(set(self.labels.values()))
+
+    @property
+    def labels_checksum(self) -> int:
+        """Tells whether labels have changed."""
+        return zlib.crc32(repr(list(self.labels.items())).encode())
+
+
+class Update(NamedTuple):
+    """What is labeled, once a proposal that a person has filled in is taken over.
+
+    Attributes:
+      labels: path → class name, all in the order in which they came.
+      num_new: how many were added to the table.
+      num_right: labels of the proposal that the model had predicted.
+      num_predicted: labels of the proposal that it had predicted something for.
+    """
+
+    labels: dict[str, str]
+    num_new: int
+    num_right: int
+    num_predicted: int
+
+
+def find(folder: str, leave_out: pathlib.Path) -> list[str]:
+    """Returns the paths of the images in a folder, relative to it, sorted.
+
+    Args:
+      folder: is searched with all folders in it.
+      leave_out: a picture that is none of them, if it lies there.
+
+    Raises:
+      UserError: if there are none.
+    """
+    left_out = leave_out.resolve()
+    found = [path for path in images.find(folder) if pathlib.Path(path).resolve() != left_out]
+    if not found:
+        raise UserError(f"there are no image files in {folder}")
+    return [pathlib.Path(path).relative_to(folder).as_posix() for path in found]
+
+
+def take_over(
+    table: pathlib.Path, proposal: pathlib.Path, folder: str, paths: Sequence[str]
+) -> Update:
+    """Adds the labels that were filled in of a proposal to a table; returns all.
+
+    Args:
+      table: of the labels so far; need not be there.
+      proposal: a table that `write_proposal` wrote; need not be there.
+      folder: of the images.
+      paths: those that `find` found.
+
+    Raises:
+      UserError: if tables cannot be read or contradict each other, or label what is not in the
+        folder. Then nothing was written.
+    """
+    known = tables.read_labels(table, folder).of_path
+    filled = tables.read_labels(proposal, folder)
+    labels = tables.joined(known, filled.of_path, proposal)
+    if missing := sorted(set(labels) - set(paths)):
+        raise UserError(
+            f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
+        )
+    if new := {path: label for path, label in labels.items() if path not in known}:
+        tables.add_labels(table, new)
+    return Update(labels, len(new), filled.num_right, filled.num_predicted)
+
+
+def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **options: Any) -> Folder:
+    """Returns the images, and which are labeled, with what there is to choose from.
+
+    What cannot be read, is labeled, or is there twice, is not to be chosen.
+
+    Args:
+      folder: of the images.
+      paths: those that `find` found.
+      labels: path → class name, of some of them.
+      **options: of `images.decode`.
+    """
+    decoded = images.decode([str(pathlib.Path(folder) / path) for path in paths], **options)
+    row_of = {path: row for row, path in enumerate(paths)}
+    readable = np.flatnonzero(decoded.readable)
+    first = np.full(len(paths), -1)
+    first[readable] = readable[images.first_equal(Rows(decoded.x, readable))]
+    broken = [path for path in labels if not decoded.readable[row_of[path]]]
+    labels = {path: label for path, label in labels.items() if path not in broken}
+    labeled = np.array([row_of[path] for path in labels], int)
+    unique = np.unique(first[readable])
+    by_image: dict[int, str] = {}
+    conflicts = []
+    for path, label in labels.items():
+        other = by_image.setdefault(first[row_of[path]], label)
+        if other != label:
+            conflicts.append((path, label, other))
+    return Folder(
+        list(paths),
+        decoded.x,
+        labels,
+        labeled,
+        np.setdiff1d(unique, first[labeled]),
+        readable,
+        len(readable) - len(unique),
+        broken,
+        conflicts,
+    )

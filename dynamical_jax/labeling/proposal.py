@@ -1,0 +1,133 @@
+"""Which images a person should label next, and the table and the contact sheet that ask for it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dynamical_jax import streams
+from dynamical_jax.data import images
+from dynamical_jax.labeling import tables
+from dynamical_jax.labeling.folder import Folder
+from dynamical_jax.labeling.learner import Learner
+from dynamical_jax.strategies import LearnerView, Strategy, predictions
+from dynamical_jax.types import Examples, OnProgress, Rows, ignore_progress
+
+LARGEST_SHEET = 100
+"""Images of a contact sheet."""
+
+
+def draw(folder: Folder, batch_size: int, seed: int) -> list[tables.Proposed]:
+    """Returns images drawn at random, all of them if there are fewer than `batch_size`."""
+    generator = streams.generator(seed, "strategy", len(folder.labels))
+    size = min(batch_size, len(folder.unlabeled))
+    rows = generator.choice(folder.unlabeled, size, replace=False)
+    return [tables.Proposed(folder.paths[row]) for row in rows]
+
+
+def choose(
+    strategy: Strategy,
+    folder: Folder,
+    learner: Learner,
+    batch_size: int,
+    seed: int,
+    on_progress: OnProgress = ignore_progress,
+) -> list[tables.Proposed]:
+    """Returns the images that a strategy wants labeled next, the most wanted first.
+
+    Args:
+      strategy: one without a state.
+      folder: has images to choose from.
+      learner: is trained.
+      batch_size: how many, all of them if there are fewer.
+      seed: with the number of labels, the source of all randomness.
+      on_progress: called with (done, total) while images are scored.
+    """
+    key = streams.key(seed, "strategy", len(folder.labels))
+    size = min(batch_size, len(folder.unlabeled))
+    view = _view(folder, learner, folder.unlabeled)
+    query = strategy.query(key, dataclasses.replace(view, on_progress=on_progress), size)
+    proposed = predict(folder, learner, folder.unlabeled[query.positions])
+    return [
+        image._replace(score=float(score))
+        for image, score in zip(proposed, query.scores, strict=True)
+    ]
+
+
+def predict(
+    folder: Folder,
+    learner: Learner,
+    rows: np.ndarray,
+    on_progress: OnProgress = ignore_progress,
+) -> list[tables.Proposed]:
+    """Returns for images what the model takes them for.
+
+    Args:
+      folder: of the images.
+      learner: is trained.
+      rows: which images.
+      on_progress: called with (done, total).
+    """
+    view = _view(folder, learner, rows)
+    outputs = predictions.predict(view, view.unlabeled, on_progress)
+    probabilities = np.asarray(jax.nn.softmax(outputs.logits))
+    return [
+        tables.Proposed(folder.paths[row], learner.class_names[np.argmax(p)], float(np.max(p)))
+        for row, p in zip(rows, probabilities, strict=True)
+    ]
+
+
+def write(
+    proposed: Sequence[tables.Proposed], folder: str, output: pathlib.Path, like: pathlib.Path
+) -> pathlib.Path:
+    """Writes a proposal and the contact sheet of its first images; returns the path of the latter.
+
+    Args:
+      proposed: the images, not none.
+      folder: where they are.
+      output: the table; the sheet is beside it.
+      like: as in `write_proposal`.
+    """
+    shown = proposed[:LARGEST_SHEET]
+    captions = [
+        f"{rank}. {image.predicted}{f' {image.confidence:.0%}' if image.predicted else ''}\n"
+        f"{pathlib.PurePath(image.path).name[-22:]}"
+        for rank, image in enumerate(shown, start=1)
+    ]
+    thumbnails = [images.thumbnail(pathlib.Path(folder) / image.path) for image in shown]
+    sheet = output.with_suffix(".png")
+    contact_sheet(thumbnails, captions, sheet)
+    tables.write_proposal(output, proposed, like)
+    return sheet
+
+
+def contact_sheet(
+    thumbnails: Sequence[np.ndarray], captions: Sequence[str], path: pathlib.Path
+) -> None:
+    """Draws images in rows of ten, each with a caption.
+
+    Args:
+      thumbnails: `[h, w, 3]` uint8 each, not none.
+      captions: of each, one line or two.
+      path: of the picture.
+    """
+    from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while
+
+    columns = min(10, len(thumbnails))
+    rows = -(-len(thumbnails) // columns)
+    picture = Figure(figsize=(1.3 * columns, 1.6 * rows), layout="constrained")
+    grid = picture.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, caption in zip(grid.flat, thumbnails, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=7, parse_math=False)
+    picture.savefig(path, dpi=110)
+
+
+def _view(folder: Folder, learner: Learner, rows: np.ndarray) -> LearnerView:
+    """What a strategy may see, with these rows for the unlabeled images."""
+    labeled = Examples(Rows(folder.x, folder.labeled), learner.targets(folder))
+    return LearnerView(learner.model.apply, learner.variables, labeled, Rows(folder.x, rows))

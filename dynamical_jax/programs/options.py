@@ -1,0 +1,135 @@
+"""Flags that programs for people and experiments share, and what they name.
+
+How images are read, which model learns from them, how it is trained and how they are scored.
+"""
+
+from typing import Any
+
+from absl import flags
+
+from dynamical_jax import gradients, models, training
+from dynamical_jax.data import datasets, images
+from dynamical_jax.errors import UserError
+from dynamical_jax.programs import binary
+
+MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    f"One of {', '.join(models.MODELS)}; by default {models.DEFAULTS['images']}, for vectors "
+    f"{models.DEFAULTS['vectors']}. Vectors need {' or '.join(models.FOR_VECTORS)}.",
+)
+STEM = flags.DEFINE_enum(
+    "stem", "imagenet", models.STEMS, "resnet18: torchvision's stem or CIFAR's."
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
+ENGINE = flags.DEFINE_enum(
+    "engine", "factored", list(gradients.ENGINES), "dynamical: how gradients are computed."
+)
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size", None, "dynamical: images scored at a time; by default what memory allows."
+)
+
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Resize images to this side; by default their own (caltech101, and image files that differ in "
+    "size or are larger than 256: 64).",
+)
+CHANNELS = flags.DEFINE_integer(
+    "channels", None, "Of image files of your own, 1 or 3; by default 1 if all are grey."
+)
+UNREADABLE = flags.DEFINE_enum(
+    "unreadable", "skip", images.UNREADABLE, "What to do with broken image files of your own."
+)
+CACHE_DIR = flags.DEFINE_string(
+    "cache_dir",
+    None,
+    "Where decoded data and compiled programs are kept between runs; by default "
+    "~/.cache/dynamical_jax.",
+)
+
+OPTIMIZER = flags.DEFINE_enum(
+    "optimizer", "adam", list(training.OPTIMIZERS), "Made afresh in every round."
+)
+LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate",
+    None,
+    f"Learning rate; by default {models.LEARNING_RATE:g}, "
+    + ", ".join(f"for {name} {rate:g}" for name, rate in models.LEARNING_RATES.items())
+    + ".",
+)
+SCHEDULE = flags.DEFINE_enum(
+    "schedule", "constant", training.SCHEDULES, "Of the learning rate, over --max_epochs."
+)
+TRAIN_BATCH_SIZE = flags.DEFINE_integer("train_batch_size", 128, "Images per training step.")
+WEIGHT_DECAY = flags.DEFINE_float(
+    "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
+)
+TARGET_ACCURACY = flags.DEFINE_float(
+    "target_accuracy", 0.99, "Training goes on until this share of the labeled set S is right,"
+)
+TARGET_LOSS = flags.DEFINE_float(
+    "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
+)
+TARGET_TOTAL_LOSS = flags.DEFINE_float(
+    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
+)
+MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
+MAX_EPOCHS = flags.DEFINE_integer(
+    "max_epochs", 500, "training stops after so many epochs in any case."
+)
+LOOK_EVERY = flags.DEFINE_integer("look_every", 5, "Epochs of training between looks at S.")
+
+
+def training_config() -> training.TrainingConfig:
+    """Returns how the flags want a model fitted; to be called once the model is settled."""
+    rate = LEARNING_RATE.value
+    return training.TrainingConfig(
+        optimizer=OPTIMIZER.value,
+        learning_rate=models.LEARNING_RATE if rate is None else rate,
+        schedule=SCHEDULE.value,
+        batch_size=TRAIN_BATCH_SIZE.value,
+        weight_decay=WEIGHT_DECAY.value,
+        target_accuracy=TARGET_ACCURACY.value,
+        target_loss=TARGET_LOSS.value,
+        target_total_loss=TARGET_TOTAL_LOSS.value,
+        min_epochs=MIN_EPOCHS.value,
+        max_epochs=MAX_EPOCHS.value,
+        look_every=LOOK_EVERY.value,
+    )
+
+
+def settle_model(kind: str = "images") -> dict[str, Any]:
+    """Gives --model and --learning_rate values where they have none; returns the model's options.
+
+    Args:
+      kind: of the data, "images" or "vectors".
+
+    Raises:
+      UserError: if there is no such model, or an option is given that it does not have.
+    """
+    if MODEL.value is None:  # Set, so that records hold the model that was used.
+        flags.FLAGS["model"].value = models.DEFAULTS[kind]
+    models.check_name(MODEL.value)
+    if LEARNING_RATE.value is None:
+        rate = models.LEARNING_RATES.get(MODEL.value, models.LEARNING_RATE)
+        flags.FLAGS["learning_rate"].value = rate
+    return model_options()
+
+
+def model_options() -> dict[str, Any]:
+    """Returns the options that the flags give the model.
+
+    Raises:
+      UserError: if one is given that the model does not have.
+    """
+    if not flags.FLAGS["stem"].using_default_value and MODEL.value != "resnet18":
+        raise UserError(f"only resnet18 has a --stem, and the model is {MODEL.value}")
+    return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
+
+
+def prepared_cache_dir() -> str:
+    """Returns where decoded data are kept, and keeps compiled programs beside them."""
+    cache_dir = CACHE_DIR.value or datasets.default_cache_dir()
+    binary.keep_compiled_programs(cache_dir)
+    return cache_dir

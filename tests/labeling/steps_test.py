@@ -1,0 +1,120 @@
+"""The steps of a round by hand: folder, learner, proposal."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import dynamical_jax as dj
+from dynamical_jax import labeling
+
+CLASSES = ("dark", "bright", "grey")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve images of three classes, the last of which has a copy."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    generator = np.random.default_rng(0)
+    for position in range(12):
+        image = 100 * (position % 3) + generator.integers(0, 40, (6, 6))
+        Image.fromarray(image.astype(np.uint8)).save(path / f"{position:02d}.png")
+    (path / "copy.png").write_bytes((path / "11.png").read_bytes())
+    return path
+
+
+def read(photos, labels, cache_dir, size=None):
+    paths = labeling.folder.find(str(photos), photos / "sheet.png")
+    return labeling.folder.decode(str(photos), paths, labels, cache_dir=cache_dir, size=size)
+
+
+def config(**fields):
+    training = dj.TrainingConfig(max_epochs=3, learning_rate=0.1)
+    return labeling.Config("linear", {}, training, 0)._replace(**fields)
+
+
+def label(*positions):
+    return {f"{position:02d}.png": CLASSES[position % 3] for position in positions}
+
+
+def test_the_next_round_goes_on_from_where_this_one_ended(photos, tmp_path):
+    folder = read(photos, label(0, 1, 3, 4), tmp_path)
+    store = dj.store.Store(tmp_path / "checkpoint")
+    start = labeling.learner.warm_start(folder, config(), store)
+    assert (start.round_index, start.fit) == (0, None)
+    learner, fit = labeling.learner.train(start, folder, config(), store)
+    again = labeling.learner.warm_start(folder, config(), store)
+    assert (again.round_index, again.fit) == (1, fit)
+    jax.tree.map(np.testing.assert_array_equal, again.learner.variables, learner.variables)
+    # More labels of the same classes: the same weights, but they have to be trained on.
+    folder = read(photos, label(0, 1, 3, 4, 6), tmp_path)
+    more = labeling.learner.warm_start(folder, config(), store)
+    assert (more.fit, more.former_kind, more.new_classes) == (None, None, ())
+    jax.tree.map(np.testing.assert_array_equal, more.learner.variables, learner.variables)
+
+
+def test_a_new_class_leaves_the_logits_of_the_others(photos, tmp_path):
+    folder = read(photos, label(0, 2), tmp_path)
+    store = dj.store.Store(tmp_path / "checkpoint")
+    start = labeling.learner.warm_start(folder, config(), store)
+    learner, _ = labeling.learner.train(start, folder, config(), store)
+    # The new one sorts first, and comes last.
+    assert learner.class_names == ["dark", "grey"]
+    folder = read(photos, label(1, 0, 2), tmp_path)
+    grown = labeling.learner.warm_start(folder, config(), store)
+    assert grown.new_classes == ("bright",)
+    assert grown.learner.class_names == ["dark", "grey", "bright"]
+    x = folder.x[:]
+    known = learner.model.apply(learner.variables, x).logits
+    logits = grown.learner.model.apply(grown.learner.variables, x).logits
+    np.testing.assert_array_equal(logits[:, :2], known)
+    np.testing.assert_array_equal(grown.learner.targets(folder), [2, 0, 1])
+
+
+def test_another_kind_of_model_starts_anew_and_says_what_was(photos, tmp_path):
+    folder = read(photos, label(0, 1), tmp_path)
+    store = dj.store.Store(tmp_path / "checkpoint")
+    start = labeling.learner.warm_start(folder, config(), store)
+    labeling.learner.train(start, folder, config(), store)
+    smaller = read(photos, label(0, 1), tmp_path, size=3)
+    anew = labeling.learner.warm_start(smaller, config(), store)
+    assert anew.former_kind == {"model": "linear", "image_size": [6, 6, 1]}
+    assert (anew.round_index, anew.fit) == (1, None)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(anew.learner.variables))
+
+
+def test_the_least_confident_are_asked_for_and_copies_are_not(photos, tmp_path):
+    folder = read(photos, label(0, 1, 2), tmp_path)
+    assert folder.num_copies == 1
+    start = labeling.learner.warm_start(folder, config(), dj.store.Store(tmp_path / "c"))
+    learner, _ = labeling.learner.train(start, folder, config(), dj.store.Store(tmp_path / "c"))
+    strategy = dj.STRATEGIES["confidence"]()
+    chosen = labeling.proposal.choose(strategy, folder, learner, 5, seed=0)
+    every = labeling.proposal.predict(folder, learner, folder.unlabeled)
+    least = sorted(every, key=lambda image: image.confidence)[:5]
+    assert [image._replace(score=None) for image in chosen] == least
+    assert len(labeling.proposal.choose(strategy, folder, learner, 99, seed=0)) == 9
+    drawn = labeling.proposal.draw(folder, 99, seed=0)
+    unlabeled = {folder.paths[row] for row in folder.unlabeled}
+    assert {image.path for image in drawn} == unlabeled
+    assert len({"11.png", "copy.png"} & unlabeled) == 1
+    assert not unlabeled & set(folder.labels)
+
+
+@pytest.mark.parametrize(
+    ("filled", "message"),
+    [
+        ("path,label\n00.png,bright\n", "labels 00.png 'bright', but it is labeled 'dark'"),
+        ("path,label\n05.png,grey\n99.png,dark\n", "1 labeled images are not in"),
+    ],
+)
+def test_nothing_is_taken_over_of_a_proposal_that_cannot_be(photos, tmp_path, filled, message):
+    table, proposal = tmp_path / "labels.csv", tmp_path / "to_label.csv"
+    labeling.add_labels(table, label(0, 1))
+    before = table.read_bytes()
+    proposal.write_text(filled)
+    paths = labeling.folder.find(str(photos), proposal)
+    with pytest.raises(dj.UserError, match=message):
+        labeling.folder.take_over(table, proposal, str(photos), paths)
+    assert table.read_bytes() == before
