@@ -69,7 +69,7 @@ def training_step(task: Task) -> Work:
         order = dj.streams.generator(0, "order", 0, state["epoch"]).permutation(size)
         key = dj.streams.key(0, "dropout", 0, state["epoch"])
         state["optimizer"].hyperparams["learning_rate"] = jnp.asarray(1e-3)
-        state["variables"], state["optimizer"], loss = dj.training._epoch(
+        state["variables"], state["optimizer"] = dj.training._epoch(
             model,
             optimizer,
             task.batch_size,
@@ -80,7 +80,7 @@ def training_step(task: Task) -> Work:
             size,
             key,
         )
-        return state, loss
+        return state
 
     return _work(epoch, 1 / STEPS)
 

@@ -7,7 +7,7 @@ inner product with g_S; how many of the chosen are also chosen ten times as many
 of the query (Eq. 14).
 
   python -m experiments.stopping_rules --dataset=cifar10 --model=cnn --initial_size=500
-      --batch_size=500 --pool_size=5000 --max_epochs=1600 --num_seeds=3
+      --batch_size=500 --candidates=5000 --max_epochs=1600 --num_seeds=3
 
 Written to --output_dir: stopping_rules.json and .png; what there is on the way is kept as
 stopping_rules.partial.json.
@@ -40,8 +40,8 @@ import dynamical_jax as dj
 from dynamical_jax.programs import binary, options
 from experiments import common
 
-POOL_SIZE = flags.DEFINE_integer(
-    "pool_size", None, "Choose from so many random examples of the pool; by default from all."
+CANDIDATES = flags.DEFINE_integer(
+    "candidates", None, "Choose from so many random examples of the pool; by default from all."
 )
 for _name in (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
@@ -86,11 +86,11 @@ def run(argv: list[str]) -> list[str]:
     binary.check_command_line(argv, sys.modules[__name__])
     seeds, size = common.seeds(), options.BATCH_SIZE.value
     dataset, model = common.load()
-    needed = common.INITIAL_SIZE.value + (POOL_SIZE.value or size)
-    if min(common.INITIAL_SIZE.value, size, POOL_SIZE.value or size) < 1 or size > (
-        POOL_SIZE.value or size
+    needed = common.INITIAL_SIZE.value + (CANDIDATES.value or size)
+    if min(common.INITIAL_SIZE.value, size, CANDIDATES.value or size) < 1 or size > (
+        CANDIDATES.value or size
     ):
-        raise dj.UserError("initial_size and batch_size must be at least 1, pool_size no smaller")
+        raise dj.UserError("initial_size and batch_size must be at least 1, candidates no smaller")
     if needed > len(dataset.pool.y):
         raise dj.UserError(
             f"{needed} examples are needed; the pool of {dataset.name} has {len(dataset.pool.y)}"
@@ -127,9 +127,9 @@ def looks_of(
     )
     labeled = dj.Examples(dataset.pool.x[pool.labeled], dataset.pool.y[pool.labeled])
     unlabeled = pool.unlabeled
-    if POOL_SIZE.value:
+    if CANDIDATES.value:
         draw = dj.streams.generator(seed, "draws")
-        unlabeled = np.sort(draw.choice(unlabeled, POOL_SIZE.value, replace=False))
+        unlabeled = np.sort(draw.choice(unlabeled, CANDIDATES.value, replace=False))
     candidates = dj.types.Rows(dataset.pool_images, unlabeled)
     at = set(epochs_looked_at(config.max_epochs))
     looks: list[dict[str, Any]] = []

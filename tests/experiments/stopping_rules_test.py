@@ -23,7 +23,7 @@ def run(run_binary, tmp_path):
 
 
 def test_from_training_to_the_report(run, run_binary, tmp_path):
-    status, output, errors = run(pool_size=100)
+    status, output, errors = run(candidates=100)
     assert (status, errors) == (None, "")
     results = json.loads((tmp_path / "setting" / "stopping_rules.json").read_text())
     assert set(results["seeds"]) == {"0", "1"}
@@ -76,8 +76,8 @@ def test_a_rule_stops_at_its_first_look_and_is_judged_ten_times_later():
     ("arguments", "values", "message"),
     [
         (["nowhere"], {}, "nowhere/stopping_rules.json is no record of this program"),
-        ([], {"pool_size": 4}, "pool_size no smaller"),
-        ([], {"pool_size": 1430}, "1440 examples are needed; the pool of digits has 1433"),
+        ([], {"candidates": 4}, "candidates no smaller"),
+        ([], {"candidates": 1430}, "1440 examples are needed; the pool of digits has 1433"),
         ([], {"target_total_loss": 3.0}, "--target_total_loss has no effect here"),
     ],
 )

@@ -262,7 +262,7 @@ class TestPlay:
 
 
 def test_saving_changes_nothing(dataset):
-    experiment_ = experiment(dataset)
+    experiment_ = experiment(dataset, evaluate_every=1)
     state, seen = experiment_.init(), []
     for expected in outcome(experiment_.run()):
         state, happened = experiment_.step(state, save=lambda state: seen.append(state.underway))
