@@ -5,8 +5,8 @@ import dynamical_jax as dj
 data = dj.datasets.load("digits")
 model = dj.models.create("cnn", data)
 experiment = dj.Experiment(data, model, dj.STRATEGIES["dynamical"](), dj.Budget(50, 50, 5))
-for happened in experiment.run():
-    print(happened.num_labeled, happened.test.accuracy)
+for round_result in experiment.run():
+    print(round_result.num_labeled, round_result.test.accuracy)
 """
 
 from dynamical_jax import active_learning as active_learning

@@ -280,7 +280,7 @@ class Experiment:
             scores, strategy_state, facts = chosen.scores, chosen.state, chosen.facts
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
-        happened = Round(
+        round_result = Round(
             state.round_index,
             len(rows),
             fit.epochs,
@@ -294,14 +294,14 @@ class Experiment:
             facts,
             dict(watch.seconds),
         )
-        return State(state.round_index + 1, pool, fit.variables, strategy_state), happened
+        return State(state.round_index + 1, pool, fit.variables, strategy_state), round_result
 
     def run(self, reporter: Reporter = SILENT) -> Iterator[Round]:
         """Yields rounds 0 to R, each as it ends."""
         state = self.init()
         while state.round_index <= self.budget.num_rounds:
-            state, happened = self.step(state, reporter)
-            yield happened
+            state, round_result = self.step(state, reporter)
+            yield round_result
 
 
 class _Stopwatch:

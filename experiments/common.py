@@ -223,7 +223,7 @@ def save(
     return path
 
 
-def tell(finding: str, path: pathlib.Path) -> None:
+def print_finding(finding: str, path: pathlib.Path) -> None:
     """Prints what was found, and where `save` wrote it."""
     print(f"{finding}\n{path}\n{path.with_suffix('.png')}")
 

@@ -85,7 +85,7 @@ def run(argv: list[str]) -> list[str]:
         return common.save(sys.modules[__name__], directory, NAME, results, draw, finished)
 
     points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
-    common.tell(finding_of(points[-1]), keep(points, finished=True))
+    common.print_finding(finding_of(points[-1]), keep(points, finished=True))
     return []
 
 

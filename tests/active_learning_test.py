@@ -19,7 +19,7 @@ def experiment(dataset, strategy="dynamical", seed=0, **options):
 
 
 def as_records(rounds):
-    kept = [records.make(happened, {}) for happened in rounds]
+    kept = [records.make(round_result, {}) for round_result in rounds]
     for record in kept:
         record.pop("seconds")
     return kept
@@ -29,12 +29,16 @@ def test_budget_is_spent_on_distinct_examples(dataset):
     experiment_ = experiment(dataset)
     initial = experiment_.init().pool.labeled
     rounds = list(experiment_.run())
-    assert [happened.num_labeled for happened in rounds] == [6, 10, 14, 18]
-    assert [len(happened.query) for happened in rounds] == [4, 4, 4, 0]
-    asked = np.concatenate([dataset.index[initial], *(happened.query for happened in rounds)])
+    assert [round_result.num_labeled for round_result in rounds] == [6, 10, 14, 18]
+    assert [len(round_result.query) for round_result in rounds] == [4, 4, 4, 0]
+    asked = np.concatenate(
+        [dataset.index[initial], *(round_result.query for round_result in rounds)]
+    )
     assert len(np.unique(asked)) == 18
     assert set(rounds[0].seconds) == {"train", "evaluate", "score", "select", "describe"}
-    assert all(happened.best_test_accuracy >= happened.test.accuracy for happened in rounds)
+    assert all(
+        round_result.best_test_accuracy >= round_result.test.accuracy for round_result in rounds
+    )
 
 
 def test_a_repeated_run_is_identical(dataset):
@@ -56,7 +60,7 @@ def test_strategies_of_one_seed_are_paired(dataset):
         np.testing.assert_array_equal(state.pool.labeled, states[0].pool.labeled)
         jax.tree.map(np.testing.assert_array_equal, state.variables, states[0].variables)
     first = [next(experiment(dataset, name, seed=1).run()) for name in dj.STRATEGIES]
-    assert len({(happened.test, happened.epochs) for happened in first}) == 1
+    assert len({(round_result.test, round_result.epochs) for round_result in first}) == 1
     other = experiment(dataset, seed=2).init()
     assert set(other.pool.labeled) != set(states[0].pool.labeled)
     kernel = lambda state: state.variables["params"]["model"]["fc1"]["kernel"]

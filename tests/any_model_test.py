@@ -328,8 +328,8 @@ def test_an_experiment_with_nnx(dataset):
     strategy = dj.STRATEGIES["coreset"]()
     experiment = dj.Experiment(dataset, BRIDGED, strategy, dj.Budget(10, 5, 1), config)
     start = experiment.init().variables
-    state, happened = experiment.step(experiment.init())
-    assert happened.epochs == 3
+    state, round_result = experiment.step(experiment.init())
+    assert round_result.epochs == 3
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), start, state.variables)
     assert all(change > 0 for change in jax.tree.leaves(moved))
 

@@ -34,5 +34,5 @@ def test_python_of_the_docs(page):
         pytest.skip("neural-tangents is not installed")
     names = run(page)
     if page.name == "extend.md":
-        assert names["happened"].num_labeled == 75
+        assert names["round_result"].num_labeled == 75
         assert np.isnan(names["y"][names["query_idx"]]).all()

@@ -161,7 +161,7 @@ def tau_within_seeds(
     return result
 
 
-def of_taus(taus: list[float]) -> str:
+def describe_taus(taus: list[float]) -> str:
     """Returns a few words on τ of each seed."""
     if len(taus) == 1:
         return f"is {taus[0]:.2f}"
@@ -175,8 +175,8 @@ def progress(work: Iterable, what: str) -> Iterable:
 
 def over_seeds(
     module: Any,
-    of_seed: Callable[[int], list[dict[str, Any]]],
-    results_of: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
+    run_seed: Callable[[int], list[dict[str, Any]]],
+    summarize: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
 ) -> list[str]:
     """Repeats an experiment for each seed, prints the finding, and returns what failed.
 
@@ -184,26 +184,26 @@ def over_seeds(
 
     Args:
       module: the binary.
-      of_seed: returns what a seed gives; one that raises UserError does not stop the others.
-      results_of: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
+      run_seed: returns what a seed gives; one that raises UserError does not stop the others.
+      summarize: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
     """
     seeds, found, done, failures = common.seeds(), [], [], {}
     directory()
     for seed in seeds:
         try:
-            found += of_seed(seed)
+            found += run_seed(seed)
             done.append(seed)
         except dj.UserError as error:
             failures[seed] = str(error)
         if not found:
             continue
-        results, sentence, draw = results_of(found)
+        results, sentence, draw = summarize(found)
         if len(done) < len(seeds):
             sentence += f" ({len(done)} of {len(seeds)} seeds.)"
         results = {**results, "seeds": done, "failed_seeds": failures}
         path = save(module, results, sentence, draw, finished=seed == seeds[-1])
     if done:
-        common.tell(sentence, path)
+        common.print_finding(sentence, path)
     return [f"seed {seed}: {why}" for seed, why in failures.items()]
 
 

@@ -49,12 +49,12 @@ def run(argv: list[str]) -> list[str]:
     setting = common.setting(query_size=max(sizes))
     return common.over_seeds(
         sys.modules[__name__],
-        lambda seed: of_seed(setting, seed, sizes),
-        lambda rows: results_of(rows, sizes),
+        lambda seed: run_seed(setting, seed, sizes),
+        lambda rows: summarize(rows, sizes),
     )
 
 
-def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
+def summarize(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
     """Returns the numbers, the finding, and who draws it."""
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
@@ -66,7 +66,7 @@ def results_of(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
     return results, sentence, functools.partial(draw, rows, sizes)
 
 
-def of_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
+def run_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[str, Any]]:
     """Returns a row for each b and scale of Θ."""
     pool, model = setting.dataset.pool, setting.model
     rows = setting.draw(seed, common.NUM_LABELED.value)

@@ -69,7 +69,7 @@ def run(argv: list[str]) -> list[str]:
         finished = len(results) == len(states)
         sentence = finding(results)
         path = common.save(sys.modules[__name__], results, sentence, draw_results, finished)
-    experiment.tell(sentence, path)
+    experiment.print_finding(sentence, path)
     return []
 
 

@@ -42,10 +42,10 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, and writes the curves; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
-    return common.over_seeds(sys.modules[__name__], lambda seed: of_seed(setting, seed), results_of)
+    return common.over_seeds(sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize)
 
 
-def results_of(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
+def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
     """Returns the numbers, the finding, and who draws it."""
     apart = max(
         float(np.max(np.abs(np.sqrt(c["error"]) - np.sqrt(c["convergence_term"]))))
@@ -64,7 +64,7 @@ def results_of(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
         f"‖Y − f_t‖ of the network stays within {apart:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies between the "
         f"sides of Theorem 1 at {inside} of {total} times; over label noise from 0 to 100 % "
         f"Kendall's τ of η𝒜 / ‖Y‖² and the share of ‖Y − f‖² left after {STEPS.value} steps "
-        f"{common.of_taus(taus)}."
+        f"{common.describe_taus(taus)}."
     )
     results = {"curves": curves, "tau_of_seeds": taus}
     return results, sentence, functools.partial(draw, curves)
@@ -76,7 +76,7 @@ def fall(curves: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     return promised, [c["error"][-1] / c["error"][0] for c in curves]
 
 
-def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
+def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     """Returns for each share of noise the network's error after each step, beside the theory's."""
     pool, model = setting.dataset.pool, setting.model
     rows, variables = setting.draw(seed, common.NUM_LABELED.value), setting.variables(seed)

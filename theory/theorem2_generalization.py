@@ -35,10 +35,10 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, and writes the points; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
-    return common.over_seeds(sys.modules[__name__], lambda seed: of_seed(setting, seed), results_of)
+    return common.over_seeds(sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize)
 
 
-def results_of(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+def summarize(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
     """Returns the numbers, the finding, and who draws it."""
     inside = sum(r["lower"] <= r["middle"] <= r["upper"] for r in rows)
     bounds, errors = [r["bound"] for r in rows], [r["test_error"] for r in rows]
@@ -46,13 +46,13 @@ def results_of(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
     sentence = (
         f"(n/2) ℬ² lies between its bounds by alignment in {inside} of {len(rows)} cases; "
         f"Kendall's τ of ℬ and the test error over label noise from 0 to 100 % "
-        f"{common.of_taus(taus)}."
+        f"{common.describe_taus(taus)}."
     )
     results = {"rows": rows, "tau_of_seeds": taus}
     return results, sentence, functools.partial(draw, rows)
 
 
-def of_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
+def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     """Returns a row for each share of noise."""
     data, model = setting.dataset, setting.model
     rows = setting.draw(seed, common.NUM_LABELED.value)

@@ -68,14 +68,14 @@ def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) ->
             title = f"[{number}/{len(runs)}] {run}"
             bar.start(title, run.num_rounds - 1, run.experiment.training_config.max_epochs)
             try:
-                for happened in _play(run, directory, checkpoint_every, bar):
+                for round_result in _play(run, directory, checkpoint_every, bar):
                     left.rounds -= 1
-                    bar.status = f"test accuracy {happened.test.accuracy:.2%}, {left}"
+                    bar.status = f"test accuracy {round_result.test.accuracy:.2%}, {left}"
                     bar.write(
-                        f"{title}, round {happened.round_index}/{run.num_rounds - 1}: "
-                        f"{happened.num_labeled} labels, {happened.epochs} epochs"
-                        f"{'' if happened.converged else ' (not converged)'}, "
-                        f"{sum(happened.seconds.values()):.1f} s, {bar.status}"
+                        f"{title}, round {round_result.round_index}/{run.num_rounds - 1}: "
+                        f"{round_result.num_labeled} labels, {round_result.epochs} epochs"
+                        f"{'' if round_result.converged else ' (not converged)'}, "
+                        f"{sum(round_result.seconds.values()):.1f} s, {bar.status}"
                     )
             except Exception as error:
                 why = str(error).partition("\n")[0]
@@ -117,14 +117,14 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
             saved = time.perf_counter()
 
     while state.round_index < run.num_rounds:
-        state, happened = run.experiment.step(state, bar, save)
+        state, round_result = run.experiment.step(state, bar, save)
         identity = {**run.identity, "strategy": run.strategy, "seed": run.experiment.seed}
-        record = records.make(happened, identity)
-        if happened.round_index < len(done):
-            _check_same(record, done[happened.round_index])
+        record = records.make(round_result, identity)
+        if round_result.round_index < len(done):
+            _check_same(record, done[round_result.round_index])
         else:
             directory.append(record)
-            yield happened
+            yield round_result
         if state.round_index < run.num_rounds and time.perf_counter() > saved + WORTH_SAVING:
             checkpoints.save(state)
             saved = time.perf_counter()

@@ -39,31 +39,31 @@ class Curve(NamedTuple):
     num_seeds: int
 
 
-def make(happened: Round, identity: Mapping[str, Any]) -> Record:
+def make(round_result: Round, identity: Mapping[str, Any]) -> Record:
     """Returns the record of a round.
 
     Args:
-      happened: the round.
+      round_result: the round.
       identity: what it belongs to: dataset, model, strategy, seed, flags, …
     """
-    scores = happened.query_scores
+    scores = round_result.query_scores
     return {
         **identity,
-        "round": happened.round_index,
-        "num_labeled": happened.num_labeled,
-        "test_accuracy": happened.test.accuracy,
-        "best_test_accuracy": happened.best_test_accuracy,
-        "test_loss": happened.test.loss,
-        "train_accuracy": happened.labeled.accuracy,
-        "train_loss": happened.labeled.loss,
-        "epochs": happened.epochs,
-        "converged": happened.converged,
-        "initial": happened.initial.tolist(),
-        "query": happened.query.tolist(),
+        "round": round_result.round_index,
+        "num_labeled": round_result.num_labeled,
+        "test_accuracy": round_result.test.accuracy,
+        "best_test_accuracy": round_result.best_test_accuracy,
+        "test_loss": round_result.test.loss,
+        "train_accuracy": round_result.labeled.accuracy,
+        "train_loss": round_result.labeled.loss,
+        "epochs": round_result.epochs,
+        "converged": round_result.converged,
+        "initial": round_result.initial.tolist(),
+        "query": round_result.query.tolist(),
         "query_score_mean": float(np.mean(scores)) if len(scores) else None,
         "query_score_max": float(np.max(scores)) if len(scores) else None,
-        **{f"query_{name}": fact for name, fact in happened.query_facts.items()},
-        "seconds": {part: round(spent, 3) for part, spent in happened.seconds.items()},
+        **{f"query_{name}": fact for name, fact in round_result.query_facts.items()},
+        "seconds": {part: round(spent, 3) for part, spent in round_result.seconds.items()},
         **environment(),
     }
 

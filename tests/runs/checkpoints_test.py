@@ -22,7 +22,7 @@ def experiment(dataset, strategy="dynamical", model="batch_norm", **fields):
 
 
 def outcome(rounds):
-    kept = [records.make(happened, {}) for happened in rounds]
+    kept = [records.make(round_result, {}) for round_result in rounds]
     for record in kept:
         del record["seconds"]
     return kept
@@ -54,8 +54,8 @@ def test_from_every_epoch_and_round_the_rest_is_the_same(dataset, tmp_path, stra
         state, rounds = checkpoints.restore(fresh), []
         first = state.round_index
         while state.round_index <= 2:
-            state, happened = fresh.step(state)
-            rounds.append(happened)
+            state, round_result = fresh.step(state)
+            rounds.append(round_result)
         assert outcome(rounds) == expected[first:]
 
 
@@ -265,7 +265,9 @@ def test_saving_changes_nothing(dataset):
     experiment_ = experiment(dataset, evaluate_every=1)
     state, seen = experiment_.init(), []
     for expected in outcome(experiment_.run()):
-        state, happened = experiment_.step(state, save=lambda state: seen.append(state.underway))
-        assert outcome([happened]) == [expected]
+        state, round_result = experiment_.step(
+            state, save=lambda state: seen.append(state.underway)
+        )
+        assert outcome([round_result]) == [expected]
     assert [underway.epoch for underway in seen] == [1, 2, 3, 4, 5, 6] * 3
     assert set(seen[0].seconds) >= {"train", "evaluate"}

@@ -92,14 +92,14 @@ def test_figure_1_of_infinite_width(run, tmp_path):
     ],
 )
 def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch, name, of, finding):
-    original = MODULES[name].of_seed
+    original = MODULES[name].run_seed
 
-    def of_seed(setting, seed, *arguments):
+    def run_seed(setting, seed, *arguments):
         if seed == 0:
             raise dj.UserError("the kernel matrix is not positive definite")
         return original(setting, seed, *arguments)
 
-    monkeypatch.setattr(MODULES[name], "of_seed", of_seed)
+    monkeypatch.setattr(MODULES[name], "run_seed", run_seed)
     status, output, errors = run(name, num_seeds=2)
     assert (status, errors) == (1, "error: seed 0: the kernel matrix is not positive definite\n")
     assert finding in output
@@ -111,21 +111,21 @@ def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["fig1_bound_and_mmd", "theorem1_convergence"])
 def test_what_earlier_seeds_gave_is_kept(run, tmp_path, monkeypatch, name):
-    original = MODULES[name].of_seed
+    original = MODULES[name].run_seed
 
-    def of_seed(setting, seed, *arguments):
+    def run_seed(setting, seed, *arguments):
         if seed == 1:
             raise KeyboardInterrupt
         return original(setting, seed, *arguments)
 
-    monkeypatch.setattr(MODULES[name], "of_seed", of_seed)
+    monkeypatch.setattr(MODULES[name], "run_seed", run_seed)
     run(name, num_seeds=2)
     partial = tmp_path / "run" / f"{name}.partial.json"
     results = json.loads(partial.read_text())
     assert {row["seed"] for row in results.get("rows") or results["curves"]} == {0}
     assert results["finding"].endswith("(1 of 2 seeds.)")
     assert not (tmp_path / "run" / f"{name}.json").exists()
-    monkeypatch.setattr(MODULES[name], "of_seed", original)
+    monkeypatch.setattr(MODULES[name], "run_seed", original)
     run(name, num_seeds=2)
     assert not partial.exists()
     assert json.loads((tmp_path / "run" / f"{name}.json").read_text())["seeds"] == [0, 1]
@@ -157,7 +157,7 @@ def setting(cache_dir):
 
 def test_figure_1_by_definition(setting):
     module, pool = MODULES["fig1_bound_and_mmd"], setting.dataset.pool
-    raw = module.of_seed(setting, 0, [5])[0]
+    raw = module.run_seed(setting, 0, [5])[0]
     rows, variables = setting.draw(0, 20), setting.variables(0)
     fit = theory_common.fit(setting, variables, dj.Examples(pool.x[rows], pool.y[rows]), 0)
     others = np.setdiff1d(np.arange(len(pool.y)), rows)
@@ -241,7 +241,7 @@ def test_tau_is_within_seeds():
     one, other = [11, 1, 12, 2, 13, 3], [1, 11, 2, 12, 3, 13]
     taus = theory_common.tau_within_seeds(rows, one, other)
     assert taus == [1, 1]
-    assert theory_common.of_taus([0.5, 1.0]) == "is 0.75 (0.50 to 1.00 in 2 seeds)"
+    assert theory_common.describe_taus([0.5, 1.0]) == "is 0.75 (0.50 to 1.00 in 2 seeds)"
 
 
 def test_noise_is_as_much_as_asked_for_and_nested():
