@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from dynamical_jax import files
@@ -28,6 +29,38 @@ FILE_NAME = "rounds.jsonl"
 PACKAGES = ("dynamical-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 Record = dict[str, Any]
+
+
+class Form(msgspec.Struct):
+    """The fields of a record that tables, pictures and a run that goes on are made from.
+
+    `make` says what they are. Records of before may lack those with a default.
+    """
+
+    strategy: str
+    seed: files.Count
+    round: files.Count
+    num_labeled: files.Count
+    test_accuracy: files.Share
+    dataset: str = ""
+    model: str = ""
+    best_test_accuracy: files.Share = 0.0
+    train_accuracy: files.Share = 0.0
+    test_loss: files.Number = 0.0
+    train_loss: files.Number = 0.0
+    epochs: files.Count = 0
+    converged: bool = True
+    initial: list[files.Count] = []
+    query: list[files.Count] = []
+    query_score_mean: files.Number | None = None
+    query_score_max: files.Number | None = None
+    query_inner_product_share: files.Number = 0.0
+    query_approximation_ratio: files.Number = 0.0
+    flags: dict[str, Any] = {}
+    seconds: dict[str, files.Number] = {}
+    versions: dict[str, str | None] = {}
+    device: str = ""
+    git_commit: str | None = None
 
 
 class Curve(NamedTuple):
@@ -84,20 +117,18 @@ def read(path: pathlib.Path) -> list[Record]:
     """Returns the records of a file; a last line without an end is no record.
 
     Raises:
-      UserError: if there is no such file, or a line of it is not a record.
+      UserError: if there is no such file, or a line of it is not a record; the message names the
+        line and the field.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     result = []
     for number, line in enumerate(lines, start=1):
-        try:
-            result.append(json.loads(line))
-            if not isinstance(result[-1], dict):
-                raise ValueError("it is no JSON object")
-        except ValueError as error:
-            raise UserError(f"line {number} of {path} is not a record ({error})") from error
+        source = f"line {number} of {path}"
+        files.parse(line, Form, source)
+        result.append(files.parse(line, Record, source))
     return result
 
 

@@ -107,8 +107,8 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
     file = path / FLAGS_NAME
     if _holds_work(path):
         try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            theirs = files.read_json(file, dict[str, Any])
+        except UserError as error:
             raise UserError(
                 f"{path} holds records, but no readable {FLAGS_NAME} that says how they were "
                 "made: give another --output_dir"

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -97,7 +98,7 @@ class TestDamage:
         (path / "round-00003-epoch-0000000.json").unlink()
         assert checkpoints.restore(experiment_).round_index == 2
         (line,) = said
-        assert "round-00003-epoch-0000000 was not finished: dropped" in line
+        assert "round-00003-epoch-0000000 was not finished: removed" in line
 
     def test_a_torn_manifest(self, saved):
         checkpoints, experiment_, said, path = saved
@@ -105,6 +106,47 @@ class TestDamage:
         (path / "round-00002-epoch-0000000.json").write_text("")
         assert checkpoints.restore(experiment_) is None
         assert len(said) == 2
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"epoch": -1}, r"`int` >= 0 - at `$.epoch`"),
+            ({"round_index": "three"}, r"`int`, got `str` - at `$.round_index`"),
+            ({"seconds": [1]}, r"`object`, got `array` - at `$.seconds`"),
+            ({"best_test_accuracy": 7}, r"`float` <= 1.0 - at `$.best_test_accuracy`"),
+            ({"files": 3}, r"`object`, got `int` - at `$.files`"),
+        ],
+    )
+    def test_a_manifest_that_means_nothing(self, saved, change, why):
+        checkpoints, experiment_, said, path = saved
+        manifest = path / "round-00003-epoch-0000000.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+        assert checkpoints.restore(experiment_).round_index == 2
+        (line,) = said
+        assert why in line
+        aside = sorted(p.name for p in (path / "damaged").iterdir())
+        assert aside == ["round-00003-epoch-0000000", "round-00003-epoch-0000000.json"]
+        assert checkpoints.restore(experiment_).round_index == 2
+        assert said == [line]  # What is set aside is not looked at again.
+
+    def test_numbers_that_are_not_finite_are_not_saved(self, saved):
+        checkpoints, experiment_, said, _ = saved
+        state = checkpoints.restore(experiment_)
+        spoiled = jax.tree.map(lambda leaf: leaf * np.nan, state.variables)
+        checkpoints.save(state._replace(round_index=4, variables=spoiled))
+        assert checkpoints.restore(experiment_).round_index == 3
+        assert said == []
+
+    def test_numbers_that_are_not_finite_are_not_used(self, saved, monkeypatch):
+        checkpoints, experiment_, said, _ = saved
+        state = checkpoints.restore(experiment_)
+        spoiled = jax.tree.map(lambda leaf: leaf * np.inf, state.variables)
+        with monkeypatch.context() as before:  # As an earlier version would have done.
+            before.setattr(dj.store, "_is_finite", lambda leaves: True)
+            checkpoints.save(state._replace(round_index=4, variables=spoiled))
+        assert checkpoints.restore(experiment_).round_index == 3
+        (line,) = said
+        assert "it holds numbers that are not finite" in line
 
     def test_a_changed_byte(self, saved):
         checkpoints, experiment_, said, path = saved
@@ -133,7 +175,7 @@ class TestDamage:
 class TestRunDirectory:
     def test_other_flags_are_named(self, tmp_path):
         with run_directory.opened(str(tmp_path), FLAGS) as directory:
-            directory.append({"strategy": "a", "seed": 0, "round": 0})
+            directory.append(toy.record("a", 0, 0, 0.5))
         other = {"max_epochs": 7, "gammas": [1.0, 2.0], "new": None}
         with (
             pytest.raises(
@@ -167,7 +209,7 @@ class TestRunDirectory:
     def test_a_round_that_is_missing(self, tmp_path):
         with run_directory.opened(str(tmp_path), FLAGS) as directory:
             for index in (0, 2):
-                directory.append({"strategy": "a", "seed": 0, "round": index})
+                directory.append(toy.record("a", 0, index, 0.5))
         with (
             pytest.raises(dj.UserError, match="lacks a round of a, seed 0"),
             run_directory.opened(str(tmp_path), FLAGS),

@@ -99,8 +99,36 @@ def test_what_is_no_record_is_named(tmp_path):
     path = tmp_path / records.FILE_NAME
     with pytest.raises(dj.UserError, match=r"cannot read .* No such file"):
         records.read(path)
-    path.write_text("{}\nlabels: 5\n{}\n")
-    with pytest.raises(dj.UserError, match=r"line 2 of .* is not a record"):
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"labels: 5", "malformed"),
+        (b"3", "Expected `object`, got `int`"),
+        (b"[" * 100_000, "Expected `object`, got `array`"),
+        (b'{"a": ' * 100_000, "recursion depth"),
+        (b"\xff", "malformed"),
+        (b'{"strategy": "\xff"}', "invalid start byte"),
+        ({"seed": None}, r"Expected `int`, got `null` - at `\$.seed`"),
+        ({"seed": 2**80}, r"`\$.seed`"),
+        ({"round": -1}, r"Expected `int` >= 0 - at `\$.round`"),
+        ({"round": 0.5}, r"Expected `int`, got `float` - at `\$.round`"),
+        ({"test_accuracy": 55.2}, r"Expected `float` <= 1.0 - at `\$.test_accuracy`"),
+        ({"test_accuracy": True}, r"Expected `float`, got `bool` - at `\$.test_accuracy`"),
+        ({"query": [1, "2"]}, r"Expected `int`, got `str` - at `\$.query\[1\]`"),
+        ({"test_loss": "much"}, r"Invalid enum value 'much' - at `\$.test_loss`"),
+    ],
+    ids=str,
+)
+def test_what_is_no_record_is_named_with_its_line_and_field(tmp_path, line, why):
+    path = tmp_path / records.FILE_NAME
+    dj.files.append(path, RECORDS[0])
+    if isinstance(line, dict):
+        line = json.dumps({**RECORDS[1], **line}).encode()
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(dj.UserError, match=rf"line 2 of .* cannot be used: .*{why}"):
         records.read(path)
 
 
