@@ -44,16 +44,10 @@ class Store:
     Args:
       directory: theirs alone; made when the first is saved.
       say: called with a line about what could not be used.
-      form: of the descriptions, as in `files.parse`.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        say: Callable[[str], None] = print,
-        form: Any = dict[str, Any],
-    ):
-        self._directory, self._say, self._form = directory, say, form
+    def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
+        self._directory, self._say = directory, say
 
     def save(self, name: str, tree: Any, description: Mapping[str, Any]) -> None:
         """Writes the arrays of a tree, and then removes all but the newest `KEPT`.
@@ -89,12 +83,13 @@ class Store:
         for old in self._manifests()[KEPT:]:
             _remove(old.with_suffix(""))
 
-    def restore(self, make: Callable[[Any, list[np.ndarray]], T]) -> T | None:
+    def restore(self, form: Any, make: Callable[[Any, list[np.ndarray]], T]) -> T | None:
         """Returns what `make` makes of the newest that can be used, or None.
 
         Args:
-          make: called with the description, of the type `form`, and the leaves of the tree, in its
-            order; raises `ValueError` if it cannot use them.
+          form: type of the descriptions, as in `files.parse`.
+          make: called with the description and the leaves of the tree, in its order; raises
+            `ValueError` if it cannot use them.
         """
         if not self._directory.exists():
             return None
@@ -110,7 +105,7 @@ class Store:
             try:
                 if files.read_json(path, _Manifest).files != _checksums(arrays):
                     raise ValueError("files are missing or not what was written")
-                description = files.read_json(path, self._form)
+                description = files.read_json(path, form)
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
                 leaves = [leaves[name] for name in sorted(leaves)]

@@ -100,16 +100,17 @@ def take_over(
       UserError: if tables cannot be read or contradict each other, or label what is not in the
         folder. Then nothing was written.
     """
-    known = tables.read_labels(table, folder).of_path
-    filled = tables.read_labels(proposal, folder)
-    labels = tables.joined(known, filled.of_path, proposal)
-    if missing := sorted(set(labels) - set(paths)):
-        raise UserError(
-            f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
-        )
-    if new := {path: label for path, label in labels.items() if path not in known}:
-        tables.add_labels(table, new)
+    with tables.locked(table):  # Another process may add labels, too.
+        known = tables.read_labels(table, folder).of_path
+        filled = tables.read_labels(proposal, folder)
+        labels = tables.joined(known, filled.of_path, proposal)
+        if missing := sorted(set(labels) - set(paths)):
+            raise UserError(
+                f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
+            )
+        if new := {path: label for path, label in labels.items() if path not in known}:
+            tables.add_labels(table, new)
     return Update(labels, len(new), filled.num_right, filled.num_predicted)
 
 

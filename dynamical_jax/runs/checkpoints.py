@@ -35,7 +35,7 @@ class Checkpoints:
     """The newest states of one run, in a `store.Store`; arguments are those of one."""
 
     def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
-        self._store = store.Store(directory, say, Description)
+        self._store = store.Store(directory, say)
 
     def save(self, state: State) -> None:
         """Writes a state."""
@@ -51,7 +51,8 @@ class Checkpoints:
         """Returns the newest state that is whole, or None; sets aside the others."""
         like = functools.cache(experiment.init)  # Not made where there is nothing to restore.
         return self._store.restore(
-            lambda description, leaves: _state(experiment, like(), description, leaves)
+            Description,
+            lambda description, leaves: _state(experiment, like(), description, leaves),
         )
 
     def remove(self) -> None:
