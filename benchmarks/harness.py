@@ -113,24 +113,26 @@ def settings(
     names = list(contenders) if CONTENDERS.value is None else CONTENDERS.value
     _check_names("model", models, batch_sizes)
     _check_names("contender", names, contenders)
-    given = None if BATCH_SIZES.value is None else binary.positive("batch_sizes", BATCH_SIZES.value)
+    sizes = None
+    if BATCH_SIZES.value is not None:
+        sizes = binary.parse_positive("batch_sizes", BATCH_SIZES.value)
     if REPETITIONS.value < 1:
         raise dj.UserError(f"repetitions must be at least 1, got {REPETITIONS.value}")
     device = jax.default_backend()
     tasks = [
         Task(model, size, None, MATMUL_PRECISION.value, "cpu" if device == "cpu" else "gpu")
         for model in models
-        for size in given or batch_sizes[model]
+        for size in sizes or batch_sizes[model]
     ]
     return Settings(tasks, {name: contenders[name] for name in names}, REPETITIONS.value)
 
 
-def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+def _check_names(what: str, names: Sequence[str], choices: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in known:
-            raise dj.UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}")
+        if name not in choices:
+            raise dj.UserError(f"unknown {what} {name!r}; choose from {', '.join(choices)}")
     if not names:
-        raise dj.UserError(f"no {kind} given; choose from {', '.join(known)}")
+        raise dj.UserError(f"no {what} given; choose from {', '.join(choices)}")
 
 
 class Worker:
@@ -195,11 +197,11 @@ def compare(
 ) -> dict[str, Any]:
     """Returns milliseconds and peak memory of each contender, and who was left out, as JSON."""
     left_out: dict[str, str] = {}
-    with others_share() as others:
+    with measure_other_load() as others:
         seconds = take_turns(task, contenders, repetitions, environment, left_out)
     rows = {}
     for name, turns in seconds.items():
-        with closing_worker(contenders[name], task, environment) as worker:
+        with start_worker(contenders[name], task, environment) as worker:
             rows[name] = {
                 "milliseconds": [round(1e3 * turn, 3) for turn in turns],
                 "peak_mib": round(run_alone(worker)[1] / 2**20, 1),
@@ -224,7 +226,7 @@ def take_turns(
     workers: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
         for name, contender in contenders.items():
-            worker = stack.enter_context(closing_worker(contender, task, environment))
+            worker = stack.enter_context(start_worker(contender, task, environment))
             try:
                 worker.ask("warm_up")
                 workers[name] = worker
@@ -238,21 +240,21 @@ def take_turns(
 
 
 @contextlib.contextmanager
-def others_share() -> Iterator[Callable[[], float | None]]:
+def measure_other_load() -> Iterator[Callable[[], float | None]]:
     """Yields a function that returns afterwards which share of the cores other programs took.
 
     Where they took much of it ratios, too, are not to be trusted. None where it cannot be told.
     """
-    before = _busy_and_own()
+    before = _cpu_seconds()
     yield lambda: share
-    after = _busy_and_own()
+    after = _cpu_seconds()
     share = None
     if before and after:
         wall, busy, own = np.subtract(after, before)
         share = round(max(0.0, float(busy - own)) / (wall * os.cpu_count()), 3)
 
 
-def _busy_and_own() -> tuple[float, float, float] | None:
+def _cpu_seconds() -> tuple[float, float, float] | None:
     """Seconds: of the clock, of work of all cores, of work of this process and ended workers."""
     try:
         cpu = pathlib.Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
@@ -264,7 +266,7 @@ def _busy_and_own() -> tuple[float, float, float] | None:
 
 
 @contextlib.contextmanager
-def closing_worker(contender: str, task: Task, environment: Mapping[str, str]) -> Iterator[Worker]:
+def start_worker(contender: str, task: Task, environment: Mapping[str, str]) -> Iterator[Worker]:
     """Yields a worker that is closed in the end."""
     worker = Worker(contender, task, environment)
     try:
@@ -275,9 +277,9 @@ def closing_worker(contender: str, task: Task, environment: Mapping[str, str]) -
 
 def run_once(contender: str, task: Task, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns seconds and peak memory of one turn, in a process that finds its program compiled."""
-    with closing_worker(contender, task, environment) as worker:
+    with start_worker(contender, task, environment) as worker:
         worker.ask("warm_up")  # Compiles for the worker that is measured.
-    with closing_worker(contender, task, environment) as worker:
+    with start_worker(contender, task, environment) as worker:
         seconds, peak = run_alone(worker)
     return {**task._asdict(), "seconds": round(seconds, 6), "peak_mib": round(peak / 2**20, 1)}
 

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int | None:
 
 def run() -> None:
     """Checks the flags, then scores each pool with each model."""
-    sizes = binary.positive("pool_sizes", POOL_SIZES.value)
+    sizes = binary.parse_positive("pool_sizes", POOL_SIZES.value)
     tasks, contenders, _ = harness.settings(CONTENDERS, BLOCK_SIZES)
     report = harness.Report("pool")
     print(report.head())

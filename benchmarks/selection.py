@@ -18,8 +18,8 @@ flags.adopt_module_key_flags(harness)
 POOL_SIZE = flags.DEFINE_integer("pool_size", 49_500, "Images to choose from.", lower_bound=1)
 
 CONTENDERS = {
-    "10 classes": "strategy_contenders.of_10_classes",
-    "101 classes": "strategy_contenders.of_101_classes",
+    "10 classes": "strategy_contenders.select_from_10_classes",
+    "101 classes": "strategy_contenders.select_from_101_classes",
 }
 BATCH_SIZES = dict.fromkeys(dj.STRATEGIES, (500,))
 

@@ -12,12 +12,12 @@ EMBEDDING = 512
 NUM_LABELED = 500
 
 
-def of_10_classes(task: Task) -> Work:
+def select_from_10_classes(task: Task) -> Work:
     """The query of `task.batch_size` out of `task.pool_size` by strategy `task.model`."""
     return _selection(task, 10)
 
 
-def of_101_classes(task: Task) -> Work:
+def select_from_101_classes(task: Task) -> Work:
     """The same with as many classes as Caltech-101."""
     return _selection(task, 101)
 

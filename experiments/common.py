@@ -11,7 +11,7 @@ from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import options
-from experiments import circumstances, paper
+from experiments import neutral_flags, paper
 
 PRESET = flags.DEFINE_string(
     "preset",
@@ -99,7 +99,7 @@ def compare(
     Returns:
       A line for each run that failed.
     """
-    of_seeds = seeds()
+    all_seeds = seeds()
     dataset, model = load()
     training = options.training_config()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
@@ -115,7 +115,7 @@ def compare(
             dj.Experiment(dataset, model, strategy, budget, training, seed, EVALUATE_EVERY.value),
             identity,
         )
-        for seed in of_seeds
+        for seed in all_seeds
         for name, (strategy, budget) in arms.items()
     ]
     dj.records.environment()  # What cannot be recorded should fail now and not after a round.
@@ -123,9 +123,11 @@ def compare(
     output_dir = OUTPUT_DIR.value or os.path.join(
         "runs", default_dir.format(dataset=dataset.name, model=options.MODEL.value)
     )
-    decisive = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
-    decisive |= {name: value for name, value in used.items() if name not in circumstances.FLAGS}
-    with dj.run_directory.opened(output_dir, decisive) as directory:
+    deciding_flags = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
+    deciding_flags |= {
+        name: value for name, value in used.items() if name not in neutral_flags.FLAGS
+    }
+    with dj.run_directory.open_locked(output_dir, deciding_flags) as directory:
         failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
         summarize(directory.rounds)
     if failures:
@@ -146,9 +148,9 @@ def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model that the flags name, and keeps compiled programs."""
     options.training_config()  # What is wrong should be said before the data are read.
     if options.MODEL.value is not None:
-        options.settle_model()
+        options.set_model_defaults()
     dataset = load_dataset()
-    attributes = options.settle_model(dataset.kind)
+    attributes = options.set_model_defaults(dataset.kind)
     if dataset.kind == "vectors":
         attributes["feature_scale"] = FEATURE_SCALE.value
     elif not flags.FLAGS["feature_scale"].using_default_value:
@@ -158,7 +160,7 @@ def load() -> tuple[dj.Dataset, Any]:
 
 def load_dataset() -> dj.Dataset:
     """Returns the data set that the flags name, and keeps compiled programs beside it."""
-    cache_dir = options.prepared_cache_dir()
+    cache_dir = options.prepare_cache_dir()
     return dj.datasets.load(
         DATASET.value,
         image_size=options.IMAGE_SIZE.value,
@@ -172,7 +174,7 @@ def load_dataset() -> dj.Dataset:
     )
 
 
-def writable(directory: str) -> pathlib.Path:
+def make_directory(directory: str) -> pathlib.Path:
     """Returns a directory for results, made if it is not there: before the work, not after it.
 
     Raises:

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Trains, and looks at R on the way; returns what failed: nothing."""
     binary.check_command_line(argv, sys.modules[__name__])
-    sizes = sorted(set(binary.positive("ratio_sizes", SIZES.value)))
+    sizes = sorted(set(binary.parse_positive("ratio_sizes", SIZES.value)))
     if common.INITIAL_SIZE.value < 1:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
     dataset, model = common.load()
@@ -77,19 +77,19 @@ def run(argv: list[str]) -> list[str]:
             config, target_accuracy=None, target_loss=None, target_total_loss=None
         )
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
-    directory = common.writable(common.OUTPUT_DIR.value or default)
+    directory = common.make_directory(common.OUTPUT_DIR.value or default)
 
     def keep(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
-        results = {"finding": finding_of(points[-1]), "points": points}
+        results = {"finding": describe_point(points[-1]), "points": points}
         draw = functools.partial(dj.plotting.approximation_ratio, points)
         return common.save(sys.modules[__name__], directory, NAME, results, draw, finished)
 
     points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
-    common.print_finding(finding_of(points[-1]), keep(points, finished=True))
+    common.print_finding(describe_point(points[-1]), keep(points, finished=True))
     return []
 
 
-def finding_of(point: dict[str, Any]) -> str:
+def describe_point(point: dict[str, Any]) -> str:
     """Returns a sentence on R at an epoch."""
     parts = [
         f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
@@ -126,7 +126,7 @@ def ratios(
         for index in range(NUM_QUERIES.value):
             draw = dj.streams.generator(seed, "draws", epoch, index)
             query = dataset.pool.x[draw.choice(pool.unlabeled, sizes[-1], replace=False)]
-            ratios = of_query(model, variables, query, grad_s, sizes)
+            ratios = query_ratios(model, variables, query, grad_s, sizes)
             for size, (ratio, limit) in zip(sizes, ratios, strict=True):
                 found[str(size)].append(ratio)
                 limits[str(size)].append(limit)
@@ -161,7 +161,7 @@ def ratios(
     return points
 
 
-def of_query(
+def query_ratios(
     model: Any, variables: Any, query: np.ndarray, grad_s: Any, sizes: list[int]
 ) -> list[tuple[float, float]]:
     """Returns R(Q|S) of the first b images of a query, for each b, at their pseudo-labels.

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
-from experiments import circumstances, paper
+from experiments import neutral_flags, paper
 
 OUTPUT_DIR = flags.DEFINE_string(
     "report_dir", None, "Where the report goes; by default the first of the directories."
@@ -32,7 +32,7 @@ REFERENCES = flags.DEFINE_list(
 # What a record must hold to be reported.
 NEEDED = {"strategy", "seed", "round", "num_labeled", "test_accuracy", "flags", "dataset", "model"}
 # What may differ between directories that are reported together.
-OF_ONE_DIRECTORY = {*circumstances.FLAGS, "num_seeds", "first_seed", "strategies"}
+OF_ONE_DIRECTORY = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
 
 
 def main(argv: list[str]) -> int | None:
@@ -91,7 +91,7 @@ def read(directories: list[str]) -> list[dj.records.Record]:
                     f"{directory}: give each seed once"
                 )
             found[key] = directory
-            if rounds and (difference := differing(record, rounds[0])):
+            if rounds and (difference := describe_difference(record, rounds[0])):
                 raise dj.UserError(
                     f"{directory} and {directories[0]} are of different settings ({difference}, "
                     "there being the latter): report on them one by one"
@@ -102,13 +102,13 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     return rounds
 
 
-def differing(record: dj.records.Record, other: dj.records.Record) -> str:
+def describe_difference(record: dj.records.Record, other: dj.records.Record) -> str:
     """Returns the flags in which two records differ, if they cannot be reported together."""
     ours, theirs = (
         {name: value for name, value in of["flags"].items() if name not in OF_ONE_DIRECTORY}
         for of in (record, other)
     )
-    return dj.run_directory.differing(ours, theirs)
+    return dj.run_directory.describe_difference(ours, theirs)
 
 
 def published(rounds: list[dj.records.Record]) -> dj.reports.markdown.Published | None:

@@ -55,7 +55,7 @@ for _name in (
 NAME = "stopping_rules"
 
 Look = Mapping[str, Any]
-"""What was seen at an epoch: see `look_at`."""
+"""What was seen at an epoch: see `inspect_query`."""
 
 RULES: dict[str, Callable[[Look], bool]] = {
     "99 % of S right": lambda look: look["accuracy"] >= 0.99,
@@ -103,11 +103,11 @@ def run(argv: list[str]) -> list[str]:
         look_every=1,
     )
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
-    directory = common.writable(common.OUTPUT_DIR.value or default)
+    directory = common.make_directory(common.OUTPUT_DIR.value or default)
     results: dict[str, Any] = {"dataset": dataset.name, "model": options.MODEL.value, "seeds": {}}
     for number, seed in enumerate(seeds, start=1):
-        results["seeds"][str(seed)] = looks_of(dataset, model, config, seed)
-        draw = functools.partial(picture, [results])
+        results["seeds"][str(seed)] = collect_looks(dataset, model, config, seed)
+        draw = functools.partial(draw_picture, [results])
         path = common.save(
             sys.modules[__name__], directory, NAME, results, draw, number == len(seeds)
         )
@@ -116,7 +116,7 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def looks_of(
+def collect_looks(
     dataset: dj.Dataset, model: Any, config: dj.TrainingConfig, seed: int
 ) -> list[dict[str, Any]]:
     """Returns what was seen at each epoch looked at, of one seed."""
@@ -131,7 +131,7 @@ def looks_of(
         draw = dj.streams.generator(seed, "draws")
         unlabeled = np.sort(draw.choice(unlabeled, CANDIDATES.value, replace=False))
     candidates = dj.types.Rows(dataset.pool_images, unlabeled)
-    at = set(epochs_looked_at(config.max_epochs))
+    at = set(epochs_to_look_at(config.max_epochs))
     looks: list[dict[str, Any]] = []
     epochs_at_99 = 0
     with tqdm.tqdm(desc=f"seed {seed}", total=config.max_epochs, disable=None, leave=False) as bar:
@@ -141,7 +141,7 @@ def looks_of(
             bar.update()
             epochs_at_99 += seen.accuracy >= 0.99
             if progress.epoch in at:
-                look = look_at(model, progress.variables, labeled, candidates, progress.epoch)
+                look = inspect_query(model, progress.variables, labeled, candidates, progress.epoch)
                 looks.append(
                     {
                         "epoch": progress.epoch,
@@ -158,17 +158,17 @@ def looks_of(
     return looks
 
 
-def epochs_looked_at(last: int) -> list[int]:
+def epochs_to_look_at(last: int) -> list[int]:
     """Returns epochs spaced evenly on a logarithmic scale, ten to a decade: 10·e is one of them.
 
-    >>> epochs_looked_at(13)
+    >>> epochs_to_look_at(13)
     [1, 2, 3, 4, 5, 6, 8, 10, 13]
     """
     exponents = range(1 + math.floor(10 * math.log10(last)))
     return sorted({round(10 ** (k / 10)) for k in exponents} | {last})
 
 
-def look_at(
+def inspect_query(
     model: Any, variables: Any, labeled: dj.Examples, candidates: Any, epoch: int
 ) -> dict[str, Any]:
     """Returns what dynamicAL would query now, and what that query is like.
@@ -212,7 +212,7 @@ def look_at(
     }
 
 
-def stop_of(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str, float] | None:
+def apply_rule(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str, float] | None:
     """Returns what a rule comes to on one seed: its first look and what became of the query.
 
     "overlap" is with the query ten times as many epochs later; None if training ended before that.
@@ -236,7 +236,7 @@ def table(results: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, rule in RULES.items():
-        stops = [stop_of(rule, looks) for looks in results["seeds"].values()]
+        stops = [apply_rule(rule, looks) for looks in results["seeds"].values()]
         if None in stops:
             missing = sum(stop is None for stop in stops)
             lines.append(f"| {name} | not reached by {missing} of {len(stops)} seeds | | | |")
@@ -252,11 +252,13 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+def draw_picture(settings: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Draws for each setting share of g_S and overlap with the last query over epochs."""
-    drawn = dj.plotting.figure(3.6 * len(every), 3.6)
+    drawn = dj.plotting.figure(3.6 * len(settings), 3.6)
     for axes, results in zip(
-        np.ravel(drawn.subplots(1, len(every), sharey=True, squeeze=False)), every, strict=True
+        np.ravel(drawn.subplots(1, len(settings), sharey=True, squeeze=False)),
+        settings,
+        strict=True,
     ):
         seeds = list(results["seeds"].values())
         epochs = [look["epoch"] for look in seeds[0]]
@@ -278,7 +280,7 @@ def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             low, high = values.min(axis=0), values.max(axis=0)
             axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
         for name, style in (("99 % of S right", ":"), ("total loss ≤ 1", "--")):
-            stops = [stop_of(RULES[name], looks) for looks in seeds]
+            stops = [apply_rule(RULES[name], looks) for looks in seeds]
             if None not in stops:
                 mean = np.mean([stop["epoch"] for stop in stops])
                 axes.axvline(mean, color="black", linestyle=style, linewidth=1, label=name)
@@ -294,19 +296,19 @@ def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
 def report(directories: Sequence[str]) -> list[str]:
     """Prints and writes the tables of recorded settings, and draws one picture of all."""
-    every, texts = [], []
+    settings, texts = [], []
     for directory in map(pathlib.Path, directories):
         file = directory / f"{NAME}.json"
         try:
-            every.append(json.loads(file.read_text(encoding="utf-8")))
-            texts += [table(every[-1]), gains(directory)]
+            settings.append(json.loads(file.read_text(encoding="utf-8")))
+            texts += [table(settings[-1]), gains(directory)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise dj.UserError(f"{file} is no record of this program ({error})") from error
     text = "\n".join(filter(None, texts))
     print(text)
-    parent = common.writable(str(pathlib.Path(directories[0]).resolve().parent))
+    parent = common.make_directory(str(pathlib.Path(directories[0]).resolve().parent))
     dj.files.write(parent / "tables.md", text)
-    picture(every, parent / f"{NAME}.png")
+    draw_picture(settings, parent / f"{NAME}.png")
     print(f"{parent / 'tables.md'}\n{parent / NAME}.png")
     return []
 

@@ -80,7 +80,7 @@ def setting(query_size: int = 0) -> Setting:
     Raises:
       UserError: if the pool is smaller, or a flag is wrong.
     """
-    widths = tuple(binary.positive("widths", WIDTHS.value))
+    widths = tuple(binary.parse_positive("widths", WIDTHS.value))
     dataset = common.load_dataset()
     if dataset.kind != "images":
         raise dj.UserError(
@@ -134,7 +134,7 @@ def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int)
     return dj.training.fit(setting.model, variables, labeled, config, seed)
 
 
-def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
+def add_label_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
     """Returns labels of which a share is drawn anew, uniformly, as in Zhang et al. (2017)."""
     generator = dj.streams.generator(seed, "noise")
     order = generator.permutation(len(labels))
@@ -173,7 +173,7 @@ def progress(work: Iterable, what: str) -> Iterable:
     return tqdm.tqdm(work, what, disable=None, leave=False)
 
 
-def over_seeds(
+def repeat_over_seeds(
     module: Any,
     run_seed: Callable[[int], list[dict[str, Any]]],
     summarize: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
@@ -209,7 +209,7 @@ def over_seeds(
 
 def directory() -> pathlib.Path:
     """Returns where results go."""
-    return common.writable(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
+    return common.make_directory(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
 
 
 def save(

@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Computes ℬ and MMD for each seed and b, then writes them; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
-    sizes = sorted(set(binary.positive("query_sizes", QUERY_SIZES.value)))
+    sizes = sorted(set(binary.parse_positive("query_sizes", QUERY_SIZES.value)))
     if INFINITE_WIDTH.value:
         dj.ntk.neural_tangents()  # What is missing should be said now and not after training.
     setting = common.setting(query_size=max(sizes))
-    return common.over_seeds(
+    return common.repeat_over_seeds(
         sys.modules[__name__],
         lambda seed: run_seed(setting, seed, sizes),
         lambda rows: summarize(rows, sizes),

@@ -67,23 +67,23 @@ def run(argv: list[str]) -> list[str]:
         accuracy = dj.training.evaluate(setting.model.apply, variables, labeled).accuracy
         results[when] = {"points": points, "train_accuracy": accuracy, **taus}
         finished = len(results) == len(states)
-        sentence = finding(results)
+        sentence = describe_correlations(results)
         path = common.save(sys.modules[__name__], results, sentence, draw_results, finished)
     experiment.print_finding(sentence, path)
     return []
 
 
-def finding(results: dict[str, Any]) -> str:
+def describe_correlations(results: dict[str, Any]) -> str:
     """Returns a sentence on the correlations."""
     parts = []
     for when, result in results.items():
-        of_mse, permuted, of_entropy = (
+        tau_mse, permuted, tau_entropy = (
             f"{result[name]['tau']:.2f} ({result[name]['low']:.2f} to {result[name]['high']:.2f})"
             for name in ("squared_error", "permuted", "cross_entropy")
         )
         parts.append(
-            f"{when} {of_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
-            f"permuted {permuted}, of the cross-entropy's G and alignment {of_entropy}"
+            f"{when} {tau_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
+            f"permuted {permuted}, of the cross-entropy's G and alignment {tau_entropy}"
         )
     return (
         f"Kendall's τ of G_MSE and alignment over {DRAWS.value} draws, with 95 % bootstrap "
@@ -104,7 +104,7 @@ def quantities(
     permuted = pool.y[dj.streams.generator(seed, "noise").permutation(len(pool.y))]
     apply = jax.jit(model.apply)
 
-    def of(which: np.ndarray) -> tuple[np.ndarray, Any]:
+    def combine(which: np.ndarray) -> tuple[np.ndarray, Any]:
         """Σ w ∇f for the columns of f, Y and permuted Y; and g of the cross-entropy."""
         logits = np.asarray(apply(variables, pool.x[which]).logits)
         weights = [logits, setting.targets(pool.y[which]), setting.targets(permuted[which])]
@@ -114,11 +114,11 @@ def quantities(
         examples = dj.Examples(pool.x[which], pool.y[which])
         return combined, dj.gradients.set_gradient(model.apply, variables, examples)
 
-    combined_s, grad_s = of(rows)
+    combined_s, grad_s = combine(rows)
     points: dict[str, list[float]] = {}
     for index in common.progress(range(DRAWS.value), f"Q {when}"):
         draw = dj.streams.generator(seed, "draws", index)
-        combined_q, grad_q = of(draw.choice(unlabeled, size, replace=False))
+        combined_q, grad_q = combine(draw.choice(unlabeled, size, replace=False))
         f, y, other_y = np.split(combined_s + combined_q, 3, axis=1)
         quadratic_form = lambda combined: float(np.sum(combined**2)) / len(combined)
         point = {

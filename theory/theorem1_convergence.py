@@ -42,7 +42,9 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, and writes the curves; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
-    return common.over_seeds(sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize)
+    return common.repeat_over_seeds(
+        sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize
+    )
 
 
 def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
@@ -58,7 +60,7 @@ def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
         for low, term, high in zip(c["lower"], c["convergence_term"][1:], c["upper"], strict=True)
     )
     total = sum(len(c["lower"]) for c in curves)
-    promised, left = fall(curves)
+    promised, left = error_reduction(curves)
     taus = common.tau_within_seeds(curves, promised, left)
     sentence = (
         f"‖Y − f_t‖ of the network stays within {apart:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies between the "
@@ -70,7 +72,7 @@ def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
     return results, sentence, functools.partial(draw, curves)
 
 
-def fall(curves: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def error_reduction(curves: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Returns what alignment promises, η𝒜 / ‖Y‖² (Theorem 1), and the share of ‖Y − f‖² left."""
     promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
     return promised, [c["error"][-1] / c["error"][0] for c in curves]
@@ -82,11 +84,11 @@ def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     rows, variables = setting.draw(seed, common.NUM_LABELED.value), setting.variables(seed)
     x, num_classes = jnp.asarray(pool.x[rows]), len(setting.dataset.class_names)
     theta = common.kernel(model.apply, variables, x)
-    of_theta = dj.alignment.spectrum(theta)
-    rate = SHARE_OF_LARGEST_RATE / of_theta.eigenvalues[-1]
+    spectrum = dj.alignment.spectrum(theta)
+    rate = SHARE_OF_LARGEST_RATE / spectrum.eigenvalues[-1]
     steps, result = np.arange(STEPS.value + 1.0), []
     for noise in common.progress(NOISE, f"seed {seed}, label noise"):
-        labels = common.with_noise(pool.y[rows], noise, num_classes, seed)
+        labels = common.add_label_noise(pool.y[rows], noise, num_classes, seed)
         if np.ptp(labels) == 0:
             raise dj.UserError(
                 f"all labels of S are the same with {noise:.0%} noise, so that there is nothing to "
@@ -95,8 +97,8 @@ def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
         # Centred: what is common to all examples is learned at once, whatever the labels.
         targets = setting.targets(labels)
         targets = targets - np.mean(targets, axis=0)
-        terms = dj.alignment.squared_convergence_term(of_theta, targets, rate, steps)
-        lower, upper = dj.alignment.convergence_bounds(of_theta, targets, rate, steps[1:])
+        terms = dj.alignment.squared_convergence_term(spectrum, targets, rate, steps)
+        lower, upper = dj.alignment.convergence_bounds(spectrum, targets, rate, steps[1:])
         error = descend(model.apply, variables, x, jnp.asarray(targets), rate)
         result.append(
             {
@@ -151,7 +153,7 @@ def draw(curves: list[dict[str, Any]], figure: Any) -> None:
     left.set_xlabel("step t")
     left.set_title("true labels", fontsize=10)
     left.legend(frameon=False)
-    points = right.scatter(*fall(curves), c=[100 * c["noise"] for c in curves])
+    points = right.scatter(*error_reduction(curves), c=[100 * c["noise"] for c in curves])
     figure.colorbar(points, label="label noise (%)")
     right.set_xlabel(r"$\eta\,\mathcal{A}\,/\,\|Y\|^2$")
     right.set_ylabel(f"share of the error left after {len(steps) - 1} steps")

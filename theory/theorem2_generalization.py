@@ -35,7 +35,9 @@ def run(argv: list[str]) -> list[str]:
     """Trains with each share of noise, and writes the points; returns what failed."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
-    return common.over_seeds(sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize)
+    return common.repeat_over_seeds(
+        sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize
+    )
 
 
 def summarize(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
@@ -60,7 +62,7 @@ def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     theta = common.kernel(model.apply, variables, data.pool.x[rows])
     result = []
     for noise in common.progress(NOISE, f"seed {seed}, label noise"):
-        labels = common.with_noise(data.pool.y[rows], noise, len(data.class_names), seed)
+        labels = common.add_label_noise(data.pool.y[rows], noise, len(data.class_names), seed)
         targets = setting.targets(labels)
         bound = dj.generalization.generalization_bound(theta, targets, common.JITTER.value)
         lower, upper = dj.generalization.bounds_by_alignment(theta, targets, common.JITTER.value)

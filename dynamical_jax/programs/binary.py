@@ -90,7 +90,7 @@ def keep_compiled_programs(cache_dir: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def positive(flag: str, values: Sequence[str]) -> list[int]:
+def parse_positive(flag: str, values: Sequence[str]) -> list[int]:
     """Returns the numbers that a list flag holds.
 
     Raises:

@@ -99,7 +99,7 @@ def training_config() -> training.TrainingConfig:
     )
 
 
-def settle_model(kind: str = "images") -> dict[str, Any]:
+def set_model_defaults(kind: str = "images") -> dict[str, Any]:
     """Gives --model and --learning_rate values where they have none; returns the model's options.
 
     Args:
@@ -128,7 +128,7 @@ def model_options() -> dict[str, Any]:
     return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
 
 
-def prepared_cache_dir() -> str:
+def prepare_cache_dir() -> str:
     """Returns where decoded data are kept, and keeps compiled programs beside them."""
     cache_dir = CACHE_DIR.value or datasets.default_cache_dir()
     binary.keep_compiled_programs(cache_dir)

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Takes up the new labels, trains, chooses, and writes; returns what failed: nothing."""
     binary.check_command_line(argv, sys.modules[__name__])
-    chosen, config, output = checked()
+    chosen, config, output = check_flags()
     table = pathlib.Path(LABELS.value)
     try:
         for path in filter(None, (OUTPUT.value, LABELS.value, PREDICTIONS.value)):
@@ -96,7 +96,7 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def checked() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
+def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
     """Returns what the flags name, all of which is looked at before any work."""
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
         raise UserError(f"--images must be a folder of images, got {IMAGES.value}")
@@ -108,7 +108,7 @@ def checked() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
         raise UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.settle_model()
+    attributes = options.set_model_defaults()
     chosen = strategy.make(STRATEGY.value)
     if STRATEGY.value not in NAMES:
         raise UserError(
@@ -134,7 +134,7 @@ def read_folder(
         IMAGES.value,
         paths,
         update.labels,
-        cache_dir=options.prepared_cache_dir(),
+        cache_dir=options.prepare_cache_dir(),
         size=options.IMAGE_SIZE.value,
         channels=options.CHANNELS.value,
         unreadable=options.UNREADABLE.value,
@@ -164,8 +164,10 @@ def train(
     if start.fit is not None:
         print("no labels that the model was not trained on: it stays as it is")
         return start.learner, start.fit
-    if start.former_kind is not None:
-        difference = run_directory.differing(config.kind(folder), start.former_kind)
+    if start.former_description is not None:
+        difference = run_directory.describe_difference(
+            config.model_description(folder), start.former_description
+        )
         print(f"the model is trained from the start: that of the last round had {difference}")
     if start.new_classes:
         grown = f"the model grows to {len(start.learner.class_names)} outputs"

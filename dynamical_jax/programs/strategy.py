@@ -14,11 +14,11 @@ def make(name: str) -> strategies.Strategy:
     Raises:
       UserError: if there is no such strategy, or an option is out of range.
     """
-    given = {}
+    strategy_options = {}
     if name == "dynamical":
-        given = {
+        strategy_options = {
             "gamma": GAMMA.value,
             "engine": options.ENGINE.value,
             "chunk_size": options.CHUNK_SIZE.value,
         }
-    return strategies.create(name, **given)
+    return strategies.create(name, **strategy_options)
