@@ -1,4 +1,4 @@
-"""Flags that change no result: a directory may be continued with others."""
+"""Flags that change no result: a run may be continued with other values of them."""
 
 FLAGS = {
     "preset",
@@ -8,5 +8,5 @@ FLAGS = {
     "data_dir",
     "download",
     "cache_dir",
-    "unreadable",  # What is left out is not of the data, whose version is compared.
+    "unreadable",  # Files that are left out change the version of the data, which is compared.
 }
