@@ -3,8 +3,8 @@
   python -m benchmarks.selection
 
 About 3 minutes on two cores. 500 of 49,500 images are chosen from logits of 10 or 101 classes and
-512 features, as ResNet-18 has them. Prints for each strategy the seconds, and the most memory taken
-beyond what scoring returned, in a process of its own that finds its program compiled. --models
+512 features, as ResNet-18 has them. Prints, for each strategy, the seconds and the peak memory
+without the result of scoring, in a new process whose program is compiled already. --models
 takes strategies here, --batch_sizes the number of images to choose.
 """
 
