@@ -135,7 +135,7 @@ class Store:
                 path.rename(aside.parent / path.name)
 
 
-def unflattened(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
+def unflatten(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
     """Returns the leaves of a tree in the structure of another.
 
     Args:

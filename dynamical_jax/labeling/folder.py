@@ -101,9 +101,9 @@ def take_over(
         folder. Then nothing was written.
     """
     with tables.locked(table):  # Another process may add labels, too.
-        known = tables.read_labels(table, folder).of_path
+        known = tables.read_labels(table, folder).by_path
         filled = tables.read_labels(proposal, folder)
-        labels = tables.joined(known, filled.of_path, proposal)
+        labels = tables.join_labels(known, filled.by_path, proposal)
         if missing := sorted(set(labels) - set(paths)):
             raise UserError(
                 f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
