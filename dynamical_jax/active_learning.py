@@ -108,7 +108,7 @@ class Round:
     initial: np.ndarray
     query: np.ndarray
     query_scores: np.ndarray
-    query_facts: Mapping[str, float]
+    query_facts: Mapping[str, float | None]
     seconds: dict[str, float]
 
 

@@ -98,7 +98,7 @@ class TrainingConfig:
     def has_target(self) -> bool:
         """Whether training may stop before `max_epochs`."""
         targets = (self.target_accuracy, self.target_loss, self.target_total_loss)
-        return any(target is not None for target in targets)
+        return any(target is not None and math.isfinite(target) for target in targets)
 
     def largest_loss(self, size: int) -> float | None:
         """Returns the mean cross-entropy at which a set of this size is fitted; None: any."""

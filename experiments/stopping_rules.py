@@ -59,7 +59,7 @@ Look = Mapping[str, Any]
 
 RULES: dict[str, Callable[[Look], bool]] = {
     "99 % of S right": lambda look: look["accuracy"] >= 0.99,
-    "99 % right for 10 epochs": lambda look: look["epochs_at_99"] >= 10,
+    "99 % right in 10 epochs": lambda look: look["epochs_at_99"] >= 10,
     "100 epochs": lambda look: look["epoch"] >= 100,
     "mean loss ≤ 0.1": lambda look: look["loss"] <= 0.1,
     "mean loss ≤ 0.01": lambda look: look["loss"] <= 0.01,
@@ -159,7 +159,7 @@ def collect_looks(
 
 
 def epochs_to_look_at(last: int) -> list[int]:
-    """Returns epochs spaced evenly on a logarithmic scale, ten to a decade: 10·e is one of them.
+    """Returns epochs spaced evenly on a logarithmic scale, ten to a decade.
 
     >>> epochs_to_look_at(13)
     [1, 2, 3, 4, 5, 6, 8, 10, 13]
@@ -221,8 +221,10 @@ def apply_rule(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str,
     stop = next((look for look in looks if rule(look)), None)
     if stop is None:
         return None
-    later = [look for look in looks if look["epoch"] >= 9.9 * stop["epoch"]]
-    common_part = set(stop["query"]) & set(later[0]["query"]) if later else ()
+    # Ten places further on the scale of `epochs_looked_at`.
+    place = round(10 * math.log10(stop["epoch"])) + 10
+    later = next((look for look in looks if look["epoch"] == round(10 ** (place / 10))), None)
+    common_part = set(stop["query"]) & set(later["query"]) if later else ()
     overlap = len(common_part) / len(stop["query"]) if later else None
     return {"overlap": overlap, **{name: stop[name] for name in ("epoch", "share", "ratio")}}
 
@@ -233,7 +235,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"{results['dataset']}, {results['model']}, |S| = {_size(results)}, "
         f"{len(results['seeds'])} seeds:",
         "",
-        "| training stops at | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
+        "| first look at which | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, rule in RULES.items():
@@ -331,7 +333,7 @@ def gains(directory: pathlib.Path) -> str:
             numbers = [f"{100 * value:+.1f}" for value in (gain.mean, gain.low, gain.high)]
             cells.append("{} ({} to {})".format(*numbers).replace("-", dj.reports.markdown.MINUS))
         shares = [record.get("query_inner_product_share") for record in rounds]
-        cells.append(f"{max(share for share in shares if share is not None):.2f}")
+        cells.append(f"{max(share for share in shares if isinstance(share, float)):.2f}")
         cells.append(f"{sum(r['epochs'] for r in rounds) / len(area) / len(scores.seeds):.0f}")
         rows.append(f"| {' | '.join(cells)} |")
     if not rows:

@@ -54,8 +54,8 @@ class Form(msgspec.Struct):
     query: list[files.Count] = []
     query_score_mean: files.Number | None = None
     query_score_max: files.Number | None = None
-    query_inner_product_share: files.Number = 0.0
-    query_approximation_ratio: files.Number = 0.0
+    query_inner_product_share: files.Number | None = None
+    query_approximation_ratio: files.Number | None = None
     flags: dict[str, Any] = {}
     seconds: dict[str, files.Number] = {}
     versions: dict[str, str | None] = {}
@@ -220,9 +220,9 @@ def format_number(value: float, digits: int = 2, sign: str = "") -> str:
     """
     if not math.isfinite(value):
         return str(value)
-    exact = decimal.Decimal(f"{value:.10f}") + 0  # No minus before a zero.
     last = decimal.Decimal(1).scaleb(-digits)
-    return f"{exact.quantize(last, decimal.ROUND_HALF_UP):{sign}f}"
+    exact = decimal.Decimal(f"{value:.10f}").quantize(last, decimal.ROUND_HALF_UP)
+    return f"{exact + 0:{sign}f}"  # No minus before a zero.
 
 
 def _version(package: str) -> str | None:

@@ -67,7 +67,7 @@ class Query(NamedTuple):
     scores: np.ndarray
     state: Any = None
     seconds: Mapping[str, float] = types.MappingProxyType({})
-    facts: Mapping[str, float] = types.MappingProxyType({})
+    facts: Mapping[str, float | None] = types.MappingProxyType({})
 
 
 class Strategy(abc.ABC):
@@ -98,7 +98,7 @@ class Strategy(abc.ABC):
         positions = np.asarray(selection.top_b(scores, batch_size))
         return Query(positions, scores[positions], state)
 
-    def describe(self, view: LearnerView, scored: Any, query: Query) -> Mapping[str, float]:
+    def describe(self, view: LearnerView, scored: Any, query: Query) -> Mapping[str, float | None]:
         """Returns facts about a query, for the records; here, none."""
         return {}
 

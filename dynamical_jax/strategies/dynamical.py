@@ -60,7 +60,9 @@ class Dynamical(Strategy):
         """Returns the examples of largest Δ({u}|S)."""
         return super().select(key, scored.change, batch_size, state)
 
-    def describe(self, view: LearnerView, scored: "Changes", query: Query) -> dict[str, float]:
+    def describe(
+        self, view: LearnerView, scored: "Changes", query: Query
+    ) -> dict[str, float | None]:
         """Returns how much the inner product weighs in Δ over the query, and R of the query.
 
         Warns where the inner product rules: then S is not fitted, and the query is of images that
@@ -68,22 +70,24 @@ class Dynamical(Strategy):
 
         Returns:
           "inner_product_share": `dynamics.inner_product_share` of the query; "approximation_ratio":
-          R(Q|S), Eq. 14, exactly, from the gradient of the whole query.
+          R(Q|S), Eq. 14, exactly, from the gradient of the whole query; None where it is 0/0.
         """
+        # Both are of the method itself, γ = 2, whatever γ was taken to choose.
         terms = jax.tree.map(lambda term: np.asarray(term)[query.positions], scored.terms)
         squared_norm, inner_product = terms.squared_norm, terms.inner_product
-        share = float(dynamics.inner_product_share(squared_norm, inner_product, self.gamma))
-        if share > 0.5 and self.gamma != math.inf:
+        share = float(dynamics.inner_product_share(squared_norm, inner_product))
+        if share > 0.5 and 0 < self.gamma < math.inf:
             warnings.warn(
                 f"the labeled set is not fitted: the inner product with its gradient makes up "
                 f"{share:.0%} of the chosen Δ; train longer (a lower target loss, more epochs)",
                 stacklevel=3,
             )
-        # R is of the method itself, whatever γ was taken to choose.
         change = dynamics.change_of_training_dynamics(squared_norm, inner_product)
         chosen = Examples(view.unlabeled[query.positions], terms.label)
         grad_q = self._set_gradient(view, chosen)
         ratio = float(dynamics.approximation_ratio(change, grad_q, scored.grad_s))
+        # 0/0 where no gradient is left, as of a network that is saturated.
+        ratio = ratio if math.isfinite(ratio) else None
         return {"inner_product_share": share, "approximation_ratio": ratio}
 
     def _set_gradient(self, view: LearnerView, examples: Examples) -> Any:

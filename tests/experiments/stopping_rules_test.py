@@ -64,7 +64,7 @@ def test_a_look_sees_what_dynamical_would_query(run_binary, dataset, monkeypatch
 def test_a_rule_stops_at_its_first_look_and_is_judged_ten_times_later():
     looks = [
         {"epoch": epoch, "loss": 1 / epoch, "share": epoch, "ratio": -epoch, "query": query}
-        for epoch, query in ((1, [1, 2]), (2, [3, 4]), (4, [5, 6]), (20, [4, 7]), (40, [3, 4]))
+        for epoch, query in ((1, [1, 2]), (2, [3, 4]), (4, [5, 6]), (20, [4, 7]), (25, [3, 4]))
     ]
     stop = stopping_rules.apply_rule(lambda look: look["loss"] <= 0.6, looks)
     assert stop == {"epoch": 2, "share": 2, "ratio": -2, "overlap": 0.5}

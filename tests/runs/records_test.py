@@ -59,7 +59,7 @@ def test_numbers_of_tables():
     shown = [
         records.format_number(x) for x in (0.125, -0.125, 1e-17, -1e-17, -0.001, 99.995, 12345.0)
     ]
-    assert shown == ["0.13", "-0.13", "0.00", "0.00", "-0.00", "100.00", "12345.00"]
+    assert shown == ["0.13", "-0.13", "0.00", "0.00", "0.00", "100.00", "12345.00"]
     assert records.format_number(1 / 32, digits=4) == "0.0313"
     assert records.format_number(1234.5, digits=0) == "1235"
     assert [records.format_number(x, sign="+") for x in (0.1 + 0.2 - 0.3, 2.5, -2.5)] == [

@@ -396,15 +396,23 @@ class TestWhatDynamicalSaysOfItsQuery:
         # G of sets: the definition, Eq. 11, with γ = 2 whatever was taken to choose.
         change = lambda g: (g + g_s) @ (g + g_s) - g_s @ g_s
         ratio = sum(change(g) for g in g_u) / change(g_u.sum(axis=0))
-        weighed = np.abs(products) * (1.0 if np.isinf(gamma) else gamma)
-        share = 1.0 if np.isinf(gamma) else weighed.sum() / (norms.sum() + weighed.sum())
+        weighed = 2 * np.abs(products)
+        share = weighed.sum() / (norms.sum() + weighed.sum())
         assert set(query.facts) == {"inner_product_share", "approximation_ratio"}
         np.testing.assert_allclose(query.facts["inner_product_share"], share, rtol=1e-9)
         np.testing.assert_allclose(query.facts["approximation_ratio"], ratio, rtol=1e-9)
         # One line where g_S decides, and none where it was asked for.
         told = [str(warning.message) for warning in recwarn]
-        assert bool(told) == (share > 0.5 and not np.isinf(gamma))
+        assert bool(told) == (share > 0.5 and 0 < gamma < np.inf)
         assert all(f"makes up {share:.0%} of the chosen Δ" in line for line in told)
 
     def test_others_have_nothing_to_say(self):
         assert strategies.Margin().query(KEY, make_view(), 3).facts == {}
+
+    def test_where_no_gradient_is_left_there_is_nothing_to_share(self):
+        model = dj.models.Linear(2)
+        variables = {"params": {"fc": {"kernel": 500 * jnp.eye(2), "bias": jnp.zeros(2)}}}
+        x = np.float32([[1, 0], [0, 1], [2, 0], [0, 3]])  # Their residuals are 0 in float32.
+        view = strategies.LearnerView(model.apply, variables, dj.Examples(x[:2], np.arange(2)), x)
+        query = strategies.Dynamical().query(KEY, view, 2)
+        assert query.facts == {"inner_product_share": 0.0, "approximation_ratio": None}
