@@ -37,7 +37,9 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is fitted to the labeled set. The defaults are the paper's (App. C.1).
+    """How a model is fitted to the labeled set.
+
+    Optimizer, learning rate and batch size are the paper's (App. C.1) by default.
 
     Attributes:
       optimizer: a key of `OPTIMIZERS`, made afresh in every round.
