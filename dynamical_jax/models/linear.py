@@ -1,4 +1,4 @@
-"""Logistic regression: one dense layer, for vectors that a pretrained network gave."""
+"""Logistic regression: one dense layer, for vectors such as embeddings."""
 
 from flax import linen as nn
 
