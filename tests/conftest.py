@@ -14,8 +14,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 
 def pytest_configure(config):
-    """Lets the workers of a test run, and the tests of a worker, share compiled programs."""
-    if not hasattr(config, "workerinput"):  # The process that starts the workers, if there are any.
+    """Lets the workers of a test run, and the tests of a worker, share compiled programs.
+
+    Several runs share them, too, if they are given one directory: see `mutants.py`.
+    """
+    if "DYNAMICAL_JAX_TEST_CACHE" not in os.environ:  # Workers inherit it.
         directory = tempfile.TemporaryDirectory(prefix="dynamical_jax-tests-")
         os.environ["DYNAMICAL_JAX_TEST_CACHE"] = directory.name
         config.add_cleanup(directory.cleanup)
