@@ -83,8 +83,8 @@ def make_task(num_labeled: int = 12) -> Task:
     labeled = generator.choice(len(x) - len(island), num_labeled, replace=False)
     model = MLP()
     start = dj.models.init(model, dj.streams.key(SEED, "weights"), pool.x)
-    known = dj.Examples(pool.x[labeled], pool.y[labeled])
-    fit = dj.training.fit(model, start, known, dj.TrainingConfig(learning_rate=1e-2), SEED)
+    examples = dj.Examples(pool.x[labeled], pool.y[labeled])
+    fit = dj.training.fit(model, start, examples, dj.TrainingConfig(learning_rate=1e-2), SEED)
     return Task(pool, labeled, model, fit.variables)
 
 
@@ -108,8 +108,8 @@ def first_look(scored: Any) -> np.ndarray:
             return np.min(np.linalg.norm(between, axis=-1), axis=1)
         case strategies.badge.Factors():
             return np.prod([np.linalg.norm(part, axis=-1) for part in scored], axis=0)
-        case strategies.albl.BanditState(), of_arm:
-            return first_look(of_arm)
+        case strategies.albl.BanditState(), arm_scores:
+            return first_look(arm_scores)
     return np.asarray(scored)
 
 

@@ -192,10 +192,11 @@ class Experiment:
         key = streams.key(self.seed, "weights")
         variables = models.init(self.model, key, self.dataset.pool.x)
         outputs = contract.output_shapes(self.model.apply, variables, self.dataset.pool.x)
-        given, needed = outputs.logits.shape[1], len(self.dataset.class_names)
-        if given != needed:
+        num_outputs, num_classes = outputs.logits.shape[1], len(self.dataset.class_names)
+        if num_outputs != num_classes:
             raise UserError(
-                f"the model has {given} outputs, but {self.dataset.name} has {needed} classes"
+                f"the model has {num_outputs} outputs, but {self.dataset.name} has {num_classes} "
+                "classes"
             )
         check_embedding(self.strategy, outputs)
         return State(0, pool, variables, self.strategy.init())

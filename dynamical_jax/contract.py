@@ -30,10 +30,10 @@ def as_outputs(value: Any, size: int) -> Outputs:
         logits, embedding = parts
         if _has_rows(logits, size) and (embedding is None or _has_rows(embedding, size)):
             return Outputs(logits, embedding)
-    given = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value)
+    shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value)
     raise UserError(
         f"for {size} examples a model returns logits [{size}, K], or a pair (dj.Outputs or a "
-        f"tuple) of logits and embedding [{size}, d]; this one returned {given}"
+        f"tuple) of logits and embedding [{size}, d]; this one returned {shapes}"
     )
 
 
@@ -69,7 +69,7 @@ def train_option(module: Any, train: bool) -> dict[str, bool]:
       UserError: in training, if the module asks under another name: not told, it would be trained
         in evaluation mode without a word.
     """
-    parameters = inspect.signature(_called(module)).parameters.values()
+    parameters = inspect.signature(_call_target(module)).parameters.values()
     names = [parameter.name for parameter in parameters]
     if "train" in names or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return {"train": train}
@@ -82,10 +82,10 @@ def train_option(module: Any, train: bool) -> dict[str, bool]:
     return {}
 
 
-def _called(module: Any) -> Any:
+def _call_target(module: Any) -> Any:
     """What the arguments of a module's call come to, where it only hands them on."""
     if isinstance(module, nn.Sequential):
-        return _called(module.layers[0])
+        return _call_target(module.layers[0])
     if is_nnx(module):
         return module.nnx_class.__call__
     return module

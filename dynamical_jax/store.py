@@ -107,7 +107,7 @@ class Store:
         _remove(arrays)
 
 
-def unflattened(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
+def unflatten(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
     """Returns the leaves of a tree in the structure of another.
 
     Args:

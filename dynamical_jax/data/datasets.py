@@ -80,7 +80,7 @@ class Dataset:
     @property
     def kind(self) -> str:
         """What the inputs are, "images" or "vectors"."""
-        return _kind(self.pool.x)
+        return _input_kind(self.pool.x)
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -92,12 +92,12 @@ class Dataset:
 
         What is not in memory and larger than `LARGEST_COPY` stays where it is.
         """
-        return _at_hand(self.pool.x)
+        return _to_device_unless_large(self.pool.x)
 
     @functools.cached_property
     def test_examples(self) -> Examples:
         """`test` with its inputs likewise."""
-        return Examples(_at_hand(self.test.x), self.test.y)
+        return Examples(_to_device_unless_large(self.test.x), self.test.y)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -152,8 +152,8 @@ def load(
         return _load_own(path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
     images.check_options(image_size, channels, unreadable)
     own = {"test_dir": test_dir, "test_fraction": test_fraction, "channels": channels}
-    if given := [option for option, value in own.items() if value is not None]:
-        raise UserError(f"{given[0]} has no effect on {name}, only on data of your own")
+    if unused := [option for option, value in own.items() if value is not None]:
+        raise UserError(f"{unused[0]} has no effect on {name}, only on data of your own")
     if name == "digits":
         return _load_digits(image_size)
     return _load_tfds(name, image_size, data_dir, cache_dir, download)
@@ -186,7 +186,7 @@ def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
     return origin[0] + mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
-def _kind(x: Any) -> str:
+def _input_kind(x: Any) -> str:
     return "vectors" if len(x.shape) == 2 else "images"
 
 
@@ -196,7 +196,7 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
         raise UserError(
             f"{what}: images must be [n, height, width, channels], vectors [n, d], got {x.shape}"
         )
-    kind = _kind(x)
+    kind = _input_kind(x)
     if kind == "vectors" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{what}: vectors must be of floating-point numbers, got {x.dtype}")
     if len(x) == 0 or y.shape != (len(x),):
@@ -206,7 +206,7 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     folders.check_finite(what, kind, x)
 
 
-def _at_hand(x: Any) -> Any:
+def _to_device_unless_large(x: Any) -> Any:
     """The array on the device, unless it is large and not in memory."""
     in_memory = isinstance(x, np.ndarray | jax.Array) and not isinstance(x, np.memmap)
     small = math.prod(x.shape) * x.dtype.itemsize <= LARGEST_COPY
@@ -246,7 +246,7 @@ def _load_digits(image_size: int | None) -> Dataset:
     x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     y = digits.target.astype(np.int32)
     if image_size is not None:
-        x = np.stack([images.resized(image, image_size, image_size) for image in x])
+        x = np.stack([images.resize(image, image_size, image_size) for image in x])
     test = np.zeros(len(y), bool)
     for label in range(10):
         test[np.flatnonzero(y == label)[::5]] = True
@@ -310,7 +310,7 @@ def _decode(builder: Any, image_size: int | None) -> dict[str, np.ndarray]:
         for example in progress:
             image = example["image"]
             if image_size is not None:
-                image = images.resized(image, image_size, image_size)
+                image = images.resize(image, image_size, image_size)
             x.append(image)
             y.append(example["label"])
         arrays[f"{split}_x"] = np.stack(x)
@@ -374,7 +374,7 @@ def cached_arrays(
             )
         return arrays
     arrays = make()
-    with images.written_whole(path) as partial, partial.open("wb") as file:
+    with images.replacing_cache_file(path) as partial, partial.open("wb") as file:
         np.savez(file, source=np.array(source), **arrays)
     return arrays
 

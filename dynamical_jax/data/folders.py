@@ -49,16 +49,16 @@ def from_folder(
     """
     images.check_options(image_size, channels, unreadable)
     _check_fraction(test_fraction, test_dir)
-    class_names = _classes(folder)
-    _check_several(folder, class_names)
+    class_names = _list_classes(folder)
+    _check_two_classes(folder, class_names)
     paths, y = _labeled_files(folder, class_names, class_names)
     size = len(paths)
     if test_dir is not None:
-        _check_apart(test_dir, folder)
-        of_test = _classes(test_dir)
-        if foreign := [name for name in of_test if name not in class_names]:
+        _check_outside(test_dir, folder)
+        test_classes = _list_classes(test_dir)
+        if foreign := [name for name in test_classes if name not in class_names]:
             raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
-        more, labels = _labeled_files(test_dir, of_test, class_names)
+        more, labels = _labeled_files(test_dir, test_classes, class_names)
         paths, y = paths + more, np.append(y, labels)
     x, readable, checksum = images.decode(paths, cache_dir, image_size, channels, unreadable)
     rows = np.flatnonzero(readable)
@@ -66,7 +66,7 @@ def from_folder(
     if missing := set(range(len(class_names))) - set(np.unique(y[rows[~for_test]]).tolist()):
         raise UserError(f"{folder}: no image of class {class_names[min(missing)]!r} can be read")
     if test_dir is None:
-        for_test = held_out(y[rows], test_fraction, class_names)
+        for_test = choose_held_out(y[rows], test_fraction, class_names)
     elif not for_test.any():
         raise UserError(f"{test_dir}: no image can be read")
     pool, test = rows[~for_test], rows[for_test]
@@ -98,11 +98,11 @@ def from_npz(
       UserError: if arrays are missing, cannot be read, or do not fit.
     """
     images.check_options(image_size, channels)
-    arrays = _arrays(path)
+    arrays = _read_arrays(path)
     name = next(name for name in INPUT_NAMES if name in arrays)
     _check_fraction(test_fraction, f"test_{name}" if f"test_{name}" in arrays else None)
     values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
-    _check_several(path, class_names)
+    _check_two_classes(path, class_names)
 
     def examples(prefix: str) -> Examples:
         what, x = f"{path}: {prefix}{name}", arrays[prefix + name]
@@ -116,14 +116,16 @@ def from_npz(
     if f"test_{name}" in arrays:
         test = examples("test_")
     else:
-        for_test = held_out(y, test_fraction, class_names)
+        for_test = choose_held_out(y, test_fraction, class_names)
         test = Examples(x[for_test], y[for_test])
         x, y, index = x[~for_test], y[~for_test], index[~for_test]
     facts = (class_names, zlib.crc32(index)) if "index" in arrays else (class_names,)
     return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), *facts), index)
 
 
-def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) -> np.ndarray:
+def choose_held_out(
+    y: np.ndarray, fraction: float | None, class_names: Sequence[str]
+) -> np.ndarray:
     """Returns `[n]` which examples are for testing: of each class the fraction, at least one.
 
     Raises:
@@ -165,13 +167,13 @@ def _check_fraction(fraction: float | None, test_set: str | None) -> None:
         raise UserError(f"the test fraction must be between 0 and 1, got {fraction}")
 
 
-def _check_apart(test_dir: str, folder: str) -> None:
+def _check_outside(test_dir: str, folder: str) -> None:
     inner, outer = os.path.realpath(test_dir), os.path.realpath(folder)
     if os.path.commonpath([inner, outer]) == outer:
         raise UserError(f"{test_dir} is part of {folder}: test images would be in the pool as well")
 
 
-def _check_several(where: str, class_names: Sequence[str]) -> None:
+def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
     if len(class_names) < 2:
         raise UserError(f"{where} has one class only, {class_names[0]!r}; two or more are needed")
 
@@ -182,7 +184,7 @@ def _version(arrays: Iterable[np.ndarray], *facts: Any) -> str:
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
 
 
-def _classes(folder: str) -> tuple[str, ...]:
+def _list_classes(folder: str) -> tuple[str, ...]:
     """The names of the folders in a folder, sorted."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -209,7 +211,7 @@ def _labeled_files(
     return paths, np.array(labels, np.int32)
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz file, if they are those that there should be."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
@@ -218,17 +220,18 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"there is no file {path}") from error
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error})") from error
-    given = [name for name in INPUT_NAMES if name in arrays]
-    if len(given) != 1:
-        holds = f"both {' and '.join(given)}" if given else ", ".join(arrays) or "nothing"
+    inputs = [name for name in INPUT_NAMES if name in arrays]
+    if len(inputs) != 1:
+        holds = f"both {' and '.join(inputs)}" if inputs else ", ".join(arrays) or "nothing"
         raise UserError(f"{path} must hold an array image or an array embedding; it holds {holds}")
-    (name,) = given
-    known = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
-    if foreign := [other for other in arrays if other not in known]:
+    (name,) = inputs
+    allowed = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
+    if foreign := [other for other in arrays if other not in allowed]:
         raise UserError(
-            f"{path}: unknown array {foreign[0]!r}; known beside {name} are {', '.join(known[1:])}"
+            f"{path}: unknown array {foreign[0]!r}; known beside {name} are "
+            f"{', '.join(allowed[1:])}"
         )
-    needed = known[: 4 if set(known[2:4]) & set(arrays) else 2]
+    needed = allowed[: 4 if set(allowed[2:4]) & set(arrays) else 2]
     if missing := [name for name in needed if name not in arrays]:
         raise UserError(f"{path}: there is no array {missing[0]!r}")
     return arrays
@@ -281,7 +284,7 @@ def _npz_images(
         return x
     if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
         raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
-    return np.stack([images.resized(image, image_size, image_size) for image in x])
+    return np.stack([images.resize(image, image_size, image_size) for image in x])
 
 
 def _npz_vectors(

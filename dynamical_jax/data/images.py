@@ -72,7 +72,7 @@ class Decoded(NamedTuple):
     checksum: int
 
 
-class Kind(NamedTuple):
+class ImageShape(NamedTuple):
     """Height, width and channels of images."""
 
     height: int
@@ -98,7 +98,7 @@ def find(folder: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def read(path: str | os.PathLike, kind: Kind) -> np.ndarray:
+def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
     """Returns an image file as uint8 `[h, w, c]`, resized where it is of another size.
 
     Turned as its EXIF orientation says, transparency laid over white, the first frame of an
@@ -108,12 +108,12 @@ def read(path: str | os.PathLike, kind: Kind) -> np.ndarray:
       Exception: of any type, if the file is broken: Pillow's decoders are many.
     """
     with Image.open(path) as file:
-        image = _flat(ImageOps.exif_transpose(file), kind.channels)
-    pixels = np.asarray(image).reshape(image.height, image.width, kind.channels)
-    return resized(pixels, kind.height, kind.width)
+        image = _make_opaque(ImageOps.exif_transpose(file), shape.channels)
+    pixels = np.asarray(image).reshape(image.height, image.width, shape.channels)
+    return resize(pixels, shape.height, shape.width)
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes uint8 `[h, w, c]`, bilinear with antialiasing, whatever the aspect ratio."""
     grey = image.shape[-1] == 1
     resized = Image.fromarray(image[..., 0] if grey else image).resize(
@@ -125,7 +125,7 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
     """Returns an image file as people want to see it: uint8 `[side, side, 3]`, its shape kept."""
     with Image.open(path) as file:
-        image = _flat(ImageOps.exif_transpose(file), 3)
+        image = _make_opaque(ImageOps.exif_transpose(file), 3)
         return np.asarray(ImageOps.pad(image, (side, side), color="white"))
 
 
@@ -142,7 +142,9 @@ def first_equal(x: Any) -> np.ndarray:
     return np.array([seen.setdefault(d, position) for position, d in enumerate(digests)], int)
 
 
-def infer(paths: Sequence[str], size: int | None = None, channels: int | None = None) -> Kind:
+def infer_shape(
+    paths: Sequence[str], size: int | None = None, channels: int | None = None
+) -> ImageShape:
     """Returns what kind of images files should become, by their headers alone.
 
     Args:
@@ -151,16 +153,18 @@ def infer(paths: Sequence[str], size: int | None = None, channels: int | None = 
         exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
       channels: 1 or 3. By default 1 if all are grey.
     """
-    kinds = set()
+    shapes = set()
     if size is None or channels is None:
         with ThreadPool() as threads:
             headers = threads.imap_unordered(_header, paths, chunksize=16)
-            kinds = set(_progress(headers, len(paths), "looking at images")) - {None}
-    sides = {(kind.height, kind.width) for kind in kinds}
+            shapes = set(_progress(headers, len(paths), "looking at images")) - {None}
+    sides = {(shape.height, shape.width) for shape in shapes}
     height = width = size or DEFAULT_SIZE
     if size is None and len(sides) == 1 and max(min(sides)) <= LARGEST_OWN_SIDE:
         ((height, width),) = sides
-    return Kind(height, width, channels or max((kind.channels for kind in kinds), default=3))
+    return ImageShape(
+        height, width, channels or max((shape.channels for shape in shapes), default=3)
+    )
 
 
 def decode(
@@ -177,8 +181,8 @@ def decode(
     Args:
       paths: the files.
       cache_dir: where the array is kept.
-      size: as in `infer`.
-      channels: as in `infer`.
+      size: as in `infer_shape`.
+      channels: as in `infer_shape`.
       unreadable: "skip" warns of files that cannot be read, "refuse" raises.
 
     Raises:
@@ -192,8 +196,8 @@ def decode(
     report = array.with_suffix(".json")
     if not (array.exists() and report.exists()):
         # Renamed in the end, the report first: where there is an array there is its report.
-        with written_whole(array) as partial, written_whole(report) as partial_report:
-            found = _decode_into(partial, paths, infer(paths, size, channels))
+        with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
+            found = _decode_into(partial, paths, infer_shape(paths, size, channels))
             partial_report.write_text(json.dumps(found), encoding="utf-8")
     try:
         x, found = OnDisk(array), json.loads(report.read_text(encoding="utf-8"))
@@ -217,7 +221,7 @@ def check_options(size: int | None, channels: int | None, unreadable: str = "ski
 
 
 @contextlib.contextmanager
-def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing_cache_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives another path to write to, which in the end becomes a file of the cache.
 
     Raises:
@@ -233,7 +237,7 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         ) from error
 
 
-def _flat(image: Image.Image, channels: int) -> Image.Image:
+def _make_opaque(image: Image.Image, channels: int) -> Image.Image:
     """Opaque, of 8 bits a channel."""
     if image.mode == "F":
         raise ValueError("of floating-point pixels it is not known what is white")
@@ -245,7 +249,7 @@ def _flat(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _header(path: str) -> Kind | None:
+def _header(path: str) -> ImageShape | None:
     """The kind of image in a file, None if it cannot be read."""
     try:
         with Image.open(path) as image:
@@ -255,7 +259,7 @@ def _header(path: str) -> Kind | None:
             if exif.get(ExifTags.Base.Orientation, 1) >= 5:
                 width, height = height, width
             grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-            return Kind(height, width, 1 if grey else 3)
+            return ImageShape(height, width, 1 if grey else 3)
     except Exception:  # See `read`.
         return None
 
@@ -275,19 +279,19 @@ def _listing(paths: Sequence[str]) -> str:
     )
 
 
-def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dict[str, Any]:
+def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> dict[str, Any]:
     """Writes the array; returns its checksum and why which files cannot be read."""
-    array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *kind))
+    array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset = array.offset
     del array  # What is written through a memory map counts as memory; and a full disk kills.
 
     def store(position: int) -> int | str:
         try:
-            image = read(paths[position], kind)
+            image = read(paths[position], shape)
         except Exception as error:  # See `read`.
             if getattr(error, "errno", None):  # No fault of the file's: not to be remembered.
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
-            return _why(paths[position], error)
+            return _reason(paths[position], error)
         with partial.open("r+b") as file:
             file.seek(offset + position * image.nbytes)
             file.write(image.tobytes())
@@ -299,14 +303,14 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dic
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
     # Whichever way one version of Pillow or another puts it.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
-    return {"checksum": zlib.crc32(json.dumps([kind, pixels]).encode()), "unreadable": broken}
+    return {"checksum": zlib.crc32(json.dumps([shape, pixels]).encode()), "unreadable": broken}
 
 
 def _progress(work: Iterable, total: int, what: str) -> Iterable:
     return tqdm.tqdm(work, what, total, disable=None, leave=False)
 
 
-def _why(path: str, error: Exception) -> str:
+def _reason(path: str, error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.partition("\n")[0].replace(f" {path!r}", "")
 

@@ -117,9 +117,9 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
         calls: list[Call] = []
         batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        def logits(given: Any, batch: Any) -> Array:
-            with _tapped(variables, params, jnp.zeros((n, 2)), calls, given):
-                return contract.as_outputs(apply(given, batch), n).logits
+        def logits(model_variables: Any, batch: Any) -> Array:
+            with _tapped(variables, params, jnp.zeros((n, 2)), calls, model_variables):
+                return contract.as_outputs(apply(model_variables, batch), n).logits
 
         return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 
@@ -127,8 +127,8 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     jaxpr, calls = traced(n)
     # Layers have read their parameters from `variables`, so here none may be in use.
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    given = zip(paths, jaxpr.invars, strict=False)
-    own = {variable for path, variable in given if path[0].key == "params"}
+    inputs = zip(paths, jaxpr.invars, strict=False)
+    own = {variable for path, variable in inputs if path[0].key == "params"}
     uses = [(jaxpr.outvars, ""), *((equation.invars, _user(equation)) for equation in jaxpr.eqns)]
     for used, user in uses:
         if own.intersection(variable for variable in used if not hasattr(variable, "val")):
@@ -162,29 +162,29 @@ def _tapped(
     direction: Params,
     probe: Array,
     calls: list[Call],
-    given: Variables | None = None,
+    model_variables: Variables | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
     """Within this context each layer with parameters feeds its share to `probe`.
 
     Layers read their parameters from `variables` and not from those that the model is applied to,
-    so that `check_supported` can see any use besides. It also says what is `given` to the model,
-    to see that each layer would have read its own part of that.
+    so that `check_supported` sees any other use of these. It also passes `model_variables`, those
+    of the model, to check that each layer would have read its own part of them.
     """
     running: list[tuple[str, ...]] = []  # The layer whose own forward pass is being traced.
     outside = extend_core.get_opaque_trace_state(convention="flax")
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, path = context.module, context.module.path
-        own = _at(variables["params"], path)
+        own = _subtree(variables["params"], path)
         names = shares.own_parameters(own)
         name = "/".join(path) or type(module).__name__
         if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
             _check_running_average(module, kwargs, name)
         if running or not names or context.method_name == "setup":
             return call(*args, **kwargs)
-        why = _why_not(module, context.method_name, args, own, names)
-        if given is not None:
-            why = why or _why_not_its_own(module, given)
+        why = _unsupported_reason(module, context.method_name, args, own, names)
+        if model_variables is not None:
+            why = why or _foreign_variables_reason(module, model_variables)
         if any(path == earlier.path for earlier in calls):
             why = "it is called more than once"
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
@@ -201,7 +201,7 @@ def _tapped(
         running.append(path)
         try:
             layer = _freestanding(module, kwargs, name)
-            share_of = shares.SHARES.get(type(module), shares.formed_shares)
+            shares_function = shares.SHARES.get(type(module), shares.formed_shares)
             try:
                 outputs = layer.apply(collections, args[0])
             except errors.FlaxError as error:  # It is not all that it uses: a module from outside.
@@ -212,19 +212,19 @@ def _tapped(
             shapes = [jnp.shape(leaf) for leaf in (args[0], *leaves)]
             own_leaves = jax.tree.leaves([own[parameter] for parameter in names])
             calls.append(Call(path, shapes, len(own_leaves)))
-            share = functools.partial(share_of, layer)
-            return _tap(share, collections, _at(direction, path), args[0], outputs, probe)
+            share = functools.partial(shares_function, layer)
+            return _tap(share, collections, _subtree(direction, path), args[0], outputs, probe)
         finally:
             running.pop()
 
     return nn.intercept_methods(intercept)
 
 
-def _why_not_its_own(module: nn.Module, given: Variables) -> str | None:
+def _foreign_variables_reason(module: nn.Module, model_variables: Variables) -> str | None:
     """Why a layer, applied by itself, would not read what it reads in its place, if so."""
     read = core.unfreeze(module.variables)
-    for collection in ("params",) if type(module) in shares.SHARES else {*read, *given}:
-        own = _leaves(_at(given.get(collection, {}), module.path))
+    for collection in ("params",) if type(module) in shares.SHARES else {*read, *model_variables}:
+        own = _leaves(_subtree(model_variables.get(collection, {}), module.path))
         leaves = _leaves(read.get(collection, {}))
         if further := sorted(set(leaves) - set(own)):
             names = ", ".join(f"{collection}/{path}" for path in further)
@@ -240,7 +240,9 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[str]) -> str | None:
+def _unsupported_reason(
+    module: nn.Module, method: str, args: Any, own: Any, names: list[str]
+) -> str | None:
     if method != "__call__":
         return f"it is used through {method}"
     if len(args) != 1 or not hasattr(args[0], "shape"):
@@ -248,7 +250,7 @@ def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[st
     if type(module) in shares.SHARES:
         if foreign := set(own) - {"kernel", "bias", "scale", "embedding"}:
             return f"its scope holds further parameters ({', '.join(sorted(foreign))})"
-        return shares.why_not(module, args[0].ndim)
+        return shares.unsupported_reason(module, args[0].ndim)
     if len(names) < len(own):
         return f"{type(module).__name__} owns parameters beside further layers"
     if module.scope.rngs or module.scope.mutable:
@@ -296,7 +298,7 @@ def _tap(
     return tap(outputs, probe, variables, direction, inputs)
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _subtree(tree: Any, path: tuple[str, ...]) -> Any:
     """The subtree at `path`; empty where there is none."""
     for key in path:
         tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}

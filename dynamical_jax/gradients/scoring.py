@@ -88,7 +88,7 @@ def norms_and_products(
     block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
     try:
         if chunk_size is None:
-            block_size = _fitting(arguments, block_size, len(x))
+            block_size = _fitting_block_size(arguments, block_size, len(x))
         map_blocks(score, len(x), block_size, on_progress)
     except UserError:
         raise
@@ -111,7 +111,7 @@ def norms_and_products(
     return GradientTerms(*columns)
 
 
-def _fitting(arguments: Callable[..., Any], block_size: int, size: int) -> int:
+def _fitting_block_size(arguments: Callable[..., Any], block_size: int, size: int) -> int:
     """The largest block, up to `block_size`, whose program needs at most half of the free memory.
 
     The program that is compiled to be asked is the one that `_score_block` runs then.

@@ -88,7 +88,7 @@ def normalization_shares(
     """Shares of a normalisation: per feature, sums of normalised input times e, and of e."""
     n, features = inputs.shape[0], inputs.shape[-1]
     off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
-    dtype = _accumulated(variables)
+    dtype = _accumulation_dtype(variables)
     normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
     e = cotangent.reshape(n, -1, features).astype(dtype)
     gradients = {
@@ -109,7 +109,7 @@ def embedding_shares(
     there has to mask, and it adds nothing to any gradient.
     """
     n = inputs.shape[0]
-    e = cotangent.reshape(n, -1, layer.features).astype(_accumulated(variables))
+    e = cotangent.reshape(n, -1, layer.features).astype(_accumulation_dtype(variables))
     if layer.num_embeddings == 1:  # There `nn.Embed` takes the one row for every token.
         rows = jnp.zeros(e.shape[:2], int)
     else:  # Indexed as `nn.Embed` does: tokens below zero count from the end.
@@ -151,15 +151,17 @@ def _kernel_shares(
     groups: int,
 ) -> Shares:
     """The cheaper form, for images `[n, h, w, c]` and e `[n, oh, ow, p]`."""
-    dtype = _accumulated(variables)
+    dtype = _accumulation_dtype(variables)
     if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
         inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
-        parts = {**direction, "kernel": _by_group(kernel, groups)}
+        parts = {**direction, "kernel": _split_into_groups(kernel, groups)}
 
         def share(example: tuple[Array, Array]) -> Shares:
-            return _square_and_product(_formed(*example, parts, window, layer.precision), parts)
+            return _square_and_product(
+                _form_gradient(*example, parts, window, layer.precision), parts
+            )
 
         taps_and_channels = math.prod(window.size) * images.shape[-1]
         size = taps_and_channels * (math.prod(e.shape[1:3]) + e.shape[-1] // groups)
@@ -192,7 +194,7 @@ def forms_gradient(
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
 
-def _accumulated(variables: Any) -> Any:
+def _accumulation_dtype(variables: Any) -> Any:
     """The type in which shares are computed: that of the parameters, float32 at least."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
 
@@ -208,14 +210,14 @@ def _square_and_product(gradient: Any, direction: Any) -> Shares:
     return sum(jnp.sum(g * g) for g, _ in pairs), sum(jnp.sum(g * v) for g, v in pairs)
 
 
-def _by_group(kernel: Array, groups: int) -> Array:
+def _split_into_groups(kernel: Array, groups: int) -> Array:
     """Reorders a kernel `[kh, kw, c/groups, p]` to `[groups, p/groups, taps, c/groups]`."""
     *taps, channels, features = kernel.shape
     kernel = kernel.reshape(math.prod(taps), channels, groups, features // groups)
     return kernel.transpose(2, 3, 0, 1)
 
 
-def _formed(
+def _form_gradient(
     image: Array, e: Array, direction: Any, window: convolution.Window, precision: Any
 ) -> dict[str, Array]:
     """The gradient of one example, image `[h, w, c]` and e `[oh, ow, p]`, kernel by group."""
@@ -297,15 +299,15 @@ def register(
     if (like is None) == (shares is None):
         raise UserError("register(layer, like=…) or register(layer, shares=…): give one of the two")
     if like is not None and like not in SHARES:
-        known = ", ".join(kind.__name__ for kind in SHARES)
-        raise UserError(f"{like.__name__} is not registered itself; registered are {known}")
+        registered = ", ".join(known.__name__ for known in SHARES)
+        raise UserError(f"{like.__name__} is not registered itself; registered are {registered}")
     SHARES[layer] = SHARES[like] if shares is None else shares
 
 
 CONVOLUTIONS = (None, lax.conv_general_dilated, convolution.conv_general_dilated)
 
 
-def why_not(layer: nn.Module, ndim: int) -> str | None:
+def unsupported_reason(layer: nn.Module, ndim: int) -> str | None:
     """Returns why the form for this layer's type does not hold with its options, if it does not."""
     if getattr(layer, "promote_dtype", nn.dtypes.promote_dtype) is not nn.dtypes.promote_dtype:
         return "its promote_dtype may do anything"

@@ -48,7 +48,7 @@ def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Veri
     length = np.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in jax.tree.leaves(direction)))
     largest = np.maximum(ours.squared_norm, exact.squared_norm)
     tiny = np.finfo(largest.dtype).tiny
-    found = Verification(
+    result = Verification(
         float(np.max(np.abs(ours.squared_norm - exact.squared_norm) / (largest + tiny))),
         float(
             np.max(
@@ -59,6 +59,6 @@ def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Veri
     )
     print(
         f"largest relative difference of the factored engine from vmap(jax.grad) over {len(x)} "
-        f"examples: {found.squared_norm:.1e} in ‖g_u‖², {found.inner_product:.1e} in g_u·v"
+        f"examples: {result.squared_norm:.1e} in ‖g_u‖², {result.inner_product:.1e} in g_u·v"
     )
-    return found
+    return result

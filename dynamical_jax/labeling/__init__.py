@@ -16,6 +16,6 @@ from dynamical_jax.labeling.learner import Learner as Learner
 from dynamical_jax.labeling.tables import Labels as Labels
 from dynamical_jax.labeling.tables import Proposed as Proposed
 from dynamical_jax.labeling.tables import add_labels as add_labels
-from dynamical_jax.labeling.tables import joined as joined
+from dynamical_jax.labeling.tables import join_labels as join_labels
 from dynamical_jax.labeling.tables import read_labels as read_labels
 from dynamical_jax.labeling.tables import write_proposal as write_proposal

@@ -100,9 +100,9 @@ def take_over(
       UserError: if tables cannot be read or contradict each other, or label what is not in the
         folder. Then nothing was written.
     """
-    known = tables.read_labels(table, folder).of_path
+    known = tables.read_labels(table, folder).by_path
     filled = tables.read_labels(proposal, folder)
-    labels = tables.joined(known, filled.of_path, proposal)
+    labels = tables.join_labels(known, filled.by_path, proposal)
     if missing := sorted(set(labels) - set(paths)):
         raise UserError(
             f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"

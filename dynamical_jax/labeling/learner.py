@@ -8,7 +8,7 @@ import numpy as np
 from dynamical_jax import models, streams, training
 from dynamical_jax.data import datasets
 from dynamical_jax.labeling.folder import Folder
-from dynamical_jax.store import Store, unflattened
+from dynamical_jax.store import Store, unflatten
 from dynamical_jax.types import Examples, Rows
 
 
@@ -27,8 +27,8 @@ class Config(NamedTuple):
     training: training.TrainingConfig
     seed: int
 
-    def kind(self, folder: Folder) -> dict[str, Any]:
-        """Returns what must be the same for a model to be trained further, as flags name it."""
+    def model_description(self, folder: Folder) -> dict[str, Any]:
+        """Returns what must stay the same for a model to be trained further, named as flags are."""
         return {"model": self.model, **self.options, "image_size": list(folder.x.shape[1:])}
 
 
@@ -52,15 +52,15 @@ class Start(NamedTuple):
       learner: to be trained, unless `fit` says that it was.
       round_index: of this round.
       fit: what `train` returned when it was trained on just these labels; None if it was not.
-      former_kind: `Config.kind` of the last round's model, if that was of another kind, so that
-        this one starts anew; None else.
+      former_description: `Config.model_description` of the last round's model, if it differs, so
+        that this one starts anew; None otherwise.
       new_classes: that the last round's model did not know.
     """
 
     learner: Learner
     round_index: int
     fit: dict[str, Any] | None = None
-    former_kind: dict[str, Any] | None = None
+    former_description: dict[str, Any] | None = None
     new_classes: tuple[str, ...] = ()
 
 
@@ -72,24 +72,24 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
       config: of the learner.
       store: where `train` kept it.
     """
-    kind, names = config.kind(folder), folder.class_names
+    model_description, names = config.model_description(folder), folder.class_names
     kept = store.restore(lambda description, leaves: (description, leaves))
     if kept is None:
         return Start(_fresh(folder, config, names), 0)
     description, leaves = kept
     round_index = description["round"] + 1
-    former = {name: description.get(name) for name in kind}
-    if former != kind:
-        return Start(_fresh(folder, config, names), round_index, former_kind=former)
+    former = {name: description.get(name) for name in model_description}
+    if former != model_description:
+        return Start(_fresh(folder, config, names), round_index, former_description=former)
     mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
     old = _learner(folder, config, known, mean, std)
-    old = old._replace(variables=unflattened(old.variables, leaves))
+    old = old._replace(variables=unflatten(old.variables, leaves))
     new = [name for name in names if name not in known]
     if not new:
         same = description["labels"] == folder.labels_checksum
         return Start(old, round_index, fit=description["fit"] if same else None)
     larger = _learner(folder, config, known + new, mean, std)
-    grown = models.grown(old.variables, larger.variables)
+    grown = models.grow(old.variables, larger.variables)
     return Start(larger._replace(variables=grown), round_index, new_classes=tuple(new))
 
 
@@ -127,7 +127,7 @@ def train(
     )
     facts = {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
     description = {
-        **config.kind(folder),
+        **config.model_description(folder),
         "class_names": learner.class_names,
         "mean": learner.model.mean,
         "std": learner.model.std,

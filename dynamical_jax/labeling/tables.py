@@ -39,12 +39,12 @@ class Labels(NamedTuple):
     """What a person has written into a table.
 
     Attributes:
-      of_path: path → class name, of the rows with a label, in their order.
+      by_path: path → class name, of the rows with a label, in their order.
       num_right: rows whose prediction is the label, in a proposal.
       num_predicted: rows with a label and a prediction.
     """
 
-    of_path: dict[str, str]
+    by_path: dict[str, str]
     num_right: int
     num_predicted: int
 
@@ -77,7 +77,7 @@ def read_labels(path: pathlib.Path, folder: str) -> Labels:
     return Labels(labels, right, predicted)
 
 
-def joined(
+def join_labels(
     labels: Mapping[str, str], more: Mapping[str, str], path: pathlib.Path
 ) -> dict[str, str]:
     """Returns two tables' labels in one.

@@ -128,7 +128,7 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     return _init(model, key, jnp.asarray(x[:1]))
 
 
-def grown(variables: Variables, larger: Variables) -> Variables:
+def grow(variables: Variables, larger: Variables) -> Variables:
     """Returns the variables of a model that has learned more classes than it knew.
 
     Guaranteed: of the classes that it knew the logits are what they were.

@@ -18,8 +18,8 @@ from dynamical_jax.errors import UserError
 TESTED = ((0, 10), (0, 13))
 """The versions of JAX, from … to before …, on which the tests of this package have passed."""
 
-OF_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Var", "Primitive", "ClosedJaxpr")
-OF_CORE = ("ShapedArray", "Value", "AbstractValue", "eval_context")
+NAMES_IN_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Var", "Primitive", "ClosedJaxpr")
+NAMES_IN_CORE = ("ShapedArray", "Value", "AbstractValue", "eval_context")
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def _restore_names() -> None:
     from jax.extend import core as extend_core
     from jax.interpreters import ad
 
-    for names, source in ((OF_EXTEND, extend_core), (OF_CORE, source_core)):
+    for names, source in ((NAMES_IN_EXTEND, extend_core), (NAMES_IN_CORE, source_core)):
         for name in names:
             _put_back(jax.core, name, getattr(source, name, None))
     for name in dir(source_ad):

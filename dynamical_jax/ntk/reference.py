@@ -54,7 +54,7 @@ def reference_ntk(
     )
     if batch_size:
         kernel = nt.batch(kernel, batch_size=batch_size, device_count=0)
-    return np.asarray(kernel(jnp.asarray(x1), _device(x2), variables["params"]))
+    return np.asarray(kernel(jnp.asarray(x1), _to_device(x2), variables["params"]))
 
 
 def infinite_width_ntk(
@@ -96,7 +96,7 @@ def infinite_width_ntk(
     block = min(math.isqrt(limit // needed), max(map(len, sides)))
     with jax.enable_x64(True):
         # It takes whole blocks only: filled up with the last image, which is then cut off.
-        filled = [jnp.asarray(_filled_up(x, block), jnp.float64) for x in sides]
+        filled = [jnp.asarray(_pad_to_blocks(x, block), jnp.float64) for x in sides]
         other = filled[1] if len(sides) == 2 else None
         ntk = nt.batch(kernel, batch_size=block, device_count=0)(filled[0], other, "ntk")
     return np.asarray(ntk)[: len(sides[0]), : len(sides[-1])]
@@ -142,9 +142,9 @@ def kernel_regression(
     return np.asarray(outputs)
 
 
-def _filled_up(x: np.ndarray, block: int) -> np.ndarray:
+def _pad_to_blocks(x: np.ndarray, block: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
 
 
-def _device(x: Any) -> Any:
+def _to_device(x: Any) -> Any:
     return None if x is None else jnp.asarray(x)

@@ -59,7 +59,7 @@ def _state(
         progress = training.begin(like.variables, experiment.training_config)
         like = like._replace(underway=Underway(0, progress.optimizer_state, 0.0, {}))
     # Of the shapes all but the first's, the labeled set's, which grows.
-    labeled, strategy_state, *rest = store.unflattened(_tree(like), leaves, growing=1)
+    labeled, strategy_state, *rest = store.unflatten(_tree(like), leaves, growing=1)
     variables, optimizer_state = jax.tree.map(jnp.asarray, rest)
     underway = None
     if description["epoch"]:

@@ -21,7 +21,7 @@ ERRORS_NAME = "errors.log"
 WORTH_SAVING = 2.0
 
 # What may differ when a round is played again, and does not make it another round.
-CIRCUMSTANCES = {"seconds", "flags", "versions", "device", "git_commit"}
+NEUTRAL_FIELDS = {"seconds", "flags", "versions", "device", "git_commit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +132,9 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
 
 
 def _check_same(again: records.Record, before: records.Record) -> None:
-    again = records.as_read(again)
+    again = records.json_round_trip(again)
     names = [name for name in again if again[name] != before.get(name)]
-    if differing := [name for name in names if name not in CIRCUMSTANCES]:
+    if differing := [name for name in names if name not in NEUTRAL_FIELDS]:
         raise UserError(
             f"round {again['round']} came out differently when it was played again "
             f"({', '.join(differing)}): the rounds of one run need one machine and one version of "

@@ -101,12 +101,12 @@ def read(path: pathlib.Path) -> list[Record]:
     return result
 
 
-def as_read(record: Record) -> Record:
+def json_round_trip(record: Record) -> Record:
     """Returns a record as `read` will give it."""
     return json.loads(json.dumps(files.finite(record)))
 
 
-def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
+def repair(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
     """Removes a last line that was not written to its end; returns the records."""
     text = path.read_bytes()
     whole = text.rfind(b"\n") + 1
@@ -129,8 +129,8 @@ def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str,
     labels: dict[str, dict[int, int]] = defaultdict(dict)
     for record in records:
         strategy, seed, index = record["strategy"], record["seed"], record["round"]
-        known = labels[strategy].setdefault(index, record["num_labeled"])
-        if index in by_strategy[strategy][seed] or known != record["num_labeled"]:
+        expected = labels[strategy].setdefault(index, record["num_labeled"])
+        if index in by_strategy[strategy][seed] or expected != record["num_labeled"]:
             raise UserError(
                 f"records of {strategy}, seed {seed}, round {index} are of more than one setting"
             )
@@ -154,21 +154,21 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
         cells = []
         for curve in columns.values():
             at = np.flatnonzero(curve.num_labeled == count)
-            cells.append(percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
+            cells.append(format_percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
         lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
-def percent(mean: float, std: float = math.nan) -> str:
+def format_percent(mean: float, std: float = math.nan) -> str:
     """Returns a cell of a table: a mean in percent, with its deviation unless that is NaN.
 
-    >>> percent(0.37125), percent(0.37125, 0.01)
+    >>> format_percent(0.37125), format_percent(0.37125, 0.01)
     ('37.13', '37.13 ± 1.00')
     """
-    return rounded(100 * mean) + ("" if math.isnan(std) else f" ± {rounded(100 * std)}")
+    return format_number(100 * mean) + ("" if math.isnan(std) else f" ± {format_number(100 * std)}")
 
 
-def rounded(value: float, digits: int = 2, sign: str = "") -> str:
+def format_number(value: float, digits: int = 2, sign: str = "") -> str:
     """Returns a number as all tables print it, halves away from zero.
 
     Accuracies are fractions k/n, and their means, too, but binary numbers are not: `f"{x:.2f}"`
@@ -182,8 +182,10 @@ def rounded(value: float, digits: int = 2, sign: str = "") -> str:
 
     >>> f"{37.115:.2f}, {37.125:.2f}, {37.135:.2f}"
     '37.12, 37.12, 37.13'
-    >>> rounded(37.115), rounded(37.125), rounded(-37.135), rounded(0.1, digits=0, sign="+")
-    ('37.12', '37.13', '-37.14', '+0')
+    >>> [format_number(value) for value in (37.115, 37.125, -37.135)]
+    ['37.12', '37.13', '-37.14']
+    >>> format_number(0.1, digits=0, sign="+")
+    '+0'
     """
     if not math.isfinite(value):
         return str(value)

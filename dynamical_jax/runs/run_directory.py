@@ -20,7 +20,7 @@ CHECKPOINTS_NAME = "checkpoints"
 class RunDirectory:
     """Records and checkpoints of a comparison.
 
-    Made by `opened`, which holds the lock.
+    Made by `open_locked`, which holds the lock.
 
     Attributes:
       path: the directory.
@@ -44,7 +44,7 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def opened(
+def open_locked(
     output_dir: str, flags: Mapping[str, Any], say: Callable[[str], None] = print
 ) -> Iterator[RunDirectory]:
     """Gives a new directory, or one that a run with the same flags has begun.
@@ -75,10 +75,10 @@ def opened(
     try:
         _check_flags(path, flags)
         done = defaultdict(list)
-        for record in records.mend(rounds, say):
+        for record in records.repair(rounds, say):
             done[record["strategy"], record["seed"]].append(record)
-        for (strategy, seed), of_run in done.items():
-            if [record["round"] for record in of_run] != list(range(len(of_run))):
+        for (strategy, seed), run_records in done.items():
+            if [record["round"] for record in run_records] != list(range(len(run_records))):
                 raise UserError(
                     f"{rounds} lacks a round of {strategy}, seed {seed}, or has one twice: remove "
                     "the lines of this run, which is then played again"
@@ -91,11 +91,11 @@ def opened(
         lock.release()
 
 
-def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Returns the flags that differ, as in "--b=2 there and 3 here"; "" if none does."""
     names = sorted({*ours, *theirs})
     return ", ".join(
-        f"--{name}={_shown(theirs.get(name))} there and {_shown(ours.get(name))} here"
+        f"--{name}={_format_value(theirs.get(name))} there and {_format_value(ours.get(name))} here"
         for name in names
         if ours.get(name) != theirs.get(name)
     )
@@ -113,7 +113,7 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
                 f"{path} holds records, but no readable {FLAGS_NAME} that says how they were "
                 "made: give another --output_dir"
             ) from error
-        if difference := differing(ours, theirs):
+        if difference := describe_difference(ours, theirs):
             raise UserError(
                 f"{path} was made with other flags ({difference}): give these, or another "
                 "--output_dir"
@@ -128,5 +128,5 @@ def _holds_work(path: pathlib.Path) -> bool:
     return (rounds.exists() and rounds.stat().st_size > 0) or any(checkpoints.glob("*/*.json"))
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

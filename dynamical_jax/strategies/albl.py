@@ -91,7 +91,7 @@ class ALBL(Strategy):
         least = self._minimum_probability
         return (1 - len(weights) * least) * weights / weights.sum() + least
 
-    def rewarded(self, state: BanditState, accuracy: float) -> BanditState:
+    def reward_last_arm(self, state: BanditState, accuracy: float) -> BanditState:
         """Returns the state after the last query's arm earned an accuracy in [0, 1]."""
         probabilities = self.probabilities(state)
         reward = np.zeros(len(probabilities))
@@ -103,7 +103,7 @@ class ALBL(Strategy):
     def score(self, key: Array, view: LearnerView, state: BanditState) -> tuple[BanditState, Any]:
         """Rewards the last arm, draws the next; returns the new state and what the arm scored."""
         if state.arm >= 0:
-            state = self.rewarded(state, _accuracy(view, int(state.batch_size)))
+            state = self.reward_last_arm(state, _accuracy(view, int(state.batch_size)))
         probabilities = self.probabilities(state)
         key_arm, key_score = jax.random.split(key)
         arm = int(jax.random.choice(key_arm, len(probabilities), p=jnp.asarray(probabilities)))
@@ -114,8 +114,8 @@ class ALBL(Strategy):
         self, key: Array, scored: tuple[BanditState, Any], batch_size: int, state: BanditState
     ) -> Query:
         """Returns the query of the arm that was drawn."""
-        state, of_arm = scored
-        query = self._arm(state).select(key, of_arm, batch_size, None)
+        state, arm_scores = scored
+        query = self._arm(state).select(key, arm_scores, batch_size, None)
         return query._replace(state=state._replace(batch_size=np.array(batch_size)))
 
     def _arm(self, state: BanditState) -> Strategy:

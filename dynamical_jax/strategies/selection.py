@@ -53,7 +53,7 @@ def farthest_first(
     mean = jnp.mean(points, axis=0, keepdims=True)
     points, centers = points - mean, centers - mean
     if len(centers):
-        return _farthest_first(points, _to_nearest(points, centers), batch_size)
+        return _farthest_first(points, _squared_distances_to_nearest(points, centers), batch_size)
     first = jnp.argmin(jnp.sum(points**2, axis=-1))
     nearest = _squared_distances(points, points[first][None])[:, 0].at[first].set(-1)
     chosen, distances = _farthest_first(points, nearest, batch_size - 1)
@@ -87,7 +87,7 @@ def _check_batch_size(batch_size: int, size: int) -> None:
         raise ValueError(f"cannot choose {batch_size} of {size}")
 
 
-def _from_products(own: Array, others: Array, products: Array) -> Array:
+def _squared_distances_from_products(own: Array, others: Array, products: Array) -> Array:
     """‖x − y‖² from ‖x‖², ‖y‖² and x·y; exactly 0 where it is not above what rounding makes."""
     squared = own + others - 2 * products
     return jnp.where(squared <= ROUNDING * jnp.finfo(squared).eps * (own + others), 0, squared)
@@ -95,7 +95,9 @@ def _from_products(own: Array, others: Array, products: Array) -> Array:
 
 def _squared_distances(points: Array, centers: Array) -> Array:
     norms = [jnp.sum(part**2, axis=-1) for part in (points, centers)]
-    return _from_products(norms[0][:, None], norms[1][None], _product(points, centers.T))
+    return _squared_distances_from_products(
+        norms[0][:, None], norms[1][None], _product(points, centers.T)
+    )
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -104,7 +106,7 @@ def _product(left: Array, right: Array) -> Array:
 
 
 @jax.jit
-def _to_nearest(points: Array, centers: Array) -> Array:
+def _squared_distances_to_nearest(points: Array, centers: Array) -> Array:
     """The squared distance of each point to the nearest center, a few centers at a time."""
     size = min(len(centers), CENTERS_AT_A_TIME)
     filled = jnp.broadcast_to(centers[:1], (-len(centers) % size, centers.shape[1]))
@@ -127,7 +129,9 @@ def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Arr
         squared = nearest[chosen]
         product = _product(points, points[chosen])
         # The minimum leaves −1 as it is: no point is chosen again.
-        nearest = jnp.minimum(nearest, _from_products(norms, norms[chosen], product))
+        nearest = jnp.minimum(
+            nearest, _squared_distances_from_products(norms, norms[chosen], product)
+        )
         return nearest.at[chosen].set(-1), (chosen, squared)
 
     _, (chosen, squared) = jax.lax.scan(step, nearest, length=batch_size)
@@ -143,7 +147,7 @@ def _k_means_plus_plus(
 
     def to_chosen(chosen: Array) -> Array:
         product = _product(left, left[chosen]) * _product(right, right[chosen])
-        return _from_products(norms, norms[chosen], product)
+        return _squared_distances_from_products(norms, norms[chosen], product)
 
     def step(carry: tuple[Array, Array], key: Array) -> tuple:
         nearest, taken = carry

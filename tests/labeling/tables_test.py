@@ -25,12 +25,12 @@ def write(path, text):
 )
 def test_the_same_labels_however_they_are_written(tmp_path, text):
     table = write(tmp_path / "labels.csv", text)
-    assert labeling.read_labels(table, "images").of_path == {"a.png": "cat", "b.png": "dog"}
+    assert labeling.read_labels(table, "images").by_path == {"a.png": "cat", "b.png": "dog"}
 
 
 def test_absolute_paths(tmp_path):
     table = write(tmp_path / "labels.csv", f"path,label\n{tmp_path}/in/a.png,cat\n")
-    assert labeling.read_labels(table, str(tmp_path)).of_path == {"in/a.png": "cat"}
+    assert labeling.read_labels(table, str(tmp_path)).by_path == {"in/a.png": "cat"}
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
@@ -38,7 +38,7 @@ def test_no_table_no_labels(tmp_path, text):
     table = tmp_path / "labels.csv"
     if text is not None:
         write(table, text)
-    assert labeling.read_labels(table, "images").of_path == {}
+    assert labeling.read_labels(table, "images").by_path == {}
     labeling.add_labels(table, {"a.png": "cat"})
     assert table.read_text() == "path,label\na.png,cat\n"
 
@@ -68,10 +68,10 @@ def test_other_encodings(tmp_path):
 
 
 def test_two_tables_that_disagree(tmp_path):
-    joined = labeling.joined({"a": "cat"}, {"a": "cat", "b": "dog"}, tmp_path)
+    joined = labeling.join_labels({"a": "cat"}, {"a": "cat", "b": "dog"}, tmp_path)
     assert joined == {"a": "cat", "b": "dog"}
     with pytest.raises(dj.UserError, match="labels a 'dog', but it is labeled 'cat' already"):
-        labeling.joined({"a": "cat"}, {"a": "dog"}, tmp_path)
+        labeling.join_labels({"a": "cat"}, {"a": "dog"}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_a_proposal_comes_back_filled_in(tmp_path):
     text = table.read_text().replace(",,cat", ",cat,cat").replace("b.png,,", "b.png,cat,")
     write(table, text.replace("d.png,,", "d.png,owl,"))
     labels = labeling.read_labels(table, "images")
-    assert labels.of_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
+    assert labels.by_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
     assert (labels.num_right, labels.num_predicted) == (1, 2)

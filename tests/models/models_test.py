@@ -101,7 +101,7 @@ def test_a_grown_model_says_of_old_classes_what_it_said(name):
     few, more = (dj.models.MODELS[name](num_classes) for num_classes in (2, 4))
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
     old, fresh = few.init(jax.random.key(1), x), more.init(jax.random.key(2), x)
-    grown = dj.models.grown(old, fresh)
+    grown = dj.models.grow(old, fresh)
     logits = more.apply(grown, x).logits
     assert logits.shape == (3, 4)
     np.testing.assert_allclose(logits[:, :2], few.apply(old, x).logits, rtol=1e-5)

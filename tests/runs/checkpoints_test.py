@@ -132,7 +132,7 @@ class TestDamage:
 
 class TestRunDirectory:
     def test_other_flags_are_named(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
             directory.append({"strategy": "a", "seed": 0, "round": 0})
         other = {"max_epochs": 7, "gammas": [1.0, 2.0], "new": None}
         with (
@@ -140,37 +140,37 @@ class TestRunDirectory:
                 dj.UserError,
                 match=r"\(--gammas=1.0,inf there and 1.0,2.0 here, --max_epochs=6 there and 7",
             ),
-            run_directory.opened(str(tmp_path), other),
+            run_directory.open_locked(str(tmp_path), other),
         ):
             pass
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
             assert len(directory.done["a", 0]) == 1
             assert directory.done["a", 1] == []
 
     def test_where_nothing_was_done_other_flags_are_welcome(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS):
+        with run_directory.open_locked(str(tmp_path), FLAGS):
             pass
-        with run_directory.opened(str(tmp_path), {**FLAGS, "max_epochs": 7}):
+        with run_directory.open_locked(str(tmp_path), {**FLAGS, "max_epochs": 7}):
             pass
         assert not (tmp_path / "rounds.jsonl").exists()
 
     def test_a_second_process_is_refused(self, tmp_path):
         with (
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
             pytest.raises(dj.UserError, match="in use by another process"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
-        with run_directory.opened(str(tmp_path), FLAGS):  # Given back.
+        with run_directory.open_locked(str(tmp_path), FLAGS):  # Given back.
             pass
 
     def test_a_round_that_is_missing(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
             for index in (0, 2):
                 directory.append({"strategy": "a", "seed": 0, "round": index})
         with (
             pytest.raises(dj.UserError, match="lacks a round of a, seed 0"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
 
@@ -178,7 +178,7 @@ class TestRunDirectory:
         dj.files.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
         with (
             pytest.raises(dj.UserError, match=r"holds records, but no readable flags.json"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
 
@@ -186,7 +186,7 @@ class TestRunDirectory:
         (tmp_path / "file").write_text("")
         with (
             pytest.raises(dj.UserError, match="cannot write to"),
-            run_directory.opened(str(tmp_path / "file" / "run"), FLAGS),
+            run_directory.open_locked(str(tmp_path / "file" / "run"), FLAGS),
         ):
             pass
 
@@ -197,7 +197,7 @@ class TestPlay:
             comparison.Run(name, experiment(dataset, name, **fields), {"flags": {}})
             for name in ("dynamical", "random")
         ]
-        with run_directory.opened(str(path), FLAGS) as directory:
+        with run_directory.open_locked(str(path), FLAGS) as directory:
             failures = comparison.play(runs, directory, checkpoint_every=2)
         rounds = records.read(path / "rounds.jsonl")
         for record in rounds:

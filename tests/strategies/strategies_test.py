@@ -313,12 +313,12 @@ class TestALBL:
         np.testing.assert_allclose(strategy.probabilities(state), [0.5, 0.5])
         # K = 2, p_min = 0.05, √(ln(2/0.1)/2) = 1.22387. Arm 0 was right on 0.8 of its query:
         # gains 0.025 (0.8/0.5 + 1.22387/0.5) = 0.101194 and 0.025 · 1.22387/0.5 = 0.061194.
-        state = strategy.rewarded(state._replace(arm=np.array(0)), 0.8)
+        state = strategy.reward_last_arm(state._replace(arm=np.array(0)), 0.8)
         np.testing.assert_allclose(state.weights, [0.101194, 0.061194], atol=1e-6)
         # p_0 = 0.9 / (1 + e^−0.04) + 0.05 = 0.508999. Then arm 1, right on half of its query:
         # gains 0.025 · 1.22387/0.508999 and 0.025 (0.5 + 1.22387) / 0.491001.
         np.testing.assert_allclose(strategy.probabilities(state), [0.508999, 0.491001], atol=1e-6)
-        state = strategy.rewarded(state._replace(arm=np.array(1)), 0.5)
+        state = strategy.reward_last_arm(state._replace(arm=np.array(1)), 0.5)
         np.testing.assert_allclose(state.weights, [0.161305, 0.148967], atol=1e-5)
 
     def test_each_query_is_that_of_one_arm(self):
@@ -343,7 +343,9 @@ class TestALBL:
         strategy = strategies.ALBL()
         state = strategy.init()._replace(arm=np.array(1), batch_size=np.array(4))
         query = strategy.query(KEY, view, 4, state)
-        np.testing.assert_array_equal(query.state.weights, strategy.rewarded(state, 0.75).weights)
+        np.testing.assert_array_equal(
+            query.state.weights, strategy.reward_last_arm(state, 0.75).weights
+        )
         assert query.state.batch_size == 4
 
     def test_no_arm_dies_out(self):
