@@ -44,7 +44,7 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
-GRADIENTS = ("tests/gradients/factored_test.py",)
+GRADIENTS = ("tests/gradients/layers_test.py",)
 
 FAULTS = (
     Fault(
@@ -128,8 +128,8 @@ FAULTS = (
     Fault(
         "alignment without transpose",
         "dynamical_jax/ntk/alignment.py",
-        "of_ntk.eigenvectors.T @",
-        "of_ntk.eigenvectors @",
+        "ntk_spectrum.eigenvectors.T @",
+        "ntk_spectrum.eigenvectors @",
         ("tests/ntk/theory_test.py",),
     ),
     Fault(
