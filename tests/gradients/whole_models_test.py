@@ -67,7 +67,7 @@ def setting(name):
     return model, variables, x, y, direction, both
 
 
-@pytest.mark.parametrize("name", [*list(MODELS)[:-1], slow("vgg11")])
+@pytest.mark.parametrize("name", [*list(MODELS)[:-2], slow("resnet18, cifar stem"), slow("vgg11")])
 def test_models_at_initialization_and_with_any_values(name):
     _, variables, x, y, direction, both = setting(name)
     for values in (variables, checks.draw_like(variables, seed=1)):
@@ -85,8 +85,10 @@ def test_models_after_training(name):
 
 @pytest.mark.parametrize(
     ("module", "n"),
-    [(dj.models.VGG11(10), 128), (dj.models.ResNet18(10), 128)],
-    ids=["vgg11", "resnet18"],
+    [
+        pytest.param(dj.models.VGG11(10), 128, id="vgg11"),
+        pytest.param(dj.models.ResNet18(10), 128, id="resnet18", marks=pytest.mark.slow),
+    ],
 )
 def test_no_array_of_batch_times_parameters(module, n):
     """Of the program as compiled, which is not run: VGG-11 takes 99 GiB by `vmap(grad)`."""

@@ -18,6 +18,8 @@ from dynamical_jax.types import Rows
 
 NAMES = list(dj.STRATEGIES)
 KEY = jax.random.key(0)
+# One program; operation by operation each would be compiled by itself.
+per_example_gradients = jax.jit(gradients.per_example_gradients, static_argnums=0)
 
 
 def make_view(size=20, seed=0, **fields):
@@ -138,10 +140,10 @@ def test_a_non_finite_input_is_no_query(name):
 def test_dynamical_chooses_the_largest_change(gamma):
     # Against gradients of every example, formed and multiplied in NumPy.
     view = make_view()
-    labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
-    each = gradients.per_example_gradients(view.apply, view.variables, view.unlabeled, labels)
+    labels = np.argmax(jax.jit(view.apply)(view.variables, view.unlabeled).logits, axis=1)
+    each = per_example_gradients(view.apply, view.variables, view.unlabeled, labels)
     flat = np.concatenate([np.reshape(leaf, (20, -1)) for leaf in jax.tree.leaves(each)], axis=1)
-    of_s = gradients.per_example_gradients(view.apply, view.variables, *view.labeled)
+    of_s = per_example_gradients(view.apply, view.variables, *view.labeled)
     grad_s = np.concatenate([np.sum(leaf, axis=0).ravel() for leaf in jax.tree.leaves(of_s)])
     norm, product = (flat**2).sum(axis=1), flat @ grad_s
     change = product if math.isinf(gamma) else norm + gamma * product
@@ -295,8 +297,8 @@ def test_badge_seeds_with_gradients_of_the_last_layer():
     model = toy.models()["cnn"]
     view = make_view()
     factors = strategies.Badge().score(KEY, view, None)
-    labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
-    each = gradients.per_example_gradients(model.apply, view.variables, view.unlabeled, labels)
+    labels = np.argmax(jax.jit(view.apply)(view.variables, view.unlabeled).logits, axis=1)
+    each = per_example_gradients(model.apply, view.variables, view.unlabeled, labels)
     (last,) = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(each)
@@ -385,10 +387,10 @@ class TestWhatDynamicalSaysOfItsQuery:
         query = strategies.Dynamical(gamma).query(KEY, view, 4)
 
         chosen = unlabeled[query.positions]
-        labels = np.argmax(model.apply(variables, chosen).logits, axis=1)
+        labels = np.argmax(jax.jit(model.apply)(variables, chosen).logits, axis=1)
 
         def flat(x, y):
-            trees = dj.gradients.per_example_gradients(model.apply, variables, x, y)
+            trees = per_example_gradients(model.apply, variables, x, y)
             return np.concatenate([np.reshape(g, (len(y), -1)) for g in jax.tree.leaves(trees)], 1)
 
         g_s, g_u = flat(*labeled).sum(axis=0), flat(chosen, labels)
