@@ -90,8 +90,24 @@ def read_json(path: pathlib.Path, form: Any) -> Any:
     Raises:
       UserError: if it cannot be read, is no JSON, or of another type.
     """
+    return parse(_read(path), form, str(path))
+
+
+def read_lines(path: pathlib.Path, form: Any) -> list[Any]:
+    """Returns the values of a file of JSON lines; a last line without an end is none.
+
+    Raises:
+      UserError: if it cannot be read, or a line is no JSON or of another type; the message names
+        the line and the field.
+    """
+    lines = _read(path).split(b"\n")[:-1]
+    return [
+        parse(line, form, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _read(path: pathlib.Path) -> bytes:
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return parse(text, form, str(path))

@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         "checkpoint without optimizer state",
         "dynamical_jax/runs/checkpoints.py",
-        'description["epoch"],\n            optimizer_state,',
-        'description["epoch"],\n            like.underway.optimizer_state,',
+        "description.epoch,\n            optimizer_state,",
+        "description.epoch,\n            like.underway.optimizer_state,",
         ("tests/runs/checkpoints_test.py",),
     ),
     Fault(

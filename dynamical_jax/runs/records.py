@@ -120,16 +120,8 @@ def read(path: pathlib.Path) -> list[Record]:
       UserError: if there is no such file, or a line of it is not a record; the message names the
         line and the field.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    result = []
-    for number, line in enumerate(lines, start=1):
-        source = f"line {number} of {path}"
-        files.parse(line, Form, source)
-        result.append(files.parse(line, Record, source))
-    return result
+    files.read_lines(path, Form)
+    return files.read_lines(path, Record)
 
 
 def json_round_trip(record: Record) -> Record:
