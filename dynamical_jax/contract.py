@@ -1,14 +1,19 @@
 """The contract of a model: how a Flax module is called, and what it returns."""
 
+import functools
 import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import ApplyFn, Outputs, Variables
+
+ROW_TOLERANCE = 0.05
+"""Of the largest logit: far above rounding in half precision, far below what a batch mean does."""
 
 # Other names of the argument that is called `train` here.
 OTHER_FLAGS = ("training", "is_training", "deterministic", "use_running_average")
@@ -58,6 +63,42 @@ def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> N
         raise UserError(f"{right}, got {labels.dtype} of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(f"{right}, got labels from {labels.min()} to {labels.max()}")
+
+
+def check_rows(apply: ApplyFn, variables: Variables, x: Any) -> None:
+    """Raises `UserError` if a model's output for an example depends on the others in its batch.
+
+    Each gradient g_u is of one example: scores of a model that subtracts the mean of a batch, or
+    reorders it, would be wrong without a sign of it. Three examples are given to the model together
+    and one by one. Where that fails the model is not judged: its error shows where it is used.
+
+    Args:
+      apply: the model, `apply(variables, x)`.
+      variables: its variables.
+      x: `[n, ...]` inputs; anything that gathers rows as `x[positions]`.
+    """
+    positions = np.unique([0, len(x) // 2, len(x) - 1])
+    try:
+        together, alone = map(
+            np.asarray, _logits_together_and_alone(apply, variables, x[positions])
+        )
+    except Exception:
+        return
+    error = np.max(np.abs(together - alone), initial=0)
+    if error > ROW_TOLERANCE * np.max(np.abs(alone), initial=0):  # False for NaN.
+        raise UserError(
+            "the model's output for an example depends on the others in its batch, so examples "
+            "cannot be scored one by one: it must treat each row of x by itself and keep their "
+            "order; is a BatchNorm or Dropout in training mode?"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _logits_together_and_alone(
+    apply: ApplyFn, variables: Variables, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    logits = lambda rows: as_outputs(apply(variables, rows), len(rows)).logits.astype(jnp.float32)
+    return logits(x), jax.vmap(lambda row: logits(row[None])[0])(x)
 
 
 def train_option(module: Any, train: bool) -> dict[str, bool]:

@@ -68,6 +68,7 @@ def norms_and_products(
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if labels is not None:
         contract.check_labels(apply, variables, x, labels)
+    contract.check_rows(apply, variables, x)
 
     def arguments(positions: np.ndarray) -> tuple[Any, ...]:
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
