@@ -28,9 +28,9 @@ class Bar(Reporter):
         """Starts the bar of a run.
 
         Args:
-          name: what runs.
-          num_rounds: how many queries there will be.
-          max_epochs: after how many epochs training stops at the latest.
+          name: name of the run.
+          num_rounds: number of queries.
+          max_epochs: largest number of epochs of training.
         """
         self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
         self._total, self._seen = None, ""
