@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/gallery.md: what each strategy asks for in two dimensions, and why.
+"""Draws the pictures of docs/gallery.md: what each strategy asks for in two dimensions.
 
   python -m docs.gallery
 
@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
 
 class Task(NamedTuple):
-    """What is drawn: a pool, the labeled points, and the network trained on these."""
+    """A pool, its labeled points, and the network trained on these."""
 
     pool: dj.Examples
     labeled: np.ndarray
@@ -89,10 +89,10 @@ def make_task(num_labeled: int = 12) -> Task:
 
 
 def background(strategy: strategies.Strategy, view: dj.LearnerView) -> np.ndarray:
-    """Returns for each unlabeled point the score by which it would be chosen first.
+    """Returns the score of each unlabeled point, by which the first one is chosen.
 
-    Strategies that choose one point after the other score what is left anew each time, by its
-    distance to those that were chosen: their first look at the points is what this returns.
+    Strategies that choose one point after the other score the others again each time, by the
+    distance to those that are chosen. This returns their first scores.
     """
     key_score, _ = jax.random.split(KEY)  # As `Strategy.query` does.
     return first_look(strategy.score(key_score, view, strategy.init()))
@@ -139,7 +139,7 @@ def draw(task: Task, strategy: strategies.Strategy, path: pathlib.Path) -> None:
 
 
 def draw_task(task: Task, path: pathlib.Path) -> None:
-    """Draws the points, and what the network takes each place of the plane for."""
+    """Draws the points, and the class that the network predicts at each place of the plane."""
     picture, axes = canvas()
     sides, points = grid(task)
     logits = task.model.apply(task.variables, points).logits

@@ -1,4 +1,4 @@
-"""The contract of a model: how a Flax module is called, and what is read from its answer."""
+"""The contract of a model: how a Flax module is called, and what it returns."""
 
 import inspect
 from typing import Any
@@ -10,20 +10,20 @@ from flax import linen as nn
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import ApplyFn, Outputs, Variables
 
-# Names under which other modules are told what is called `train` here.
+# Other names of the argument that is called `train` here.
 OTHER_FLAGS = ("training", "is_training", "deterministic", "use_running_average")
 
 
 def as_outputs(value: Any, size: int) -> Outputs:
-    """Returns what a model answered for `size` examples as `Outputs`.
+    """Returns the value that a model returned for `size` examples as `Outputs`.
 
     Args:
       value: logits `[n, K]`, `Outputs`, or a pair of logits and embedding `[n, d]`, which may be
-        None. Shapes are enough.
+        None. Arrays without values, with shapes alone, will do.
       size: n.
 
     Raises:
-      UserError: if it is something else.
+      UserError: if the value has another form.
     """
     parts = value if isinstance(value, tuple) else (value, None)
     if len(parts) == 2:
@@ -61,13 +61,13 @@ def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> N
 
 
 def train_option(module: Any, train: bool) -> dict[str, bool]:
-    """Returns the keyword arguments that tell a module whether it is being trained.
+    """Returns the keyword arguments that tell a module whether it is in training.
 
-    `{"train": train}`, or nothing for a module that does not ask.
+    `{"train": train}`, or no arguments for a module that does not take `train`.
 
     Raises:
-      UserError: in training, if the module asks under another name: not told, it would be trained
-        in evaluation mode without a word.
+      UserError: in training, if the module takes the argument under another name: without it, it
+        would silently be trained in evaluation mode.
     """
     parameters = inspect.signature(_call_target(module)).parameters.values()
     names = [parameter.name for parameter in parameters]
@@ -83,7 +83,7 @@ def train_option(module: Any, train: bool) -> dict[str, bool]:
 
 
 def _call_target(module: Any) -> Any:
-    """What the arguments of a module's call come to, where it only hands them on."""
+    """Returns the function that receives the arguments of a module's call."""
     if isinstance(module, nn.Sequential):
         return _call_target(module.layers[0])
     if is_nnx(module):

@@ -39,7 +39,7 @@ def training_dynamics_from_kernel(
 def squared_error_training_dynamics(
     ntk: Float[AnyArray, "n n"], residual: Float[AnyArray, "n k"]
 ) -> Float[Array, ""]:
-    """Returns G_MSE(S) = Tr[(f − Y)ᵀ Θ (f − Y)], the same for the squared error (App. A.3).
+    """Returns G_MSE(S) = Tr[(f − Y)ᵀ Θ (f − Y)], the G of the squared error (App. A.3).
 
     Args:
       ntk: Θ, where 𝒦 = Θ ⊗ I_K as in the limit of infinite width; not divided by K.
@@ -74,7 +74,7 @@ def change_of_training_dynamics(
 def inner_product_share(
     squared_norm: Float[AnyArray, "b"], inner_product: Float[AnyArray, "b"], gamma: float = 2.0
 ) -> Float[Array, ""]:
-    """Returns Σ_u |γ g_u·g_S| / Σ_u (‖g_u‖² + |γ g_u·g_S|): its weight in Δ over a query.
+    """Returns Σ_u |γ g_u·g_S| / Σ_u (‖g_u‖² + |γ g_u·g_S|), its share of Δ over a query.
 
     0 where S is fitted, since g_S is 0 then and Δ is the norm of g_u alone; 1 where g_S decides.
 

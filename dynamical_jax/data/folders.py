@@ -1,7 +1,7 @@
-"""Labeled data of one's own: a folder of images for each class, or arrays in an .npz file.
+"""Your own labeled data: a folder of images for each class, or arrays in an .npz file.
 
-Where there is no test set, some examples of each class are held out: which ones is drawn once and
-for all, whatever the seed of a run.
+If there is no test set, some examples of each class are held out. Which ones does not depend on the
+seed of a run.
 """
 
 import os
@@ -23,7 +23,7 @@ INPUT_NAMES = ("image", "embedding")
 
 
 class OwnData(NamedTuple):
-    """What a `datasets.Dataset` is made of, named as there."""
+    """The fields of a `datasets.Dataset`, with its names."""
 
     pool: Examples
     test: Examples
@@ -45,7 +45,7 @@ def from_folder(
     """Returns the images of `<folder>/<class>/**`, and those of `test_dir` for testing.
 
     Raises:
-      UserError: if folders are not so, or see `images.decode`.
+      UserError: if folders are not like this, or as in `images.decode`.
     """
     images.check_options(image_size, channels, unreadable)
     _check_fraction(test_fraction, test_dir)
@@ -87,7 +87,7 @@ def from_folder(
 def from_npz(
     path: str, test_fraction: float | None, image_size: int | None, channels: int | None
 ) -> OwnData:
-    """Returns the arrays of a file: image or embedding, and label `[n]`.
+    """Returns the arrays of an .npz file: image or embedding, and label `[n]`.
 
     Images are numbers `[n, h, w]` or `[n, h, w, c]`, embeddings floats `[n, d]`, which become
     float32; labels are whole numbers or strings. There may be test_image or test_embedding and
@@ -126,10 +126,10 @@ def from_npz(
 def choose_held_out(
     y: np.ndarray, fraction: float | None, class_names: Sequence[str]
 ) -> np.ndarray:
-    """Returns `[n]` which examples are for testing: of each class the fraction, at least one.
+    """Returns a mask `[n]` of the examples for testing: a fraction of each class, at least one.
 
     Raises:
-      UserError: if a class has one example only, which cannot be on both sides.
+      UserError: if a class has one example only, which cannot be in pool and test set.
     """
     fraction = TEST_FRACTION if fraction is None else fraction
     generator = np.random.default_rng(101)
@@ -147,7 +147,7 @@ def choose_held_out(
 
 
 def check_finite(what: str, kind: str, x: Any) -> None:
-    """Raises `UserError` that names the rows of x `[n, ...]` that hold NaN or infinity."""
+    """Raises `UserError` if rows of x `[n, ...]` hold NaN or infinity, and names them."""
     if x.dtype.kind in "biu":
         return
     rest = tuple(range(1, len(x.shape)))
@@ -179,13 +179,13 @@ def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
 
 
 def _version(arrays: Iterable[np.ndarray], *facts: Any) -> str:
-    """A checksum of arrays and of what is told as a string."""
+    """Returns a checksum of arrays and of the text of other facts."""
     parts = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
 
 
 def _list_classes(folder: str) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted."""
+    """Returns the names of the folders in a folder, sorted."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
@@ -199,7 +199,7 @@ def _list_classes(folder: str) -> tuple[str, ...]:
 def _labeled_files(
     folder: str, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The image files of some classes, and their labels."""
+    """Returns the image files of some classes, and their labels."""
     paths: list[str] = []
     labels: list[int] = []
     for name in names:
@@ -212,7 +212,7 @@ def _labeled_files(
 
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file, if they are those that there should be."""
+    """Returns all arrays of an .npz file, once their names are checked."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
             arrays = dict(members.items())
@@ -240,7 +240,7 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
 def _npz_classes(
     path: str, labels: np.ndarray, names: np.ndarray | None
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """The values that labels take, in the order of the classes, and the names of these."""
+    """Returns the values of labels in the order of the classes, and the names of the classes."""
     if labels.dtype.kind not in "iuU" or labels.ndim != 1:
         raise UserError(
             f"{path}: labels must be whole numbers or strings [n], got {labels.dtype} of shape "
@@ -258,7 +258,7 @@ def _npz_classes(
 def _npz_labels(
     what: str, size: int, prefix: str, labels: np.ndarray, values: Sequence[Any]
 ) -> np.ndarray:
-    """The positions of labels in `values`."""
+    """Returns the positions of labels in `values`."""
     if labels.shape != (size,):
         raise UserError(f"{what} has {size} rows, but {prefix}label is of shape {labels.shape}")
     found, inverse = np.unique(labels, return_inverse=True)
@@ -270,7 +270,7 @@ def _npz_labels(
 def _npz_images(
     what: str, x: np.ndarray, image_size: int | None, channels: int | None
 ) -> np.ndarray:
-    """Images `[n, h, w, c]`, resized if they are to be."""
+    """Returns images `[n, h, w, c]`, resized to `image_size` unless that is None."""
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.dtype.kind not in "iuf" or 0 in x.shape:
@@ -290,7 +290,7 @@ def _npz_images(
 def _npz_vectors(
     what: str, x: np.ndarray, image_size: int | None, channels: int | None
 ) -> np.ndarray:
-    """Vectors `[n, d]`, as float32: sums of half precision overflow."""
+    """Returns vectors `[n, d]` as float32, since sums in half precision overflow."""
     if x.ndim != 2 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(
             f"{what} must be floating-point numbers [n, d], got {x.dtype} of shape {x.shape}"
@@ -298,14 +298,14 @@ def _npz_vectors(
     for option, value in (("image_size", image_size), ("channels", channels)):
         if value is not None:
             raise UserError(f"{option} has no effect on {what}: these are vectors, not images")
-    with np.errstate(over="ignore"):  # What is too large becomes infinite, and is refused.
+    with np.errstate(over="ignore"):  # Values that are too large become infinite, and are refused.
         x = x.astype(np.float32, copy=False)
     check_finite(what, "vectors", x)
     return x
 
 
 def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
-    """The whole numbers that name the rows."""
+    """Returns the whole numbers that name the rows."""
     if index is None:
         return np.arange(size)
     if index.dtype.kind not in "iu" or index.shape != (size,) or len(np.unique(index)) < size:

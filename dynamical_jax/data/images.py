@@ -1,4 +1,4 @@
-"""Image files to arrays: decoded once, then kept on disk and read from there.
+"""Decodes image files to an array on disk, once, and reads from there.
 
 Memory does not grow with the number of images, neither while they are decoded nor afterwards.
 """
@@ -22,22 +22,22 @@ from PIL import ExifTags, Image, ImageOps
 from dynamical_jax import files
 from dynamical_jax.errors import UserError
 
-# Files that differ in size, or would fill disks and networks at their own, are resized to this.
+# Files that differ in size, or that are larger than the next number, are resized to this.
 DEFAULT_SIZE = 64
 LARGEST_OWN_SIDE = 256
 UNREADABLE = ("skip", "refuse")
-# To be raised when decoding or resizing changes, so that older caches are not used.
+# Raise it when decoding or resizing changes, so that older caches are not used.
 FORMAT = 1
 
 
 class OnDisk:
-    """An array in a .npy file, of which parts are copied into memory as they are asked for.
+    """An array in a .npy file, whose parts are copied into memory when they are read.
 
-    The file is mapped anew for each access: the pages that a lasting memory map has read count as
-    memory of the process, in the end all of them.
+    The file is mapped again for each access: pages read through a lasting memory map count as
+    memory of the process, and in the end that would be the whole file.
 
     Raises:
-      UserError: if the file is no array, or not whole.
+      UserError: if the file is no array, or incomplete.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,7 +63,7 @@ class Decoded(NamedTuple):
 
     Attributes:
       x: `OnDisk` `[n, h, w, c]` uint8, a row for each file.
-      readable: `[n]` bool; the rows of the others are black.
+      readable: `[n]` bool; rows of files that cannot be read are black.
       checksum: of all pixels.
     """
 
@@ -99,13 +99,13 @@ def find(folder: str | os.PathLike) -> list[str]:
 
 
 def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
-    """Returns an image file as uint8 `[h, w, c]`, resized where it is of another size.
+    """Returns an image file as uint8 `[h, w, c]`, resized if it has another size.
 
-    Turned as its EXIF orientation says, transparency laid over white, the first frame of an
-    animation. Of 16-bit grey the upper 8 bits are taken. Colour becomes grey as in ITU-R 601.
+    It is rotated by its EXIF orientation; transparent pixels are put on white; of an animation the
+    first frame is read, of 16-bit grey the upper 8 bits. Colour becomes grey as in ITU-R 601.
 
     Raises:
-      Exception: of any type, if the file is broken: Pillow's decoders are many.
+      Exception: of any type, if the file is broken, as Pillow's many decoders raise it.
     """
     with Image.open(path) as file:
         image = _make_opaque(ImageOps.exif_transpose(file), shape.channels)
@@ -123,14 +123,14 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
-    """Returns an image file as people want to see it: uint8 `[side, side, 3]`, its shape kept."""
+    """Returns an image file for people to look at, uint8 `[side, side, 3]`, not distorted."""
     with Image.open(path) as file:
         image = _make_opaque(ImageOps.exif_transpose(file), 3)
         return np.asarray(ImageOps.pad(image, (side, side), color="white"))
 
 
 def blocks(x: Any) -> Iterator[np.ndarray]:
-    """Yields the rows of an array `[n, ...]`, some at a time."""
+    """Yields the rows of an array `[n, ...]`, a block at a time."""
     size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
     return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
 
@@ -145,13 +145,13 @@ def first_equal(x: Any) -> np.ndarray:
 def infer_shape(
     paths: Sequence[str], size: int | None = None, channels: int | None = None
 ) -> ImageShape:
-    """Returns what kind of images files should become, by their headers alone.
+    """Returns the shape to which image files should be resized, from their headers alone.
 
     Args:
       paths: the files; those that cannot be read do not count.
-      size: side of the images. By default their own size, if it is the same for all and no side
-        exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
-      channels: 1 or 3. By default 1 if all are grey.
+      size: height and width of the images. By default their own size, if it is the same for all and
+        no side exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
+      channels: 1 or 3. By default 1 if all are grey, else 3.
     """
     shapes = set()
     if size is None or channels is None:
@@ -174,9 +174,9 @@ def decode(
     channels: int | None = None,
     unreadable: str = "skip",
 ) -> Decoded:
-    """Returns image files as an array on disk, which a second call finds there.
+    """Returns image files as an array on disk, which later calls use again.
 
-    It is found again while files have the same names, sizes and times of change, wherever they are.
+    It is used again while files keep their names, sizes and times of change; they may be moved.
 
     Args:
       paths: the files.
@@ -186,8 +186,8 @@ def decode(
       unreadable: "skip" warns of files that cannot be read, "refuse" raises.
 
     Raises:
-      UserError: if none can be read, or "refuse" is given and some cannot; if an argument is out of
-        range, or the cache is corrupt or cannot be written.
+      UserError: if no file can be read, or one cannot and `unreadable` is "refuse"; if an argument
+        is out of range; if the cache is corrupt or cannot be written.
     """
     check_options(size, channels, unreadable)
     description = f"{size} {channels} {FORMAT} {_listing(paths)}"
@@ -195,7 +195,7 @@ def decode(
     array = pathlib.Path(cache_dir) / f"{key}.npy"
     report = array.with_suffix(".json")
     if not (array.exists() and report.exists()):
-        # Renamed in the end, the report first: where there is an array there is its report.
+        # The report is renamed first: if there is an array, there is its report.
         with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
             found = _decode_into(partial, paths, infer_shape(paths, size, channels))
             partial_report.write_text(json.dumps(found), encoding="utf-8")
@@ -222,10 +222,10 @@ def check_options(size: int | None, channels: int | None, unreadable: str = "ski
 
 @contextlib.contextmanager
 def replacing_cache_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another path to write to, which in the end becomes a file of the cache.
+    """Yields a path to write to, which becomes `path` after the block, in the cache.
 
     Raises:
-      UserError: if it cannot be written.
+      UserError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,10 +238,10 @@ def replacing_cache_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _make_opaque(image: Image.Image, channels: int) -> Image.Image:
-    """Opaque, of 8 bits a channel."""
+    """Returns an opaque image with 8 bits a channel."""
     if image.mode == "F":
         raise ValueError("of floating-point pixels it is not known what is white")
-    if image.mode.startswith("I"):  # Pillow itself would make white of all above 255.
+    if image.mode.startswith("I"):  # Pillow would turn all values above 255 into white.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -250,11 +250,11 @@ def _make_opaque(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _header(path: str) -> ImageShape | None:
-    """The kind of image in a file, None if it cannot be read."""
+    """Returns the shape of the image in a file; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            # To ask a PNG without EXIF for its orientation would be to decode it.
+            # Reading the orientation of a PNG without EXIF would decode it.
             exif = image.getexif() if "exif" in image.info else {}
             if exif.get(ExifTags.Base.Orientation, 1) >= 5:
                 width, height = height, width
@@ -265,7 +265,7 @@ def _header(path: str) -> ImageShape | None:
 
 
 def _listing(paths: Sequence[str]) -> str:
-    """What is known of files without opening them."""
+    """Returns the names, sizes and times of change of files, as text."""
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
     try:
         facts = [os.stat(path) for path in paths]
@@ -280,16 +280,18 @@ def _listing(paths: Sequence[str]) -> str:
 
 
 def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> dict[str, Any]:
-    """Writes the array; returns its checksum and why which files cannot be read."""
+    """Writes the array; returns its checksum, and the reasons why files cannot be read."""
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset = array.offset
-    del array  # What is written through a memory map counts as memory; and a full disk kills.
+    del (
+        array
+    )  # Pages written through a memory map count as memory, and a full disk kills the process.
 
     def store(position: int) -> int | str:
         try:
             image = read(paths[position], shape)
         except Exception as error:  # See `read`.
-            if getattr(error, "errno", None):  # No fault of the file's: not to be remembered.
+            if getattr(error, "errno", None):  # Not the fault of the file, so it is not remembered.
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
             return _reason(paths[position], error)
         with partial.open("r+b") as file:
@@ -301,7 +303,7 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape)
         jobs = threads.imap(store, range(len(paths)))
         done = list(_progress(jobs, len(paths), "decoding images"))
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
-    # Whichever way one version of Pillow or another puts it.
+    # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
     return {"checksum": zlib.crc32(json.dumps([shape, pixels]).encode()), "unreadable": broken}
 

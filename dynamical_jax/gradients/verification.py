@@ -1,4 +1,4 @@
-"""Does the fast engine give the numbers of the obvious one? For layers that others write."""
+"""Checks that the factored engine gives the numbers of `vmap(jax.grad)` for your layers."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dynamical_jax.types import ApplyFn, Examples, GradientTerms, Variables
 
 
 class Verification(NamedTuple):
-    """How far the factored engine is from `vmap(jax.grad)`.
+    """The differences between the factored engine and `vmap(jax.grad)`.
 
     Attributes:
       squared_norm: the largest difference of ‖g_u‖², relative to the larger of the two.
@@ -26,10 +26,10 @@ class Verification(NamedTuple):
 
 
 def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Verification:
-    """Compares the factored engine with `vmap(jax.grad)` on a few examples, and prints how far.
+    """Compares the factored engine with `vmap(jax.grad)`, and prints the largest difference.
 
-    In float32 differences of 1e-5 are rounding. Larger ones mean that a layer was registered as
-    what it is not (`gradients.register`), or that the model mixes examples.
+    In float32 differences of 1e-5 are rounding. Larger ones mean that a layer is registered wrongly
+    (`gradients.register`), or that the model mixes examples.
 
     Args:
       model: a Flax Linen module, or its `apply`.
@@ -43,7 +43,7 @@ def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Veri
     apply: ApplyFn = getattr(model, "apply", model)
     reference, engine = (_compiled(module, apply) for module in (per_example, factored))
     exact = reference(variables, x, labels, variables["params"])
-    # A direction as they are met: the gradient of a set.
+    # A direction as in dynamicAL: the gradient of a set.
     direction = set_gradient(apply, variables, Examples(x, np.asarray(exact.label)))
     ours, exact = (
         jax.tree.map(np.asarray, terms(variables, x, exact.label, direction))

@@ -1,9 +1,9 @@
 """A person in the loop: which images to label next, round after round.
 
-- `tables`: labels so far, and images that are asked for, in CSV files that a person edits;
-- `folder`: the images, what is labeled and what there is to choose from;
+- `tables`: labels so far, and images to label next, in CSV files that a person edits;
+- `folder`: the images, which of them are labeled, and which can be chosen;
 - `learner`: the model, trained further in each round;
-- `proposal`: what the model and a strategy ask for next.
+- `proposal`: the images that a strategy chooses to be labeled next.
 """
 
 from dynamical_jax.labeling import folder as folder

@@ -1,4 +1,4 @@
-"""A folder of images, of which a table labels some: what is labeled, what there is to choose from.
+"""A folder of images: which of them a table labels, and which can be chosen.
 
 Images are known by their paths relative to the folder, with slashes.
 """
@@ -48,12 +48,12 @@ class Folder(NamedTuple):
 
     @property
     def labels_checksum(self) -> int:
-        """Tells whether labels have changed."""
+        """A checksum, which differs if labels have changed."""
         return zlib.crc32(repr(list(self.labels.items())).encode())
 
 
 class Update(NamedTuple):
-    """What is labeled, once a proposal that a person has filled in is taken over.
+    """All labels, after those of a proposal that a person has filled in are added.
 
     Attributes:
       labels: path → class name, all in the order in which they came.

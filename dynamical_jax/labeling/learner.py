@@ -1,4 +1,4 @@
-"""The model that learns what a person labels, round after round, from where it stood."""
+"""The model that learns from a person's labels, trained further in each round."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from dynamical_jax.types import Examples, Rows
 
 
 class Config(NamedTuple):
-    """What a model is, and how it is trained.
+    """The configuration of a model and its training.
 
     Attributes:
       model: a key of `models.MODELS`.
@@ -46,7 +46,7 @@ class Learner(NamedTuple):
 
 
 class Start(NamedTuple):
-    """From where a round goes on.
+    """The state from which a round continues.
 
     Attributes:
       learner: to be trained, unless `fit` says that it was.

@@ -1,4 +1,4 @@
-"""Tables that a person labels images in: labels so far, and those that are asked for.
+"""Tables in which a person labels images: labels so far, and images to label next.
 
 Both are CSV files with the columns `path`, relative to the folder of images, and `label`, a class
 name. A proposal is a table of images to label whose labels are empty, with columns that may help:
@@ -36,7 +36,7 @@ class Proposed(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a person has written into a table.
+    """The labels that a person has written into a table.
 
     Attributes:
       by_path: path → class name, of the rows with a label, in their order.
@@ -52,8 +52,8 @@ class Labels(NamedTuple):
 def read_labels(path: pathlib.Path, folder: str) -> Labels:
     """Returns the labels of a table, or of what has been filled in of a proposal.
 
-    None if there is no file. Columns that are not ours are nobody's business; rows without a label,
-    and rows that stand there twice, are harmless.
+    If there is no file, there are no labels. Other columns, rows without a label, and rows that are
+    there twice are ignored.
 
     Args:
       path: the table.
@@ -80,7 +80,7 @@ def read_labels(path: pathlib.Path, folder: str) -> Labels:
 def join_labels(
     labels: Mapping[str, str], more: Mapping[str, str], path: pathlib.Path
 ) -> dict[str, str]:
-    """Returns two tables' labels in one.
+    """Returns the labels of two tables together.
 
     Args:
       labels: path → class name.

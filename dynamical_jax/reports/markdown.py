@@ -1,4 +1,4 @@
-"""Markdown made from records: accuracies beside published ones, and what differences are worth."""
+"""Reports in Markdown: accuracies beside published ones, and tests of their differences."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ class Published(NamedTuple):
     """Published accuracies of one setting, in percent.
 
     Attributes:
-      source: where they stand.
-      cells: for (strategy, labels), mean and standard deviation; NaN where none is given.
+      source: where they are published.
+      cells: (strategy, labels) → mean and standard deviation; NaN if none is published.
     """
 
     source: str
@@ -25,16 +25,16 @@ class Published(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A value of the runs that can be compared.
+    """A value of those runs that can be compared.
 
     Attributes:
       strategies: names.
-      seeds: those that every strategy has.
+      seeds: the seeds that all strategies have.
       num_labeled: `[rounds]` the numbers of labels that all runs have.
-      values: `[strategies, seeds, rounds]` the value there.
-      area: `[strategies, seeds]` the area under the curve; None where runs differ in the numbers
-        of labels at which they were looked at, so that their areas cannot be compared.
-      left_out: a sentence about runs that are not finished; "" if all are.
+      values: `[strategies, seeds, rounds]` the value at these numbers.
+      area: `[strategies, seeds]` the area under the curve; None if runs have different numbers of
+        labels, so that their areas cannot be compared.
+      left_out: a sentence about unfinished runs; "" if there are none.
     """
 
     strategies: list[str]
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
 
 def accuracy(rounds: Sequence[records.Record], published: Published | None = None) -> str:
-    """Returns tables of test accuracy by strategy and labels, beside published ones if given."""
+    """Returns tables of test accuracy by strategy and labels, with published ones if given."""
     first, left_out = rounds[0], unfinished(rounds)
     seeds = sorted({record["seed"] for record in rounds})
     lines = [
@@ -78,14 +78,14 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
 
 
 def significance(rounds: Sequence[records.Record], references: Iterable[str]) -> str:
-    """Returns what the differences between strategies are worth.
+    """Returns tests of the differences between strategies.
 
     Args:
       rounds: the records of one setting.
-      references: strategies against which the others are tested, those of them that are there.
+      references: strategies against which the others are tested; those not recorded are ignored.
     """
     scores = common_scores(rounds)
-    # Of the seeds that all share: a mean over others is not to be compared with these.
+    # Only the seeds that all strategies have: means over other seeds are not comparable.
     curves = records.curves(record for record in rounds if record["seed"] in scores.seeds)
     lines = [f"# What the differences are worth: {rounds[0]['dataset']}, {rounds[0]['model']}", ""]
     lines += _summary(curves, scores)
@@ -106,10 +106,10 @@ def significance(rounds: Sequence[records.Record], references: Iterable[str]) ->
 
 
 def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy") -> Scores:
-    """Returns `value` of the runs that got as far as any did, for the seeds that all then share.
+    """Returns `value` of the finished runs, for the seeds that all strategies have.
 
     Raises:
-      UserError: if there are none.
+      UserError: if there are no such seeds.
     """
     rounds = list(rounds)
     found = _group_by_run(rounds, value)
@@ -136,7 +136,7 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
 
 
 def unfinished(rounds: Iterable[records.Record]) -> str:
-    """Returns a sentence about runs that did not get as far as others; "" if there are none."""
+    """Returns a sentence about runs with fewer rounds than others; "" if there are none."""
     found = _group_by_run(rounds, "num_labeled")
     most = max(max(run) for seeds in found.values() for run in seeds.values())
     missing = [
@@ -151,7 +151,7 @@ def unfinished(rounds: Iterable[records.Record]) -> str:
 def _group_by_run(
     rounds: Iterable[records.Record], value: str
 ) -> dict[str, dict[int, dict[int, Any]]]:
-    """Strategy → seed → labels → value."""
+    """Returns strategy → seed → labels → value."""
     found: dict[str, dict[int, dict[int, Any]]] = {}
     for record in rounds:
         seeds = found.setdefault(record["strategy"], {})
@@ -165,7 +165,7 @@ def _area(run: Mapping[int, float]) -> float:
 
 
 def _has_best(rounds: Sequence[records.Record]) -> bool:
-    """Whether the test set was looked at before the last epoch, too (--evaluate_every)."""
+    """Returns whether models were tested before the last epoch, too (--evaluate_every)."""
     return any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds)
 
 
@@ -182,7 +182,7 @@ def _accuracy_table(curves: Mapping[str, records.Curve], num_seeds: int) -> list
 
 
 def _published_section(rounds: Sequence[records.Record], published: Published) -> list[str]:
-    """The published numbers, and how many of ours lie within one of their standard deviations."""
+    """Returns published numbers, and how many of ours are within their standard deviations."""
     lines = [f"## Beside {published.source}", ""]
     counts = []
     measures = {"test_accuracy": "after the last epoch"}
@@ -235,7 +235,7 @@ def _published_section(rounds: Sequence[records.Record], published: Published) -
 
 
 def _convergence_section(rounds: Sequence[records.Record]) -> list[str]:
-    """How long training took, and what strategies said of their queries, where that is recorded."""
+    """Returns tables of epochs and of facts about queries, as far as they are recorded."""
     lines = ["## Convergence"]
     for name, (title, cell) in FACTS.items():
         recorded = [record for record in rounds if record.get(name) is not None]
@@ -249,7 +249,7 @@ def _table_by_labels(
     value: str,
     cell: Callable[[Sequence[Any], Sequence[records.Record]], str],
 ) -> list[str]:
-    """A table of `cell` of the values over seeds: strategies in rows, labels in columns."""
+    """Returns a table of `cell` of the values over seeds: strategies × labels."""
     found: dict[str, dict[int, list[records.Record]]] = {}
     for record in rounds:
         labels = found.setdefault(record["strategy"], {})
@@ -282,13 +282,13 @@ def _format_mean_and_range(values: Sequence[float], of: Sequence[records.Record]
 def _same_by_construction(
     rounds: Iterable[records.Record], value: str
 ) -> dict[tuple[str, int], Any]:
-    """(strategy, labels) → what the mean there is made of, for the round before any query.
+    """Returns, for round 0, (strategy, labels) → the runs of which its mean is made.
 
-    Until a strategy asks for labels it is not in play: the seed alone determines the initial set
-    and weights, so in round 0 the runs of all strategies with one seed are the same run, and their
-    means over the same seeds one number, not as many as there are strategies. Cells are the same by
-    construction where round 0 has the same seeds, with the same initial sets and values: strategies
-    with other seeds, or trained on a device that rounds otherwise, have means of their own.
+    Before the first query the strategy does not matter: initial set and weights depend on the seed
+    alone, so in round 0 the runs of all strategies with one seed are the same run. Their means over
+    the same seeds are one number, not one for each strategy. Cells are the same by construction if
+    their round 0 has the same seeds, with the same initial sets and values: strategies with other
+    seeds, or trained on a device that rounds differently, have their own means.
     """
     runs: dict[tuple[str, int], list[Any]] = {}
     for record in rounds:
@@ -353,7 +353,7 @@ def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
 
 
 def _reference_section(reference: str, scores: Scores) -> list[str]:
-    """Paired differences to one strategy, of the last accuracy and of the area under the curve."""
+    """Returns paired differences to one strategy: last accuracy, area under the curve."""
     at = scores.strategies.index(reference)
     others = [i for i in range(len(scores.strategies)) if i != at]
     lines = [f"## Against {reference}", ""]
@@ -400,7 +400,7 @@ def _reference_section(reference: str, scores: Scores) -> list[str]:
 
 
 def _compared_values(scores: Scores) -> dict[str, np.ndarray]:
-    """What strategies are compared by, in a table each: title → `[strategies, seeds]`."""
+    """Returns the values by which strategies are compared: title → `[strategies, seeds]`."""
     tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
     if scores.area is not None:
         tested["Area under the curve"] = scores.area
@@ -408,7 +408,7 @@ def _compared_values(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def _holm_note(num_tests: int, num_tables: int) -> str:
-    """Says over which tests Holm's correction is, and what it does not cover."""
+    """Returns which tests Holm's correction covers, and which it does not."""
     comparisons = "comparison" if num_tests == 1 else f"{num_tests} comparisons"
     sentence = (
         f"Holm: p-values corrected for the {comparisons} of their own table, for each kind of test "

@@ -1,4 +1,4 @@
-"""What happened in a run, as JSON lines that carry all that is needed to trace them.
+"""Records of rounds, as JSON lines with all that is needed to reproduce them.
 
 One line for each round of each seed and strategy, in `<output_dir>/rounds.jsonl`, written as the
 round ends. Tables and figures are made from these lines and nothing else.
@@ -44,7 +44,7 @@ def make(round_result: Round, identity: Mapping[str, Any]) -> Record:
 
     Args:
       round_result: the round.
-      identity: what it belongs to: dataset, model, strategy, seed, flags, …
+      identity: other fields: dataset, model, strategy, seed, flags, …
     """
     scores = round_result.query_scores
     return {
@@ -102,12 +102,12 @@ def read(path: pathlib.Path) -> list[Record]:
 
 
 def json_round_trip(record: Record) -> Record:
-    """Returns a record as `read` will give it."""
+    """Returns a record as `read` will return it."""
     return json.loads(json.dumps(files.finite(record)))
 
 
 def repair(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
-    """Removes a last line that was not written to its end; returns the records."""
+    """Removes the last line if it is incomplete; returns the records."""
     text = path.read_bytes()
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
@@ -117,13 +117,13 @@ def repair(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Recor
 
 
 def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
-    """Returns for each strategy, in order of appearance, its `value` in the rounds of all seeds.
+    """Returns the curve of `value` of each strategy, over seeds, in order of appearance.
 
-    Rounds that not every seed of the strategy has reached are left out.
+    Rounds that some seed of the strategy has not reached are left out.
 
     Raises:
-      UserError: if a round stands there twice, or seeds differ in their labels: such records are
-        of different settings and have no common curve.
+      UserError: if a round is recorded twice, or seeds differ in their numbers of labels: then the
+        records are of different settings and have no common curve.
     """
     by_strategy: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     labels: dict[str, dict[int, int]] = defaultdict(dict)
@@ -160,7 +160,7 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
 
 
 def format_percent(mean: float, std: float = math.nan) -> str:
-    """Returns a cell of a table: a mean in percent, with its deviation unless that is NaN.
+    """Returns a mean in percent, with its standard deviation unless that is NaN, as text.
 
     >>> format_percent(0.37125), format_percent(0.37125, 0.01)
     ('37.13', '37.13 ± 1.00')
@@ -169,16 +169,16 @@ def format_percent(mean: float, std: float = math.nan) -> str:
 
 
 def format_number(value: float, digits: int = 2, sign: str = "") -> str:
-    """Returns a number as all tables print it, halves away from zero.
+    """Returns a number as text for tables; halves are rounded away from zero.
 
-    Accuracies are fractions k/n, and their means, too, but binary numbers are not: `f"{x:.2f}"`
-    rounds means half-way between two others up or down by what happened in their last bit. So the
-    number is first rounded to ten decimals, which restores the fraction.
+    Accuracies and their means are fractions k/n, which binary numbers approximate: `f"{x:.2f}"`
+    rounds a mean half-way between two decimals up or down depending on its last bit. So the number
+    is first rounded to ten decimals, which restores the fraction.
 
     Args:
       value: the number.
       digits: decimals.
-      sign: "+" to print that of positive numbers, too.
+      sign: "+" to print the sign of positive numbers, too.
 
     >>> f"{37.115:.2f}, {37.125:.2f}, {37.135:.2f}"
     '37.12, 37.12, 37.13'
@@ -198,11 +198,11 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # Run from a checkout that is not installed.
+        return None  # The checkout is not installed.
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this file is in, marked where files differ from it."""
+    """Returns the commit of this file's checkout, marked "-dirty" if files differ from it."""
     checkout = pathlib.Path(__file__).parent.parent.parent
 
     def git(*arguments: str) -> str:
@@ -212,7 +212,7 @@ def _git_commit() -> str | None:
 
     try:
         if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
-            return None  # Installed somewhere below another project's checkout.
+            return None  # It is installed in a folder of another project's checkout.
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""The directory of a comparison: who writes to it, with which flags, what is done already."""
+"""The directory of a comparison: its lock, its flags, and the records so far."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ class RunDirectory:
     Attributes:
       path: the directory.
       rounds: the path of the records.
-      done: for (strategy, seed), the records of its rounds so far.
+      done: (strategy, seed) → the records of its rounds so far.
     """
 
     def __init__(self, path: pathlib.Path, done: Mapping[tuple[str, int], list[records.Record]]):
@@ -39,7 +39,7 @@ class RunDirectory:
         self.done[record["strategy"], record["seed"]].append(record)
 
     def checkpoints(self, strategy: str, seed: int) -> pathlib.Path:
-        """Returns where the checkpoints of one run are."""
+        """Returns the directory for the checkpoints of one run."""
         return self.path / CHECKPOINTS_NAME / f"{strategy}-seed-{seed}"
 
 
@@ -47,15 +47,15 @@ class RunDirectory:
 def open_locked(
     output_dir: str, flags: Mapping[str, Any], say: Callable[[str], None] = print
 ) -> Iterator[RunDirectory]:
-    """Gives a new directory, or one that a run with the same flags has begun.
+    """Yields a new directory, or one that was made with the same flags, locked.
 
-    A last line of the records that was not written to its end is removed. If nothing has been
-    done when the block ends, nothing is left that would stand in the way of other flags.
+    If the last line of the records is incomplete, it is removed. If there are no records when the
+    block ends, the flags are removed, so that the directory can be used with other flags.
 
     Args:
       output_dir: the directory.
-      flags: what decides the results, by name; JSON values.
-      say: called with a line about what was mended.
+      flags: name → value of the flags that decide the results; JSON values.
+      say: called with a line about each repair.
 
     Raises:
       UserError: if it was made with other flags, is in use, or cannot be written to.

@@ -96,7 +96,7 @@ class TestRead:
         expected = turned(array).astype(int)
         shape = ImageShape(*expected.shape)
         assert images.infer_shape([path]) == shape  # By the header.
-        assert np.abs(images.read(path, kind) - expected).mean() < 8
+        assert np.abs(images.read(path, shape) - expected).mean() < 8
 
     def test_first_frame(self, tmp_path):
         frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, BLUE)]
