@@ -221,7 +221,7 @@ def apply_rule(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str,
     stop = next((look for look in looks if rule(look)), None)
     if stop is None:
         return None
-    # Ten places further on the scale of `epochs_looked_at`.
+    # Ten places further on the scale of `epochs_to_look_at`.
     place = round(10 * math.log10(stop["epoch"])) + 10
     later = next((look for look in looks if look["epoch"] == round(10 ** (place / 10))), None)
     common_part = set(stop["query"]) & set(later["query"]) if later else ()
