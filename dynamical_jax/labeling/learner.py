@@ -75,12 +75,12 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
     kind, names = config.kind(folder), folder.class_names
     kept = store.restore(lambda description, leaves: (description, leaves))
     if kept is None:
-        return Start(_fresh(folder, config, names), 0)
+        return Start(fresh(folder, config, names), 0)
     description, leaves = kept
     round_index = description["round"] + 1
     former = {name: description.get(name) for name in kind}
     if former != kind:
-        return Start(_fresh(folder, config, names), round_index, former_kind=former)
+        return Start(fresh(folder, config, names), round_index, former_kind=former)
     mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
     old = _learner(folder, config, known, mean, std)
     old = old._replace(variables=unflattened(old.variables, leaves))
@@ -112,7 +112,35 @@ def train(
     Returns:
       The learner, and of the training "epochs" and "train_accuracy".
     """
-    learner = start.learner
+    learner, fit = fitted(start.learner, folder, config, on_epoch)
+    facts = {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
+    description = {
+        **config.kind(folder),
+        "class_names": learner.class_names,
+        "mean": learner.model.mean,
+        "std": learner.model.std,
+        "labels": folder.labels_checksum,
+        "round": start.round_index,
+        "fit": facts,
+    }
+    store.save(f"round-{start.round_index:05d}", learner.variables, description)
+    return learner, facts
+
+
+def fitted(
+    learner: Learner,
+    folder: Folder,
+    config: Config,
+    on_epoch: training.OnEpoch = lambda progress, labeled: None,
+) -> tuple[Learner, training.Fit]:
+    """Returns a learner, trained on all labels of a folder, and how that went; keeps nothing.
+
+    Args:
+      learner: knows their classes.
+      folder: has labels.
+      config: of the learner.
+      on_epoch: as in `training.fit`.
+    """
     labeled = Examples(Rows(folder.x, folder.labeled), learner.targets(folder))
     count = len(labeled.y)
     fit = training.fit(
@@ -125,22 +153,17 @@ def train(
         capacity=1 << (count - 1).bit_length(),  # So that few programs are compiled.
         on_epoch=on_epoch,
     )
-    facts = {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
-    description = {
-        **config.kind(folder),
-        "class_names": learner.class_names,
-        "mean": learner.model.mean,
-        "std": learner.model.std,
-        "labels": folder.labels_checksum,
-        "round": start.round_index,
-        "fit": facts,
-    }
-    store.save(f"round-{start.round_index:05d}", fit.variables, description)
-    return learner._replace(variables=fit.variables), facts
+    return learner._replace(variables=fit.variables), fit
 
 
-def _fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
-    """A learner of the statistics of these images."""
+def fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
+    """Returns a learner with fresh weights, which knows of the images their statistics alone.
+
+    Args:
+      folder: of the images.
+      config: of the learner.
+      class_names: of its outputs.
+    """
     mean, std = datasets.channel_statistics(Rows(folder.x, folder.readable))
     return _learner(folder, config, class_names, mean.tolist(), std.tolist())
 
