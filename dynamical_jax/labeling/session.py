@@ -270,7 +270,7 @@ class Session:
         self._pictures: Pictures | None = None
         self._originals: set[str] = set()
         self._predictions: dict[str, Proposed] = {}
-        self._drawn: list[str] = []
+        self._shuffle(self.paths)  # Nobody waits until they are read.
         self._suspects: list[review.Suspect] | None = None
         self._queue = self._unfinished()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -762,8 +762,6 @@ class Session:
 
     def _fall_back(self) -> None:
         """Makes a batch of images drawn at random, where none could be chosen."""
-        if self._pictures is None and not self._drawn:
-            self._shuffle(self.paths)
         paths = [path for path in reversed(self._drawn) if self._is_open(path)]
         self._queue = {path: self._guess(path) for path in paths[: self._settings.batch_size]}
         self._kind |= dict.fromkeys(self._queue, answers.RANDOM)
