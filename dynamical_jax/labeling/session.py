@@ -280,6 +280,10 @@ class Session:
         self._thread = threading.Thread(target=self._work, name="labeling", daemon=True)
 
     def __enter__(self) -> "Session":
+        self.start()
+        return self
+
+    def start(self) -> None:
         """Starts the thread, which first reads the images."""
         self._thread.start()
         with self._lock:
@@ -287,7 +291,6 @@ class Session:
                 self._want("the model", self._load)
             else:
                 self._want("the next batch", self._next_batch)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

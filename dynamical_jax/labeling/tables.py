@@ -110,6 +110,11 @@ def write_proposal(
       like: a table whose delimiter and byte-order mark this one shall have, since the same program
         will open it.
     """
+    files.write(path, proposal_text(proposed, like))
+
+
+def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None) -> str:
+    """Returns what `write_proposal` writes."""
     table = io.StringIO(newline="")
     delimiter = "," if like is None else _text(like)[1]
     writer = csv.writer(table, lineterminator="\n", delimiter=delimiter)
@@ -117,7 +122,7 @@ def write_proposal(
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([image.path, "", image.predicted, *numbers, rank])
-    files.write(path, _mark(like) + table.getvalue())
+    return _mark(like) + table.getvalue()
 
 
 def read_proposal(path: pathlib.Path, folder: str) -> list[Proposed]:
