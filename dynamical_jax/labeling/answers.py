@@ -89,7 +89,7 @@ class Log:
     Attributes:
       answers: in their order.
       batches: likewise.
-      classes: that were added without a label, in their order.
+      classes: names, in the order in which they came.
     """
 
     def __init__(self, path: pathlib.Path):

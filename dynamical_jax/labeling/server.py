@@ -199,7 +199,7 @@ class _Page:
         return lambda request: Response(content, media_type=kind)
 
     def status(self, request: Request) -> Response:
-        return JSONResponse(self._status())
+        return JSONResponse({"status": self._status()})
 
     def progress(self, request: Request) -> Response:
         return JSONResponse(self._session.progress() | {"status": self._status()})

@@ -259,9 +259,8 @@ class Session:
         self._stamp = self._table_stamp()
         self._broken = answers.broken(self._log.answers) - set(self._labels)
         self._skipped: set[str] = set()
-        self._classes: list[str] = []
-        self._take_classes([*map(class_name, settings.classes), *self._log.classes])
-        self._take_classes(self._labels.values())
+        self._classes = list(self._log.classes)
+        self._take_classes([*map(class_name, settings.classes), *self._labels.values()])
         self._history = _histories(self._log.answers)
         self._group = max((answer.group for answer in self._log.answers), default=0)
         self._held: dict[str, list[str]] = {}
@@ -501,9 +500,7 @@ class Session:
         """
         name = class_name(name)
         with self._lock:
-            if name not in self._classes:
-                self._log.add([name])
-                self._take_classes([name])
+            self._take_classes([name])
         return name
 
     def review(self) -> None:
@@ -709,9 +706,10 @@ class Session:
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def _take_classes(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._classes:
-                self._classes.append(name)
+        """Adds what is new; in the log, so that a class keeps its place, and its key."""
+        if new := [name for name in dict.fromkeys(names) if name not in self._classes]:
+            self._log.add(new)
+            self._classes += new
 
     def _unfinished(self) -> dict[str, Proposed]:
         """The batch that the last sitting, or `dynamical-select`, left."""

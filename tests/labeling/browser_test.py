@@ -77,11 +77,11 @@ class Page:
     def script(self, text, *arguments):
         return self.driver.execute_script(f"return {text}", *arguments)
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=150):
         end = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < end, self.driver.find_element("tag name", "body").text
-            time.sleep(0.02)
+            time.sleep(0.1)
         return value
 
     def press(self, *keys):
@@ -139,13 +139,12 @@ def test_thirty_digits_by_keyboard_with_a_kill_in_the_middle(driver, photos, tmp
             assert process.returncode == 130
     log = labeling.answers.Log(tmp_path / "labels.answers.jsonl")
     assert [one.path for one in log.answers] == list(pressed)
-    assert any(one.predicted for one in log.answers)
     messages = [entry["message"] for entry in driver.get_log("browser")]
     assert not [m for m in messages if "net::ERR_CONNECTION_REFUSED" not in m]
 
 
 def test_undo_skip_grid_and_markup(driver, photos, tmp_path):
-    known = {path: label for path, label in list(photos.items())[:40]}
+    known = dict(list(photos.items())[:40])
     labeling.add_labels(tmp_path / "labels.csv", known)
     evil = "<img src=x onerror=document.title='evil'>"
     with program(

@@ -292,7 +292,13 @@ def test_classes_are_added_and_kept(settings):
             sitting.answer("me", [Given("../../etc/passwd", "label", "owl")])
     assert on_disk(settings) == {}
     with start(settings._replace(classes=("ant",))) as sitting:
-        assert sitting.class_names == ["ant", "owl"]
+        assert sitting.class_names == ["owl", "ant"]
+    # Nor does a label that another program gave move the keys.
+    labeling.add_labels(settings.table, {name(0): "aardvark"})
+    with start(settings) as sitting:
+        assert sitting.class_names == ["owl", "ant", "aardvark"]
+    with start(settings._replace(classes=("bee",))) as sitting:
+        assert sitting.class_names == ["owl", "ant", "aardvark", "bee"]
 
 
 def test_what_goes_wrong_is_said_and_labeling_goes_on(settings):
