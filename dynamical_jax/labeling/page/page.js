@@ -1,7 +1,7 @@
 "use strict";
 // One page, no library. All text from elsewhere (class names, file names) is set as text, never as markup.
 
-const KEYS = "123456789acdefijklmoqrtvwy";  // The other letters do something else.
+const KEYS = "123456789acdefijklmoqrtvwy0";  // The other letters do something else.
 const AHEAD = 9;
 const $ = (id) => document.getElementById(id);
 const state = {
@@ -75,7 +75,20 @@ async function alone(work) {
 
 const current = () => state.again[0] || state.offers[0];
 const classes = () => (state.status ? state.status.classes : []);
-const keyOf = (index) => KEYS[index] || "";
+// A class whose name is a key has that one, if it is free when the class comes; others the first that is free.
+function keys() {
+  const taken = [];
+  for (const {name} of classes()) {
+    const own = name.length === 1 && KEYS.includes(name) && !taken.includes(name) ? name : null;
+    taken.push(own || [...KEYS].find((key) => !taken.includes(key)) || "");
+  }
+  return taken;
+}
+function thumbnail(id, name = "") {
+  const image = make("img", {src: source(id, "thumb"), alt: name});
+  image.onload = () => image.classList.toggle("pixels", image.naturalWidth <= 64);
+  return image;
+}
 
 function take(value) {
   state.offers = value.offers;
@@ -137,7 +150,7 @@ function show() {
       ? `the model: ${offer.predicted}, ${percent(offer.confidence)} sure` : "the model has no guess yet";
   }
   $("next").replaceChildren(...state.offers.slice(state.again.length ? 0 : 1)
-    .map((later) => make("li", {}, make("img", {src: source(later.id, "thumb"), alt: ""}))));
+    .map((later) => make("li", {}, thumbnail(later.id))));
   showClasses();
   watch();
 }
@@ -170,9 +183,10 @@ function zoom() {
 $("picture").addEventListener("click", zoom);
 
 function classButtons(press, given) {
+  const named = keys();
   return classes().map(({name, count}, index) => make(
     "button", {title: name, "data-name": name, class: name === given && "given", onclick: () => press(name)},
-    keyOf(index) && make("kbd", {}, keyOf(index)), " ", name, make("small", {}, String(count))));
+    named[index] ? make("kbd", {}, named[index]) : null, " ", name, make("small", {}, String(count))));
 }
 let shownClasses = "";
 function showClasses() {
@@ -199,8 +213,8 @@ $("new-class").addEventListener("submit", (event) => {
     await ask("class", {name});
     leaveName();
     showClasses();
-    const index = classes().findIndex((known) => known.name === name);
-    say(keyOf(index) ? `“${name}” has the key ${keyOf(index)}.` : `“${name}” has no key: n and its name, or a click.`);
+    const key = keys()[classes().findIndex((known) => known.name === name)];
+    say(key ? `“${name}” has the key ${key}.` : `“${name}” has no key: n and its name, or a click.`);
   });
 });
 function leaveName() {
@@ -243,8 +257,6 @@ async function loadGrid(name = state.gridClass) {
 function showGrid() {
   const focused = [...$("cells").children].indexOf(document.activeElement);
   $("cells").replaceChildren(...state.grid.map((cell, index) => {
-    const image = make("img", {src: source(cell.id, "thumb"), alt: cell.name});
-    image.onload = () => image.classList.toggle("pixels", image.naturalWidth <= 64);
     const text = cell.given === null ? "left out" : cell.given === false ? "broken or none" : cell.given;
     return make("li", {
       tabindex: index === Math.max(0, focused) ? 0 : -1, title: cell.name, "aria-label": `${cell.name}: ${text}`,
@@ -254,7 +266,7 @@ function showGrid() {
         event.currentTarget.focus();
         showGrid();
       },
-    }, image, cell.given === cell.predicted ? null : make("span", {}, text));
+    }, thumbnail(cell.id, cell.name), cell.given === cell.predicted ? null : make("span", {}, text));
   }));
   if (focused >= 0 && $("cells").children[focused]) $("cells").children[focused].focus();
   else lastCell = Math.min(lastCell, state.grid.length - 1);
@@ -383,7 +395,7 @@ async function loadProgress() {
   heading("Labels");
   const most = Math.max(1, ...status.classes.map((one) => one.count));
   all.push(make("table", {}, ...status.classes.map((one) => make("tr", {}, make("td", {title: one.name}, one.name),
-    make("td", {}, String(one.count)), make("td", {}, make("meter", {min: 0, max: most, value: one.count}))))));
+    make("td", {}, String(one.count)), make("td", {}, make("progress", {max: most, value: one.count}))))));
   line(`${status.labeled} of ${status.images} images are labeled${status.aside ? `, ${status.aside} set aside` : ""}.`, "quiet");
   heading("Labels that may be wrong");
   all.push(make("p", {}, make("button", {onclick: () => alone(() => ask("review", {})), disabled: !!status.doing},
@@ -392,7 +404,7 @@ async function loadProgress() {
   if (value.suspects && !value.suspects.length) line("None stands out.");
   if (state.suspects.length) {
     all.push(make("div", {id: "suspects"}, ...state.suspects.slice(0, 60).map((one, index) => make(
-      "button", {title: one.path, onclick: () => secondLook(index)}, make("img", {src: source(one.id, "thumb"), alt: one.path}),
+      "button", {title: one.path, onclick: () => secondLook(index)}, thumbnail(one.id, one.path),
       make("div", {}, `labeled ${one.label}`), make("div", {}, `model: ${one.predicted}, ${percent(one.confidence)}`)))));
   }
   heading("Take it with you");
@@ -487,8 +499,8 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.repeat && !key.startsWith("Arrow")) return;  // A key held down is one answer.
-  const at = key.length === 1 ? KEYS.indexOf(key.toLowerCase()) : -1;
-  const named = at >= 0 && classes()[at] ? classes()[at].name : null;
+  const at = key.length === 1 ? keys().indexOf(key.toLowerCase()) : -1;
+  const named = at >= 0 ? classes()[at].name : null;
   const does = {g: () => open("grid"), p: () => open("progress"), u: undo};
   if (state.tab === "label") {
     Object.assign(does, {s: () => give("skip"), b: () => give("broken"), h: $("hint").onclick, z: zoom, n: openName});
