@@ -45,7 +45,11 @@ AUDIT_FRACTION = flags.DEFINE_float(
 OPEN = flags.DEFINE_boolean("open", True, "Open the browser.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; by default this machine's.")
 PORT = flags.DEFINE_integer(
-    "port", None, "Port to listen on; by default 8765, or another where that is taken."
+    "port",
+    None,
+    "Port to listen on; by default 8765, or another where that is taken.",
+    lower_bound=0,
+    upper_bound=65535,
 )
 flags.adopt_module_key_flags(options)
 flags.adopt_module_key_flags(person)
@@ -116,12 +120,12 @@ def serve(settings: labeling.session.Settings) -> None:
 
     from dynamical_jax.labeling import server
 
-    listening = listen(HOST.value, PORT.value)
     token = secrets.token_urlsafe(24)
     sitting = labeling.Session(settings, on_round=functools.partial(record, settings))
     if sitting.num_taken_over:
         print(f"{sitting.num_taken_over} labels of {settings.output} added to {settings.table}")
     app = server.create(sitting, token, pathlib.Path(settings.images), settings.table, HOST.value)
+    listening = listen(HOST.value, PORT.value)
     config = uvicorn.Config(
         app,
         log_level="error",
@@ -172,11 +176,12 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
             return socket.create_server((host, number), family=family)
-        except (OSError, OverflowError) as error:
-            if getattr(error, "errno", None) == errno.EADDRINUSE and number != ports[-1]:
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and number != ports[-1]:
                 continue
-            why = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"cannot listen on {host}, port {number}: {why}") from error
+            raise UserError(
+                f"cannot listen on {host}, port {number}: {error.strerror or error}"
+            ) from error
     raise AssertionError
 
 

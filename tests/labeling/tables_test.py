@@ -92,6 +92,27 @@ def test_adding_keeps_the_form_of_the_table(tmp_path, before, after):
     assert table.read_bytes() == after.encode()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("path,label\na,cat\nb,dog\n", "path,label\na,owl\nc,ant\n"),
+        ("path,label\nx/../a,cat\n./a,cat\nb,dog", "path,label\nx/../a,owl\n./a,owl\nc,ant\n"),
+        ("path,label\na,\n", "path,label\na,owl\nc,ant\n"),
+        (
+            '\ufeffLabel;by;path\r\ncat;me;a\r\ndog;you;b\r\n"x;y";;d\r\n',
+            '\ufeffLabel;by;path\r\nowl;me;a\r\n;you;b\r\n"x;y";;d\r\nant;;c\r\n',
+        ),
+        (None, "path,label\na,owl\nc,ant\n"),
+    ],
+)
+def test_changing_keeps_the_form_of_the_table(tmp_path, before, after):
+    table = tmp_path / "labels.csv"
+    if before is not None:
+        write(table, before)
+    labeling.tables.change_labels(table, {"a": "owl", "b": None, "c": "ant"}, "images")
+    assert table.read_bytes() == after.encode()
+
+
 def test_a_proposal_looks_like_the_table_of_labels(tmp_path):
     table = write(tmp_path / "labels.csv", "\ufeffpath;label\na.png;cat\n")
     labeling.write_proposal(tmp_path / "to_label.csv", [labeling.Proposed("ö.png")], table)
@@ -119,3 +140,17 @@ def test_a_proposal_comes_back_filled_in(tmp_path):
     labels = labeling.read_labels(table, "images")
     assert labels.of_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
     assert (labels.num_right, labels.num_predicted) == (1, 2)
+
+
+def test_a_proposal_is_read_whatever_was_filled_in(tmp_path):
+    table = tmp_path / "to_label.csv"
+    proposed = [
+        labeling.Proposed("in, out/a.png", "cat", 0.9, 1.5),
+        labeling.Proposed("d.png"),
+    ]
+    labeling.write_proposal(table, proposed)
+    write(table, table.read_text().replace("d.png,,", "d.png,owl,"))
+    assert labeling.tables.read_proposal(table, "images") == proposed
+    write(table, table.read_text().replace("0.9", "much"))
+    assert labeling.tables.read_proposal(table, "images")[0].confidence is None
+    assert labeling.tables.read_proposal(tmp_path / "none.csv", "images") == []
