@@ -91,12 +91,19 @@ def test_mathematics_of_arrays_knows_no_network_and_no_data(file):
 
 
 @pytest.mark.parametrize(
-    "module", ["dynamical_jax", "experiments.active_learning", "dynamical_jax.programs.select"]
+    "module",
+    [
+        "dynamical_jax",
+        "experiments.active_learning",
+        "dynamical_jax.programs.select",
+        "dynamical_jax.programs.label",
+    ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(module):
     program = (
         f"import sys, {module}\n"
-        "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch'}\n"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch',"
+        " 'starlette', 'uvicorn'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -67,7 +67,8 @@ def read(path):
 
 def test_holds_the_package_and_nothing_else(installed):
     found = {name for name in installed.wheel.namelist() if ".dist-info/" not in name}
-    sources = (toy.ROOT / "dynamical_jax").rglob("*.py")
+    package = toy.ROOT / "dynamical_jax"
+    sources = [*package.rglob("*.py"), *(package / "labeling" / "page").iterdir()]
     expected = {path.relative_to(toy.ROOT).as_posix() for path in sources}
     assert found == {*expected, "dynamical_jax/py.typed"}
 
@@ -81,6 +82,17 @@ def test_script_without_labels(installed, photos):
     log = json.loads((photos / "to_label.jsonl").read_text())
     assert log["git_commit"] is None  # Of no checkout, and none of what lies around.
     assert log["flags"]["batch_size"] == 3
+
+
+def test_the_page_finds_its_files(installed, tmp_path):
+    program = (
+        "from dynamical_jax.labeling import server; print((server.PAGE / 'page.js').is_file())"
+    )
+    done = installed.run(sys.executable, "-c", program, cwd=tmp_path)
+    assert done.stdout == "True\n", done.stderr
+    done = installed.run(f"{installed.folder}/bin/dynamical-label", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: a folder of images must be given")
 
 
 def test_script_says_what_it_can(installed, tmp_path):

@@ -5,6 +5,7 @@ Memory does not grow with the number of images, neither while they are decoded n
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -127,6 +128,27 @@ def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
     with Image.open(path) as file:
         image = _make_opaque(ImageOps.exif_transpose(file), 3)
         return np.asarray(ImageOps.pad(image, (side, side), color="white"))
+
+
+def preview(path: str | os.PathLike, side: int) -> tuple[bytes, str]:
+    """Returns an image file as a browser shows it, and the media type: PNG or JPEG.
+
+    Turned as its EXIF orientation says, made smaller if a side is longer than `side`. A large JPEG
+    is decoded at a fraction of its size, which takes a fraction of the time.
+
+    Raises:
+      Exception: as in `read`.
+    """
+    with Image.open(path) as file:
+        file.draft(file.mode, (side, side))
+        image = _make_opaque(ImageOps.exif_transpose(file), 3)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    written = io.BytesIO()
+    if max(image.size) <= 256:  # Small ones are looked at pixel by pixel.
+        image.save(written, "PNG")
+        return written.getvalue(), "image/png"
+    image.save(written, "JPEG", quality=88)
+    return written.getvalue(), "image/jpeg"
 
 
 def blocks(x: Any) -> Iterator[np.ndarray]:

@@ -3,16 +3,25 @@
 - `tables`: labels so far, and images to label next, in CSV files that a person edits;
 - `folder`: the images, which of them are labeled, and which can be chosen;
 - `learner`: the model, trained further in each round;
-- `proposal`: the images that a strategy chooses to be labeled next.
+- `proposal`: what the model and a strategy ask for next;
+- `session`: pictures handed out, answers taken, the next batch chosen meanwhile;
+- `answers`, `standing`, `review`: all that was answered; how far that is; labels that may be wrong;
+- `previews`, `export`, `server`: pictures for a browser, other programs' forms, and the page.
 """
 
+from dynamical_jax.labeling import answers as answers
+from dynamical_jax.labeling import export as export
 from dynamical_jax.labeling import folder as folder
 from dynamical_jax.labeling import learner as learner
 from dynamical_jax.labeling import proposal as proposal
+from dynamical_jax.labeling import review as review
+from dynamical_jax.labeling import session as session
+from dynamical_jax.labeling import standing as standing
 from dynamical_jax.labeling import tables as tables
 from dynamical_jax.labeling.folder import Folder as Folder
 from dynamical_jax.labeling.learner import Config as Config
 from dynamical_jax.labeling.learner import Learner as Learner
+from dynamical_jax.labeling.session import Session as Session
 from dynamical_jax.labeling.tables import Labels as Labels
 from dynamical_jax.labeling.tables import Proposed as Proposed
 from dynamical_jax.labeling.tables import add_labels as add_labels

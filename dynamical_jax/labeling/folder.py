@@ -5,7 +5,7 @@ Images are known by their paths relative to the folder, with slashes.
 
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,22 @@ class Folder(NamedTuple):
     def labels_checksum(self) -> int:
         """A checksum, which differs if labels have changed."""
         return zlib.crc32(repr(list(self.labels.items())).encode())
+
+
+class Pictures(NamedTuple):
+    """The images of a folder, whatever is labeled.
+
+    Attributes:
+      paths: of each, relative to the folder.
+      x: `[n, h, w, c]`.
+      readable: rows that are images.
+      first: `[n]` for each row the first that has its pixels; -1 where it cannot be read.
+    """
+
+    paths: list[str]
+    x: images.OnDisk
+    readable: np.ndarray
+    first: np.ndarray
 
 
 class Update(NamedTuple):
@@ -117,20 +133,42 @@ def take_over(
 def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **options: Any) -> Folder:
     """Returns the images, and which are labeled, with what there is to choose from.
 
-    What cannot be read, is labeled, or is there twice, is not to be chosen.
-
     Args:
       folder: of the images.
       paths: those that `find` found.
       labels: path → class name, of some of them.
       **options: of `images.decode`.
     """
+    return with_labels(read(folder, paths, **options), labels)
+
+
+def read(folder: str, paths: Sequence[str], **options: Any) -> Pictures:
+    """Returns the images alone.
+
+    Args:
+      folder: of the images.
+      paths: those that `find` found.
+      **options: of `images.decode`.
+    """
     decoded = images.decode([str(pathlib.Path(folder) / path) for path in paths], **options)
-    row_of = {path: row for row, path in enumerate(paths)}
     readable = np.flatnonzero(decoded.readable)
     first = np.full(len(paths), -1)
     first[readable] = readable[images.first_equal(Rows(decoded.x, readable))]
-    broken = [path for path in labels if not decoded.readable[row_of[path]]]
+    return Pictures(list(paths), decoded.x, readable, first)
+
+
+def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
+    """Returns images and which are labeled, with what there is to choose from.
+
+    What cannot be read, is labeled, or is there twice, is not to be chosen.
+
+    Args:
+      pictures: what `read` returned.
+      labels: path → class name, of some of them.
+    """
+    paths, x, readable, first = pictures
+    row_of = {path: row for row, path in enumerate(paths)}
+    broken = [path for path in labels if first[row_of[path]] < 0]
     labels = {path: label for path, label in labels.items() if path not in broken}
     labeled = np.array([row_of[path] for path in labels], int)
     unique = np.unique(first[readable])
@@ -142,7 +180,7 @@ def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **optio
             conflicts.append((path, label, other))
     return Folder(
         list(paths),
-        decoded.x,
+        x,
         labels,
         labeled,
         np.setdiff1d(unique, first[labeled]),
@@ -151,3 +189,9 @@ def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **optio
         broken,
         conflicts,
     )
+
+
+def without(folder: Folder, paths: Collection[str]) -> Folder:
+    """Returns a folder in which some images are not to be chosen: those that are of no class."""
+    rows = [row for row in folder.unlabeled if folder.paths[row] not in paths]
+    return folder._replace(unlabeled=np.array(rows, int))

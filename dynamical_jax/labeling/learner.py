@@ -108,7 +108,7 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
         round_index = description.round + 1
         if description.model_description != model_description:
             former = description.model_description
-            return Start(_fresh(folder, config, names), round_index, former_description=former)
+            return Start(fresh(folder, config, names), round_index, former_description=former)
         mean, std, known = description.mean, description.std, description.class_names
         old = _learner(folder, config, known, mean, std)
         old = old._replace(variables=unflatten(old.variables, leaves))
@@ -121,7 +121,7 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
         return Start(larger._replace(variables=grown), round_index, new_classes=tuple(new))
 
     resumed = store.restore(Description, resume)
-    return resumed or Start(_fresh(folder, config, names), 0)
+    return resumed or Start(fresh(folder, config, names), 0)
 
 
 def train(
@@ -141,9 +141,38 @@ def train(
       on_epoch: as in `training.fit`.
 
     Returns:
-      The learner, and of the training "epochs" and "train_accuracy".
+      The learner, and how its training went.
     """
-    learner = start.learner
+    learner, fit = fit_labels(start.learner, folder, config, on_epoch)
+    facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy)
+    description = Description(
+        config.model_description(folder),
+        learner.class_names,
+        list(learner.model.mean),
+        list(learner.model.std),
+        folder.labels_checksum,
+        start.round_index,
+        facts,
+    )
+    name = f"round-{start.round_index:05d}"
+    store.save(name, learner.variables, msgspec.structs.asdict(description))
+    return learner, facts
+
+
+def fit_labels(
+    learner: Learner,
+    folder: Folder,
+    config: Config,
+    on_epoch: training.OnEpoch = lambda progress, labeled: None,
+) -> tuple[Learner, training.Fit]:
+    """Returns a learner, trained on all labels of a folder, and how that went; keeps nothing.
+
+    Args:
+      learner: knows their classes.
+      folder: has labels.
+      config: of the learner.
+      on_epoch: as in `training.fit`.
+    """
     labeled = Examples(Rows(folder.x, folder.labeled), learner.targets(folder))
     count = len(labeled.y)
     fit = training.fit(
@@ -156,23 +185,17 @@ def train(
         capacity=1 << (count - 1).bit_length(),  # So that few programs are compiled.
         on_epoch=on_epoch,
     )
-    facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy)
-    description = Description(
-        config.model_description(folder),
-        learner.class_names,
-        list(learner.model.mean),
-        list(learner.model.std),
-        folder.labels_checksum,
-        start.round_index,
-        facts,
-    )
-    name = f"round-{start.round_index:05d}"
-    store.save(name, fit.variables, msgspec.structs.asdict(description))
-    return learner._replace(variables=fit.variables), facts
+    return learner._replace(variables=fit.variables), fit
 
 
-def _fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
-    """A learner of the statistics of these images."""
+def fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
+    """Returns a learner with fresh weights, which knows of the images their statistics alone.
+
+    Args:
+      folder: of the images.
+      config: of the learner.
+      class_names: of its outputs.
+    """
     mean, std = datasets.channel_statistics(Rows(folder.x, folder.readable))
     return _learner(folder, config, class_names, mean.tolist(), std.tolist())
 

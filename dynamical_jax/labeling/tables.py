@@ -144,6 +144,11 @@ def write_proposal(
       like: a table whose delimiter and byte-order mark this one shall have, since the same program
         will open it.
     """
+    files.write(path, proposal_text(proposed, like))
+
+
+def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None) -> str:
+    """Returns what `write_proposal` writes."""
     table = io.StringIO(newline="")
     delimiter = "," if like is None else _text(like)[1]
     writer = csv.writer(table, lineterminator="\n", delimiter=delimiter)
@@ -151,7 +156,36 @@ def write_proposal(
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([_path_cell(image.path), "", _cell(image.predicted), *numbers, rank])
-    files.write(path, _mark(like) + table.getvalue())
+    return _mark(like) + table.getvalue()
+
+
+def read_proposal(path: pathlib.Path, folder: str) -> list[Proposed]:
+    """Returns the images of a proposal, whether a label was filled in or not.
+
+    None if there is no file. Numbers that a person has spoiled are left out.
+
+    Args:
+      path: the table.
+      folder: of the images.
+
+    Raises:
+      UserError: if it is no such table.
+    """
+
+    def number(cell: str) -> float | None:
+        with contextlib.suppress(ValueError):
+            return float(cell)
+        return None
+
+    return [
+        Proposed(
+            _relative(_path(row["path"]), folder),
+            row.get("predicted", ""),
+            number(row.get("confidence", "")),
+            number(row.get("score", "")),
+        )
+        for _, row in _rows(path)
+    ]
 
 
 def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
@@ -172,6 +206,41 @@ def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
     )
     between = end if text and not text.endswith("\n") else ""
     files.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
+
+
+def change_labels(path: pathlib.Path, labels: Mapping[str, str | None], folder: str) -> None:
+    """Gives images labels in a table, new or others than before, or takes them away.
+
+    Whole or not at all, in the table's own form. A row that has nothing but its label goes with it.
+
+    Args:
+      path: the table; it is made if it is not there.
+      labels: path → class name; None takes the label away.
+      folder: of the images.
+    """
+    text, delimiter = _text(path)
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    columns = [_column(name) for name in rows[0]] if rows else []
+    kept, found = rows[:1], set()
+    for row in rows[1:]:
+        cells = dict(zip(columns, row, strict=False))
+        name = cells.get("path", "").strip()
+        name = name and _relative(_path(name), folder)
+        if name in labels:
+            found.add(name)
+            others = {key for key, cell in cells.items() if key not in COLUMNS and cell.strip()}
+            if labels[name] is None and not others:
+                continue
+            cells["label"] = _cell(labels[name] or "")
+            row = [cells.get(column, "") for column in columns]
+        kept.append(row)
+    if found:
+        table = io.StringIO(newline="")
+        end = "\r\n" if "\r\n" in text else "\n"
+        csv.writer(table, delimiter=delimiter, lineterminator=end).writerows(kept)
+        files.write(path, _mark(path) + table.getvalue())
+    if new := {name: label for name, label in labels.items() if label and name not in found}:
+        add_labels(path, new)
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:

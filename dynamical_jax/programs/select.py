@@ -31,22 +31,18 @@ from absl import flags
 
 from dynamical_jax import files, labeling, strategies
 from dynamical_jax.errors import UserError
-from dynamical_jax.programs import binary, options, strategy
-from dynamical_jax.runs import progress, records, run_directory
+from dynamical_jax.programs import binary, options, person, strategy
+from dynamical_jax.runs import progress, run_directory
 from dynamical_jax.store import Store
 
 IMAGES = flags.DEFINE_string("images", None, "Folder of images; folders in it are searched too.")
-LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
-OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 PREDICTIONS = flags.DEFINE_string(
     "predictions",
     None,
     "File for a table of the class that the model predicts for each unlabeled image.",
 )
-NAMES = [name for name, kind in strategies.STRATEGIES.items() if kind().init() is None]
-STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 flags.adopt_module_key_flags(options)
+flags.adopt_module_key_flags(person)
 flags.adopt_module_key_flags(strategy)
 
 INTERRUPTED = "interrupted; nothing is lost, the same command begins this round again"
@@ -66,9 +62,9 @@ def run(argv: list[str]) -> list[str]:
     """Adds the new labels, trains, chooses images and writes them; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     chosen, config, output = check_flags()
-    table = pathlib.Path(LABELS.value)
+    table = pathlib.Path(person.LABELS.value)
     try:
-        for path in filter(None, (OUTPUT.value, LABELS.value, PREDICTIONS.value)):
+        for path in filter(None, (person.OUTPUT.value, person.LABELS.value, PREDICTIONS.value)):
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(output.with_suffix(".lock"), timeout=0):
             folder, facts = read_folder(table, output)
@@ -83,7 +79,9 @@ def run(argv: list[str]) -> list[str]:
                 facts |= fit
             proposed = choose(chosen, folder, learner)
             sheet = labeling.proposal.write(proposed, IMAGES.value, output, table)
-            files.append(output.with_suffix(".jsonl"), record(folder, facts, proposed))
+            query = [image.path for image in proposed]
+            line = person.record(sys.modules[__name__], folder, facts, query)
+            files.append(output.with_suffix(".jsonl"), line)
             print(f"{output}: {len(proposed)} images to label next\n{sheet}")
             if PREDICTIONS.value and learner is None:
                 print(f"{PREDICTIONS.value} is not written: there is no model yet")
@@ -102,24 +100,8 @@ def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
     """Checks the flags; returns the strategy, the learner's configuration and the output."""
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
         raise UserError(f"--images must be a folder of images, got {IMAGES.value}")
-    output = pathlib.Path(OUTPUT.value)
-    tables = [pathlib.Path(table) for table in (output, LABELS.value, PREDICTIONS.value) if table]
-    if len({table.resolve() for table in tables}) < len(tables):
-        raise UserError("--labels, --output and --predictions must be different files")
-    if any(table.suffix != ".csv" for table in tables):
-        raise UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
-    if options.BATCH_SIZE.value < 1:
-        raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.set_model_defaults()
-    chosen = strategy.make(STRATEGY.value)
-    if STRATEGY.value not in NAMES:
-        raise UserError(
-            f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
-            f"which a person need not do: choose from {', '.join(NAMES)}"
-        )
-    training = options.training_config()
-    config = labeling.Config(options.MODEL.value, attributes, training, SEED.value)
-    return chosen, config, output
+    output = person.check_tables({"predictions": PREDICTIONS.value})
+    return *person.chosen(), output
 
 
 def read_folder(
@@ -136,11 +118,10 @@ def read_folder(
         IMAGES.value,
         paths,
         update.labels,
-        cache_dir=options.prepare_cache_dir(),
-        size=options.IMAGE_SIZE.value,
-        channels=options.CHANNELS.value,
-        unreadable=options.UNREADABLE.value,
+        **person.decoding(),
     )
+    left_out = labeling.answers.broken(labeling.answers.Log(labeling.answers.beside(table)).answers)
+    folder = labeling.folder.without(folder, left_out)
     if broken := folder.broken:
         print(f"{len(broken)} labels are of images that cannot be read: {', '.join(broken[:3])}")
     for path, label, other in folder.conflicts:
@@ -186,7 +167,7 @@ def choose(
     chosen: strategies.Strategy, folder: labeling.Folder, learner: labeling.Learner | None
 ) -> list[labeling.Proposed]:
     """Returns the images to label next, the most wanted first."""
-    size, seed = options.BATCH_SIZE.value, SEED.value
+    size, seed = options.BATCH_SIZE.value, person.SEED.value
     if learner is None:
         print("fewer than two classes are labeled: drawn at random")
         return labeling.proposal.draw(folder, size, seed)
@@ -199,24 +180,10 @@ def write_predictions(folder: labeling.Folder, learner: labeling.Learner) -> Non
     with working_bar() as bar:
         rows = np.setdiff1d(folder.readable, folder.labeled)
         rest = labeling.proposal.predict(folder, learner, rows, bar.scored)
-    labeling.write_proposal(pathlib.Path(PREDICTIONS.value), rest, pathlib.Path(LABELS.value))
+    labeling.write_proposal(
+        pathlib.Path(PREDICTIONS.value), rest, pathlib.Path(person.LABELS.value)
+    )
     print(f"{PREDICTIONS.value}: what the model takes all others for")
-
-
-def record(
-    folder: labeling.Folder, facts: dict[str, Any], proposed: list[labeling.Proposed]
-) -> dict[str, Any]:
-    """Returns the round's line of the log."""
-    return {
-        "num_labeled": len(folder.labeled),
-        "num_unlabeled": len(folder.unlabeled),
-        "classes": dict(Counter(folder.labels.values())),
-        **facts,
-        "strategy": STRATEGY.value,
-        "query": [image.path for image in proposed],
-        "flags": {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(__name__)},
-        **records.environment(),
-    }
 
 
 @contextlib.contextmanager

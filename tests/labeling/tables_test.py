@@ -110,6 +110,27 @@ def test_adding_keeps_the_form_of_the_table(tmp_path, before, after):
     assert table.read_bytes() == after.encode()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("path,label\na,cat\nb,dog\n", "path,label\na,owl\nc,ant\n"),
+        ("path,label\nx/../a,cat\n./a,cat\nb,dog", "path,label\nx/../a,owl\n./a,owl\nc,ant\n"),
+        ("path,label\na,\n", "path,label\na,owl\nc,ant\n"),
+        (
+            '\ufeffLabel;by;path\r\ncat;me;a\r\ndog;you;b\r\n"x;y";;d\r\n',
+            '\ufeffLabel;by;path\r\nowl;me;a\r\n;you;b\r\n"x;y";;d\r\nant;;c\r\n',
+        ),
+        (None, "path,label\na,owl\nc,ant\n"),
+    ],
+)
+def test_changing_keeps_the_form_of_the_table(tmp_path, before, after):
+    table = tmp_path / "labels.csv"
+    if before is not None:
+        write(table, before)
+    labeling.tables.change_labels(table, {"a": "owl", "b": None, "c": "ant"}, "images")
+    assert table.read_bytes() == after.encode()
+
+
 def test_a_proposal_looks_like_the_table_of_labels(tmp_path):
     table = write(tmp_path / "labels.csv", "\ufeffpath;label\na.png;cat\n")
     labeling.write_proposal(tmp_path / "to_label.csv", [labeling.Proposed("ö.png")], table)
@@ -199,3 +220,17 @@ for i in range(100):
     both = [subprocess.Popen([*run, name], cwd=tmp_path, env=environment) for name in "ab"]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert len(labeling.read_labels(tmp_path / "labels.csv", str(tmp_path)).by_path) == 200
+
+
+def test_a_proposal_is_read_whatever_was_filled_in(tmp_path):
+    table = tmp_path / "to_label.csv"
+    proposed = [
+        labeling.Proposed("in, out/a.png", "cat", 0.9, 1.5),
+        labeling.Proposed("d.png"),
+    ]
+    labeling.write_proposal(table, proposed)
+    write(table, table.read_text().replace("d.png,,", "d.png,owl,"))
+    assert labeling.tables.read_proposal(table, "images") == proposed
+    write(table, table.read_text().replace("0.9", "much"))
+    assert labeling.tables.read_proposal(table, "images")[0].confidence is None
+    assert labeling.tables.read_proposal(tmp_path / "none.csv", "images") == []

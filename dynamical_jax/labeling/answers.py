@@ -1,0 +1,148 @@
+"""All that people have answered, line after line, beside the table of labels.
+
+The table holds what counts now. The log holds how it came about: who gave which answer to which
+image and when, also what was taken back or answered otherwise later, what the model had taken the
+image for before it learned the answer, and why the image was asked for.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from dynamical_jax import files
+
+LABEL, SKIP, BROKEN, UNDO = "label", "skip", "broken", "undo"
+
+QUERY, AUDIT, RANDOM = "query", "audit", "random"
+"""Why an image is asked for: the strategy wants it; it is one of those drawn at random that are
+mixed in; it was drawn at random because there was no batch to take one from."""
+
+GRID, AGAIN = "grid", "again"
+"""It stood among others that the model takes for the same; it was labeled before."""
+
+AT_RANDOM = (AUDIT, RANDOM)
+"""Drawn at random from what had no label: these tell how good the model is on the rest."""
+
+
+class Answer(NamedTuple):
+    """One answer.
+
+    Attributes:
+      path: of the image.
+      what: `LABEL`, `SKIP`, `BROKEN` or `UNDO`.
+      label: the class; of `UNDO` the one that counts again, "" for none.
+      kind: why the image was asked for.
+      round: how many batches had been chosen.
+      predicted: what the model took the image for; "" where there was no model, or it had learned
+        from the image.
+      confidence: its probability of that.
+      who: a person's name, or the number of a browser's tab.
+      client: the number of the tab.
+      time: in seconds since 1970.
+      group: answers that were given, and are taken back, together.
+    """
+
+    path: str
+    what: str
+    label: str
+    kind: str
+    round: int
+    predicted: str
+    confidence: float | None
+    who: str
+    client: str
+    time: float
+    group: int
+
+
+class Batch(NamedTuple):
+    """A batch that was chosen.
+
+    Attributes:
+      round: counts them, from 1.
+      num_labeled: on how many labels the model was trained; 0 if there is no model.
+      query: paths that the strategy wanted.
+      audit: paths that were drawn at random.
+      kappa: Cohen's, of the model's predictions with those of the model before it.
+      kappa_size: on how many images, unlabeled at both times.
+      time: in seconds since 1970.
+    """
+
+    round: int
+    num_labeled: int
+    query: list[str]
+    audit: list[str]
+    kappa: float | None
+    kappa_size: int
+    time: float
+
+
+class Log:
+    """The answers and batches so far, on disk and here.
+
+    Args:
+      path: of the file, JSON lines; it is made with the first. What a killed process has left of
+        its last line is removed.
+
+    Attributes:
+      answers: in their order.
+      batches: likewise.
+      classes: names, in the order in which they came.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.answers: list[Answer] = []
+        self.batches: list[Batch] = []
+        self.classes: list[str] = []
+        if not path.exists():
+            return
+        text = path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(path, len(whole))
+        for line in whole.decode("utf-8").splitlines():
+            self._take(json.loads(line))
+
+    def add(self, entries: Sequence[Answer | Batch | str]) -> None:
+        """Adds answers, batches, or names of new classes; they are on disk when this returns."""
+        values = [_value(entry) for entry in entries]
+        lines = (json.dumps(files.finite(value), allow_nan=False) + "\n" for value in values)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        for value in values:
+            self._take(value)
+
+    def _take(self, value: dict[str, Any]) -> None:
+        if "answer" in value:
+            self.answers.append(Answer(**value["answer"]))
+        elif "batch" in value:
+            self.batches.append(Batch(**value["batch"]))
+        elif "class" in value:
+            self.classes.append(value["class"])
+
+
+def beside(table: pathlib.Path) -> pathlib.Path:
+    """Returns where the log of a table of labels is."""
+    return table.with_suffix(".answers.jsonl")
+
+
+def broken(answers: Iterable[Answer]) -> set[str]:
+    """Returns the paths of images that are broken or of no class, as the last answers say.
+
+    One that has a label all the same, from another program or an editor, is not to be looked up
+    here: the table counts.
+    """
+    last = {answer.path: answer.what for answer in answers if answer.what != SKIP}
+    return {path for path, what in last.items() if what == BROKEN}
+
+
+def _value(entry: Answer | Batch | str) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"class": entry}
+    name = "answer" if isinstance(entry, Answer) else "batch"
+    return {name: entry._asdict()}

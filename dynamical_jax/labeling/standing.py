@@ -1,0 +1,204 @@
+"""How far is a person who labels? What the log of answers tells, and what it cannot.
+
+How good a model is shows on images drawn at random; those that a strategy asks for are the hard
+ones, and say how hard. Both are counted before the model learned from the answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from dynamical_jax.labeling.answers import AT_RANDOM, LABEL, Answer, Batch
+
+CONFIDENCE_LEVEL = 0.95
+
+RECENT = 50
+"""The last so many random images tell of the model as it is now."""
+
+AGREEMENT, ROUNDS, SMALLEST_STOP_SET = 0.99, 3, 100
+"""When to stop: Cohen's κ of each model's predictions with those of the one before, on images that
+have no label yet, averages at least 0.99 over the last three rounds. M. Bloodgood and K.
+Vijay-Shanker, A method for stopping active learning based on stabilizing predictions and the need
+for user-adjustable stopping, CoNLL 2009. Theirs is one set of 2000 for all rounds; ours is all that
+is unlabeled at both times, and says nothing if that is fewer than a hundred."""
+
+FEWEST_POINTS, FEWEST_ROUNDS, FEWEST_WRONG = 40, 3, 5
+"""Random images, batches and mistakes below which no learning curve is drawn."""
+
+MORE = 100
+"""Labels whose gain is estimated."""
+
+
+class Point(NamedTuple):
+    """Whether the model had an image right before it learned from it."""
+
+    kind: str
+    round: int
+    num_labeled: int
+    right: bool
+
+
+class Share(NamedTuple):
+    """How many of how many were right, with Wilson's interval of 95 %."""
+
+    right: int
+    total: int
+    low: float
+    high: float
+
+
+class Gain(NamedTuple):
+    """What `MORE` labels would add to the accuracy; None where that cannot be told.
+
+    Attributes:
+      expected: change of accuracy.
+      low: with `high` the interval of 95 %.
+      high: see `low`.
+      reason: why it cannot be told.
+    """
+
+    expected: float | None
+    low: float | None
+    high: float | None
+    reason: str
+
+
+def points(
+    answers: Sequence[Answer], batches: Sequence[Batch], labels: Mapping[str, str]
+) -> list[Point]:
+    """Returns a point for each labeled image that the model had a prediction for.
+
+    The prediction is that at the first answer, the truth is the label that counts now.
+
+    Args:
+      answers: all, in their order.
+      batches: likewise.
+      labels: path → class name.
+    """
+    num_labeled = {batch.round: batch.num_labeled for batch in batches}
+    seen, found = set(), []
+    for answer in answers:
+        if answer.what != LABEL or answer.path in seen or answer.path not in labels:
+            continue
+        seen.add(answer.path)
+        if answer.predicted:
+            right = answer.predicted == labels[answer.path]
+            size = num_labeled.get(answer.round, 0)
+            found.append(Point(answer.kind, answer.round, size, right))
+    return found
+
+
+def share(found: Sequence[Point]) -> Share | None:
+    """Returns how many are right, and the interval of the probability; None of none."""
+    if not found:
+        return None
+    right, total = sum(point.right for point in found), len(found)
+    interval = scipy.stats.binomtest(right, total).proportion_ci(CONFIDENCE_LEVEL, "wilson")
+    return Share(right, total, float(interval.low), float(interval.high))
+
+
+def recent(found: Sequence[Point]) -> list[Point]:
+    """Returns the last random points, which tell of the model as it is, or was not long ago."""
+    return [point for point in found if point.kind in AT_RANDOM][-RECENT:]
+
+
+def by_round(found: Sequence[Point]) -> list[dict[str, Any]]:
+    """Returns for each batch the accuracies of its model: "random", and of the "query".
+
+    Points of the grid, where people see the model's guess, are in neither.
+    """
+    rounds = sorted({(point.round, point.num_labeled) for point in found})
+    return [
+        {
+            "round": number,
+            "num_labeled": num_labeled,
+            "random": share([p for p in found if p.round == number and p.kind in AT_RANDOM]),
+            "query": share([p for p in found if p.round == number and p.kind == "query"]),
+        }
+        for number, num_labeled in rounds
+    ]
+
+
+def kappa(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float | None, int]:
+    """Returns Cohen's κ of two models' predictions, and on how many images they both have some.
+
+    Args:
+      before: path → class name, of one.
+      after: likewise, of the other.
+    """
+    both = sorted(set(before) & set(after))
+    if not both:
+        return None, 0
+    one, two = (np.array([names[path] for path in both]) for names in (before, after))
+    agreement = np.mean(one == two)
+    classes = sorted(set(one) | set(two))
+    by_chance = sum(np.mean(one == name) * np.mean(two == name) for name in classes)
+    # Of a single class there is nothing to agree on by more than chance.
+    return (1.0 if by_chance == 1 else float((agreement - by_chance) / (1 - by_chance))), len(both)
+
+
+def may_stop(batches: Sequence[Batch]) -> tuple[bool, str]:
+    """Returns whether to stop by the rule of `AGREEMENT`, and what that rests on."""
+    known = [batch for batch in batches if batch.kappa is not None]
+    last = known[-ROUNDS:]
+    rule = f"mean κ of the last {ROUNDS} rounds, to stop at {AGREEMENT}"
+    if len(last) < ROUNDS:
+        return False, f"{len(last)} of {ROUNDS} rounds with two models to compare"
+    mean = float(np.mean([batch.kappa for batch in last]))
+    if min(batch.kappa_size for batch in last) < SMALLEST_STOP_SET:
+        return False, f"fewer than {SMALLEST_STOP_SET} images without a label to compare on"
+    return mean >= AGREEMENT, f"{mean:.3f}, {rule}"
+
+
+def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
+    """Estimates what `MORE` labels would bring, from the random points.
+
+    The learning curve is a logistic regression of "right" on the logarithm of the number of labels;
+    its uncertainty comes from 300 resamples of the points. A weak prior on the slope (standard
+    deviation 3) keeps it finite.
+
+    Args:
+      found: all points.
+      num_labeled: from where on.
+      seed: of the resamples.
+    """
+    random = [point for point in found if point.kind in AT_RANDOM and point.num_labeled > 0]
+    rounds = len({point.round for point in random})
+    wrong = sum(not point.right for point in random)
+    for have, need, what in (
+        (len(random), FEWEST_POINTS, "random images"),
+        (rounds, FEWEST_ROUNDS, "batches with random images"),
+        (min(wrong, len(random) - wrong), FEWEST_WRONG, "random images both right and wrong"),
+    ):
+        if have < need:
+            return Gain(None, None, None, f"{have} of at least {need} {what}")
+    x = np.log([point.num_labeled for point in random])
+    y = np.array([point.right for point in random], float)
+    now, then = np.log(num_labeled), np.log(num_labeled + MORE)
+    generator = np.random.default_rng(seed)
+    gains = []
+    for _ in range(300):
+        rows = generator.integers(0, len(x), len(x))
+        intercept, slope = _logistic(x[rows] - now, y[rows])
+        after, before = (1 / (1 + np.exp(-(intercept + slope * at))) for at in (then - now, 0.0))
+        gains.append(after - before)
+    low, expected, high = np.quantile(gains, [0.025, 0.5, 0.975])
+    return Gain(float(expected), float(low), float(high), "")
+
+
+def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Intercept and slope by Newton's method, with Gaussian priors of deviation 10 and 3."""
+    design = np.stack([np.ones_like(x), x], axis=1)
+    precision = np.diag([1 / 10**2, 1 / 3**2])
+    weights = np.zeros(2)
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
+        slope = design.T @ (y - p) - precision @ weights
+        curvature = (design * (p * (1 - p))[:, None]).T @ design + precision
+        step = np.linalg.solve(curvature, slope)
+        weights = weights + np.clip(step, -5, 5)
+        if np.max(np.abs(step)) < 1e-8:
+            break
+    return weights
