@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 import toy
 from PIL import Image
 
-FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "dynamical_jax_scripts.py")
 FOLDERS = ("dynamical_jax", "experiments", "theory", "benchmarks", "tests")  # The first is wanted.
 
 
@@ -70,7 +71,7 @@ def test_holds_the_package_and_nothing_else(installed):
     package = toy.ROOT / "dynamical_jax"
     sources = [*package.rglob("*.py"), *(package / "labeling" / "page").iterdir()]
     expected = {path.relative_to(toy.ROOT).as_posix() for path in sources}
-    assert found == {*expected, "dynamical_jax/py.typed"}
+    assert found == {*expected, "dynamical_jax/py.typed", "dynamical_jax_scripts.py"}
 
 
 def test_script_without_labels(installed, photos):
@@ -116,3 +117,17 @@ def test_script_trains_on_labels(installed, photos):
     assert {row["predicted"] for row in asked} <= {"dark", "bright"}
     assert not {row["path"] for row in asked} & {f"{i:02d}.png" for i in range(4)}
     assert (photos / "to_label.checkpoint").is_dir()
+
+
+@pytest.mark.parametrize("script", ["dynamical-select", "dynamical-label"])
+def test_script_is_interrupted_while_it_is_still_importing(installed, tmp_path, script):
+    environment = {**os.environ, "PYTHONPATH": installed.folder, "PYTHONPROFILEIMPORTTIME": "1"}
+    command = [sys.executable, f"{installed.folder}/bin/{script}", "--help"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.endswith(" numpy\n"):  # JAX comes after it.
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    said = [line for line in rest.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, said) == (130, ["interrupted; nothing was begun"])

@@ -681,16 +681,17 @@ class Session:
             return
         settings = self._settings
         try:
-            # A table that is as this session left it need not be read row by row.
-            unchanged = self._stamp == self._table_stamp()
-            if unchanged and all(changes.values()) and not self._in_table & set(changes):
-                tables.add_labels(settings.table, changes)
-            else:
-                tables.change_labels(settings.table, changes, settings.images)
+            with tables.locked(settings.table):
+                # A table that is as this session left it need not be read row by row.
+                unchanged = self._stamp == self._table_stamp()
+                if unchanged and all(changes.values()) and not self._in_table & set(changes):
+                    tables.add_labels(settings.table, changes)
+                else:
+                    tables.change_labels(settings.table, changes, settings.images)
+                if unchanged:
+                    self._stamp = self._table_stamp()
         except OSError as error:
             raise UserError(f"cannot write {settings.table}: {error.strerror}") from error
-        if unchanged:
-            self._stamp = self._table_stamp()
         self._in_table |= set(changes)
         for path, label in changes.items():
             if label is None:
