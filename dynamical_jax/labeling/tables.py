@@ -17,6 +17,8 @@ import io
 import os
 import pathlib
 import re
+import shutil
+import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from dynamical_jax import files
 from dynamical_jax.errors import UserError
 
 COLUMNS = ("path", "label")
+PROPOSAL_COLUMNS = (*COLUMNS, "predicted", "confidence", "score", "rank")
 BYTES = "bytes:"
 FORMULA = re.compile(r"'*[=+\-@]")
 """What a spreadsheet would run, or what `_cell` made of that."""
@@ -138,13 +141,24 @@ def write_proposal(
 ) -> None:
     """Writes images to label, the first the most wanted, whole or not at all.
 
+    A table that stands there is replaced; if it has columns that are not ours, notes of a person,
+    say, it is kept under a name with the time in it.
+
     Args:
       path: the table.
       proposed: its rows.
       like: a table whose delimiter and byte-order mark this one shall have, since the same program
         will open it.
     """
+    if not set(_header(path)) <= set(PROPOSAL_COLUMNS):
+        shutil.copy2(path, path.with_suffix(f".{time.strftime('%Y%m%dT%H%M%S')}.csv"))
     files.write(path, proposal_text(proposed, like))
+
+
+def is_replaceable(path: pathlib.Path) -> bool:
+    """Whether `write_proposal` made the table that stands there, or there is none."""
+    header = _header(path)
+    return not header or set(PROPOSAL_COLUMNS) <= set(header)
 
 
 def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None) -> str:
@@ -152,7 +166,7 @@ def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None
     table = io.StringIO(newline="")
     delimiter = "," if like is None else _text(like)[1]
     writer = csv.writer(table, lineterminator="\n", delimiter=delimiter)
-    writer.writerow([*COLUMNS, "predicted", "confidence", "score", "rank"])
+    writer.writerow(PROPOSAL_COLUMNS)
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([_path_cell(image.path), "", _cell(image.predicted), *numbers, rank])
@@ -307,6 +321,16 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _header(path: pathlib.Path) -> list[str]:
+    """The columns of a table; none where there is nothing."""
+    text, delimiter = _text(path)
+    try:
+        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    except csv.Error as error:
+        raise UserError(f"line 1 of {path} is no CSV: {error}") from error
+    return [_column(name) for name in cells]
 
 
 def _column(name: str) -> str:

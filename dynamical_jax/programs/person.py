@@ -17,6 +17,9 @@ LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns p
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 NAMES = [name for name, kind in strategies.STRATEGIES.items() if kind().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
+OVERWRITE = flags.DEFINE_boolean(
+    "overwrite", False, "Replace tables even where another program wrote them."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of all randomness.", lower_bound=0)
 
 
@@ -27,7 +30,8 @@ def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:
       others: flag → table, besides --labels and --output; None where there is none.
 
     Raises:
-      UserError: if two of them are the same file, or one is no .csv file.
+      UserError: if two of them are the same file, or one is no .csv file, or one that would be
+        replaced was not written by this program.
     """
     tables = [OUTPUT.value, LABELS.value, *others.values()]
     tables = [pathlib.Path(table) for table in tables if table]
@@ -36,6 +40,12 @@ def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:
         raise UserError(f"{', '.join(first)} and {last} must be different files")
     if any(table.suffix != ".csv" for table in tables):
         raise UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
+    for name in filter(None, (OUTPUT.value, *others.values())):
+        if not OVERWRITE.value and not labeling.tables.is_replaceable(pathlib.Path(name)):
+            raise UserError(
+                f"{name} is there, and was not written by this program: give another name, or "
+                "--overwrite to replace it"
+            )
     return pathlib.Path(OUTPUT.value)
 
 

@@ -266,3 +266,14 @@ def test_what_is_asked_for_is_what_the_strategy_chose(run, pictures, tmp_path):
     del rest["copy.png"]  # Never asked for, its original is.
     sure = [float(row["confidence"]) for name, row in rest.items() if name not in asked]
     assert max(float(row["confidence"]) for row in asked.values()) <= min(sure)
+
+
+@pytest.mark.parametrize("flag", ["output", "predictions"])
+def test_a_table_of_others_is_not_replaced(run, tmp_path, flag):
+    theirs = tmp_path / "theirs.csv"
+    theirs.write_text("path,label,price\n0/0.png,,3\n")
+    status, output, errors = run(**{flag: "theirs.csv"})
+    assert (status, output) == (1, "")
+    assert "error: theirs.csv is there, and was not written by this program" in errors
+    assert theirs.read_text() == "path,label,price\n0/0.png,,3\n"
+    assert run(**{flag: "theirs.csv"}, overwrite=True)[0] is None

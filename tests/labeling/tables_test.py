@@ -234,3 +234,16 @@ def test_a_proposal_is_read_whatever_was_filled_in(tmp_path):
     write(table, table.read_text().replace("0.9", "much"))
     assert labeling.tables.read_proposal(table, "images")[0].confidence is None
     assert labeling.tables.read_proposal(tmp_path / "none.csv", "images") == []
+
+
+def test_notes_of_a_person_are_kept_when_a_proposal_is_replaced(tmp_path):
+    table = tmp_path / "to_label.csv"
+    labeling.write_proposal(table, [labeling.Proposed("a.png")])
+    labeling.write_proposal(table, [labeling.Proposed("b.png")])
+    assert [path.name for path in tmp_path.iterdir()] == ["to_label.csv"]
+    noted = table.read_text().replace("rank", "rank,note").replace(",1\n", ",1,blurred\n")
+    write(table, noted)
+    labeling.write_proposal(table, [labeling.Proposed("c.png")])
+    (copy,) = tmp_path.glob("to_label.2*.csv")
+    assert copy.read_text() == noted
+    assert "c.png" in table.read_text()
