@@ -67,6 +67,26 @@ def test_strategies_of_one_seed_are_paired(dataset):
     assert not np.array_equal(kernel(other), kernel(states[0]))
 
 
+def test_the_images_that_a_strategy_chose_are_those_that_are_labeled(dataset):
+    seen = []
+
+    class Probe(dj.strategies.Random):
+        def query(self, key, view, batch_size, state=None):
+            chosen = super().query(key, view, batch_size, state)
+            seen.append((view.labeled, view.unlabeled[chosen.positions], len(view.unlabeled)))
+            return chosen
+
+    rounds = list(dataclasses.replace(experiment(dataset), strategy=Probe()).run())
+    asked = rounds[0].initial
+    for round_result, (labeled, images, left) in zip(rounds, seen, strict=False):
+        np.testing.assert_array_equal(labeled.x[np.arange(len(asked))], dataset.pool.x[asked])
+        np.testing.assert_array_equal(labeled.y, dataset.pool.y[asked])
+        np.testing.assert_array_equal(images, dataset.pool.x[round_result.query])
+        assert len(asked) + left == len(dataset.pool.y)
+        asked = np.append(asked, round_result.query)
+    assert len(seen) == BUDGET.num_rounds
+
+
 def test_weights_are_carried_over(dataset):
     experiment_ = experiment(dataset)
     state, _ = experiment_.step(experiment_.init())

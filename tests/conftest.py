@@ -9,6 +9,8 @@ import toy
 from absl import flags
 from absl.testing import flagsaver
 
+import dynamical_jax as dj
+
 # Most of the time goes into compiling programs that run once; less is gained by optimising them.
 # Without the fusion emitters compiling takes half as long again: 28 s instead of 53 s of CPU for
 # training_test.py. Processes that tests start inherit it. Flags that a newer XLA does not know end
@@ -50,7 +52,7 @@ def _memory_maps():
     # kept: many modules compile the same ones.
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 
@@ -65,9 +67,22 @@ def dataset():
     return toy.dataset()
 
 
+_MODELS = {}
+
+
 @pytest.fixture
-def run_binary(capsys, cache_dir):
-    """Runs a binary's main with flags; returns exit status, standard output, standard error."""
+def run_binary(capsys, cache_dir, monkeypatch):
+    """Runs a binary's main with flags; returns exit status, standard output, standard error.
+
+    Models that are equal are one object in all runs: JAX keeps a traced program for an object.
+    """
+    standardized = dj.models.Standardized
+
+    def make(*arguments):
+        model = standardized(*arguments)
+        return _MODELS.setdefault(model, model)
+
+    monkeypatch.setattr(dj.models, "Standardized", make)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS([sys.argv[0]])
 

@@ -247,7 +247,7 @@ def failing_tests(tree: pathlib.Path, cache: str, tests: Sequence[str]) -> list[
     command = [sys.executable, "-m", "pytest", "-x", "-q", *workers, *tests]
     environment = {**os.environ, "DYNAMICAL_JAX_TEST_CACHE": cache, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
-    failed = re.findall(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    failed = re.findall(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 0 or (done.returncode in (1, 2) and failed):
         return failed
     raise RuntimeError(f"{' '.join(command)} could not run:\n{done.stdout}\n{done.stderr}")
@@ -268,12 +268,19 @@ def markdown(rows: Sequence[Sequence[str]], scope: str) -> str:
     return "\n".join(lines)
 
 
+def read_rows(path: pathlib.Path) -> list[list[str]]:
+    """Returns the rows of a table that was written before; none if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return [row for row in rows if row[-1] not in ("found by", "---")]
+
+
 def main() -> int:
     """Plants the faults; returns the exit status."""
     parser = argparse.ArgumentParser(description="Plants faults and shows which tests find them.")
     parser.add_argument("names", nargs="*", help="which faults; all by default")
     parser.add_argument("--all", action="store_true", help="run the whole default suite for each")
-    parser.add_argument("--output", help="a file to write the table to")
+    parser.add_argument("--output", help="a file for the table; its rows of other faults stay")
     options = parser.parse_args()
     known = {fault.name: fault for fault in FAULTS}
     if unknown := [name for name in options.names if name not in known]:
@@ -295,7 +302,10 @@ def main() -> int:
             print(" | ".join(rows[-1]), flush=True)
     scope = "the whole default suite" if options.all else "the test files of the code in question"
     if options.output:
-        pathlib.Path(options.output).write_text(markdown(rows, scope), encoding="utf-8")
+        output = pathlib.Path(options.output)
+        table = {row[0]: row for row in [*read_rows(output), *rows]}
+        ordered = [table[name] for name in known if name in table]
+        output.write_text(markdown(ordered, scope), encoding="utf-8")
     lost = sum(row[-1] == "NOT FOUND" for row in rows)
     print(f"{len(rows) - lost} of {len(rows)} faults found by {scope}")
     return 1 if lost else 0

@@ -76,7 +76,7 @@ def test_models_at_initialization_and_with_any_values(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["cnn, 8x8", "resnet18", slow("resnet18, cifar stem"), slow("vgg11")],
+    ["cnn, 8x8", slow("resnet18"), slow("resnet18, cifar stem"), slow("vgg11")],
 )
 def test_models_after_training(name):
     model, variables, x, y, direction, both = setting(name)

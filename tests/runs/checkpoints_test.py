@@ -233,6 +233,13 @@ class TestRunDirectory:
             pass
 
 
+@pytest.fixture(scope="module")
+def expected(dataset, tmp_path_factory):
+    """The records of a run that nothing interrupts."""
+    _, rounds = TestPlay().play(tmp_path_factory.mktemp("whole"), dataset)
+    return rounds
+
+
 class TestPlay:
     def play(self, path, dataset, **fields):
         runs = [
@@ -248,8 +255,9 @@ class TestPlay:
 
     @pytest.mark.parametrize("at", ["append", "save"])
     @pytest.mark.parametrize("count", [1, 3, 5])
-    def test_killed_before_or_after_a_record(self, dataset, tmp_path, monkeypatch, at, count):
-        _, expected = self.play(tmp_path / "whole", dataset)
+    def test_killed_before_or_after_a_record(
+        self, dataset, expected, tmp_path, monkeypatch, at, count
+    ):
         monkeypatch.setattr(comparison, "WORTH_SAVING", 0)
         where = {"append": (run_directory.RunDirectory, "append"), "save": (Checkpoints, "save")}
         owner, name = where[at]
@@ -269,8 +277,9 @@ class TestPlay:
         assert rounds == expected
         assert not (tmp_path / "killed" / "checkpoints").exists()
 
-    def test_checkpoints_of_an_earlier_life_are_removed(self, dataset, tmp_path, monkeypatch):
-        _, expected = self.play(tmp_path / "whole", dataset)
+    def test_checkpoints_of_an_earlier_life_are_removed(
+        self, dataset, expected, tmp_path, monkeypatch
+    ):
         stale = Checkpoints(tmp_path / "run" / "checkpoints" / "dynamical-seed-0")
         experiment_ = experiment(dataset)
         state = experiment_.init()
