@@ -563,9 +563,10 @@ class Session:
         }
 
     def predictions(self) -> list[Proposed]:
-        """Returns what the model takes all for that has no label; none without a model."""
+        """Returns what the model takes all others for; none without a model."""
         with self._lock:
-            return [image for path, image in self._predictions.items() if path not in self._labels]
+            aside = self._labels.keys() | self._broken
+            return [image for path, image in self._predictions.items() if path not in aside]
 
     def wait(self, timeout: float = 60.0) -> None:
         """Waits until nothing is being done in the background.

@@ -157,7 +157,8 @@ def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
 
     The learning curve is a logistic regression of "right" on the logarithm of the number of labels;
     its uncertainty comes from 300 resamples of the points. A weak prior on the slope (standard
-    deviation 3) keeps it finite.
+    deviation 3) keeps it finite. That the curve has this form is assumed: how wrong that is the
+    interval does not know.
 
     Args:
       found: all points.

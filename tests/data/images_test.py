@@ -1,3 +1,4 @@
+import io
 import os
 import warnings
 
@@ -297,3 +298,30 @@ def test_first_equal_and_thumbnail(tmp_path):
     assert thumbnail.shape == (16, 16, 3)
     np.testing.assert_array_equal(thumbnail[8, 8], [255, 0, 0])  # the picture
     np.testing.assert_array_equal(thumbnail[0, 8], [255, 255, 255])  # and above it
+
+
+def test_preview_of_a_large_photograph(tmp_path):
+    """Decoded at a fraction of its size, it is what the whole one would have become."""
+    y, x = np.mgrid[:1200, :1600]
+    smooth = np.stack([127 + 120 * np.sin(x / 90), 127 + 120 * np.cos(y / 70), (x + y) / 12], -1)
+    photograph = Image.fromarray(smooth.astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn by 90 degrees.
+    photograph.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    content, kind = images.preview(tmp_path / "photo.jpg", 200)
+    with Image.open(io.BytesIO(content)) as small:
+        assert (kind, small.size) == ("image/png", (150, 200))
+        shown = np.asarray(small).astype(int)
+    whole = np.asarray(photograph.rotate(-90, expand=True).resize((150, 200)), int)
+    assert np.abs(shown - whole).mean() < 3
+    content, kind = images.preview(tmp_path / "photo.jpg", 800)
+    with Image.open(io.BytesIO(content)) as larger:
+        assert (kind, larger.size) == ("image/jpeg", (600, 800))
+
+
+def test_preview_of_a_small_picture_has_its_pixels(tmp_path):
+    array = pixels(8, 8, 1)
+    save(tmp_path / "small.png", array)
+    content, _ = images.preview(tmp_path / "small.png", 1600)
+    with Image.open(io.BytesIO(content)) as small:
+        np.testing.assert_array_equal(np.asarray(small)[..., :1], array)

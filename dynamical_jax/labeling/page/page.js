@@ -29,7 +29,7 @@ function make(tag, attributes = {}, ...children) {
   element.append(...children.filter((child) => child != null));
   return element;
 }
-const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
+const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
 const source = (id, size) => `image/${size}/${id}`;
 
 async function ask(path, body) {
@@ -69,6 +69,11 @@ async function alone(work) {
   if (state.busy) return;
   state.busy = true;
   try { await work(); } catch { /* was said */ } finally { state.busy = false; }
+}
+// What is to be done in any case, once that is done.
+function soon(work) {
+  if (state.busy) setTimeout(() => soon(work), 30);
+  else alone(work);
 }
 
 // Labeling.
@@ -311,7 +316,7 @@ function accept() {
   });
 }
 $("accept").onclick = accept;
-$("grid-class").onchange = () => alone(() => loadGrid($("grid-class").value));
+$("grid-class").onchange = () => soon(() => loadGrid($("grid-class").value));
 
 // Progress.
 
@@ -357,7 +362,7 @@ function chart(rounds) {
 function gainText(gain) {
   if (gain.expected === null) return `What another 100 labels would bring cannot be told yet: ${gain.reason}.`;
   const points = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)}`;
-  const text = `Another 100 labels: ${points(gain.expected)} points of accuracy (95 %: ${points(gain.low)} to ${points(gain.high)}).`;
+  const text = `Another 100 labels: ${points(gain.expected)} points of accuracy (95 %: ${points(gain.low)} to ${points(gain.high)}).`;
   return gain.low < 0 && gain.high > 0 ? `${text} Whether they bring anything cannot be told from so few random images.` : text;
 }
 
@@ -370,7 +375,7 @@ async function loadProgress() {
   heading("How good is the model?");
   if (value.now) {
     line(`${interval(value.now)} right`, "large");
-    line(`on the last ${value.now.total} images that were drawn at random, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label.`, "quiet");
+    line(`on the last ${value.now.total} images that were drawn at random, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label; the newest model may be a little better than those of the last batches.`, "quiet");
   } else {
     line("That is told once random images are labeled that there was a model for.", "quiet");
   }
@@ -398,7 +403,7 @@ async function loadProgress() {
     make("td", {}, String(one.count)), make("td", {}, make("progress", {max: most, value: one.count}))))));
   line(`${status.labeled} of ${status.images} images are labeled${status.aside ? `, ${status.aside} set aside` : ""}.`, "quiet");
   heading("Labels that may be wrong");
-  all.push(make("p", {}, make("button", {onclick: () => alone(() => ask("review", {})), disabled: !!status.doing},
+  all.push(make("p", {}, make("button", {onclick: () => soon(() => ask("review", {})), disabled: !!status.doing},
     value.suspects ? "Look again" : "Look for them"), make("span", {class: "quiet"}, " trains five models, each without a fifth of the labels, and lists where it is sure of another class.")));
   state.suspects = value.suspects || [];
   if (value.suspects && !value.suspects.length) line("None stands out.");
@@ -448,7 +453,7 @@ function showStatus() {
   $("count").textContent = `${status.labeled} of ${status.images} labeled`
     + (status.batch.left ? ` · ${status.batch.left} left of this batch` : "");
   $("doing").hidden = !status.doing && !status.error;
-  $("doing").firstChild.textContent = status.doing || `no batch could be chosen: ${status.error}`;
+  $("doing").firstChild.textContent = status.doing || `this went wrong: ${status.error}`;
   const bar = $("doing").querySelector("progress");
   bar.hidden = !status.doing;
   if (status.share === null) bar.removeAttribute("value"); else bar.value = status.share;
@@ -462,8 +467,8 @@ function open(tab) {
     $(`tab-${name}`).setAttribute("aria-selected", name === tab);
   }
   document.activeElement?.blur();
-  if (tab === "label") { show(); alone(refresh); }
-  if (tab === "grid") alone(() => loadGrid(""));
+  if (tab === "label") { show(); soon(refresh); }
+  if (tab === "grid") soon(() => loadGrid(""));
   if (tab === "progress") loadProgress().catch(() => {});
 }
 for (const name of ["label", "grid", "progress"]) {
