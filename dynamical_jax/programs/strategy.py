@@ -1,7 +1,5 @@
 """The strategy that flags describe, for programs that take one by name."""
 
-import inspect
-
 from absl import flags
 
 from dynamical_jax import strategies
@@ -31,7 +29,6 @@ def make(name: str) -> strategies.Strategy:
     Raises:
       UserError: if there is no such strategy, or an option is out of range.
     """
-    kind = strategies.STRATEGIES.get(name)
-    taken = {} if kind is None else inspect.signature(kind).parameters
+    taken = strategies.options(name)
     given = {flag.name: flag.value for flag in OPTIONS if flag.name in taken}
     return strategies.create(name, **given)

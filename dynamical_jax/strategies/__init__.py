@@ -4,6 +4,7 @@ Adding one is a file with a class like those here and a line in `STRATEGIES`; th
 finds it there.
 """
 
+import inspect
 from collections.abc import Callable
 
 from dynamical_jax.errors import UserError
@@ -53,3 +54,8 @@ def create(name: str, **options: object) -> Strategy:
     if name not in STRATEGIES:
         raise UserError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
     return STRATEGIES[name](**options)
+
+
+def options(name: str) -> set[str]:
+    """Returns the names of the options of a strategy; none if there is no such strategy."""
+    return set(inspect.signature(STRATEGIES[name]).parameters) if name in STRATEGIES else set()
