@@ -112,6 +112,7 @@ def test_large_layers_are_not_formed():
     )
     assert [sorted(part.size for part in form) for form in forms] == [[3 * 40, 3 * 50], [3 * 50]]
     assert pairs.forms_gradient(positions=1024, depth=27, features=64)
+    assert pairs.forms_gradient(positions=8, depth=288, features=32)  # 9,216 < 64 · 320.
     assert not pairs.forms_gradient(positions=4, depth=4608, features=512)
 
 

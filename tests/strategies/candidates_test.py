@@ -94,11 +94,16 @@ class TestDiverse:
         scored = strategy.score(KEY, view, None)
         products = gradients.gram(view.apply, view.variables, view.unlabeled[top])
         np.testing.assert_allclose(np.diag(products), (g[top] ** 2).sum(axis=1), rtol=1e-9)
-        counts = np.zeros(6)
-        for seed in range(600):
-            chosen, _ = strategy.choose(jax.random.key(seed), scored.change[top], products, 2)
-            assert chosen[0] == 0
-            counts[chosen[1]] += 1
+        weights = np.maximum(scored.change[top], 0)
+        draw = lambda key: selection.weighted_k_means_plus_plus(key, products, weights, 2)
+        keys = jax.random.split(KEY, 600)
+        drawn = np.asarray(jax.vmap(draw)(keys))
+        for i in range(5):
+            chosen, change_of_chosen = strategy.choose(keys[i], scored.change[top], products, 2)
+            np.testing.assert_array_equal(chosen, drawn[i])
+            np.testing.assert_allclose(change_of_chosen, change[top][drawn[i]], rtol=1e-9)
+        assert np.all(drawn[:, 0] == 0)
+        counts = np.bincount(drawn[:, 1], minlength=6)
         possible = odds > 0
         assert counts[~possible].sum() == 0
         expected = 600 * odds[possible] / odds.sum()
@@ -108,8 +113,7 @@ class TestDiverse:
         # Of three places the copies come last: 0 and 1 at one, 2 and 3 at another.
         points = np.array([[3.0, 0], [3, 0], [0, 2], [0, 2], [-1, -1]])
         weights = np.array([5.0, 4, 3, 2, 1])
-        for seed in range(30):
-            key = jax.random.key(seed)
+        for key in jax.random.split(KEY, 10):
             chosen = selection.weighted_k_means_plus_plus(key, points @ points.T, weights, 5)
             assert chosen[0] == 0
             assert sorted(map(tuple, points[np.asarray(chosen[:3])])) == [(-1, -1), (0, 2), (3, 0)]
