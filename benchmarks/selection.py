@@ -1,4 +1,4 @@
-"""What does choosing cost, once the pool is scored? Every strategy on the same features.
+"""What does choosing cost, once the pool is scored? Strategies on the same features.
 
   python -m benchmarks.selection
 
@@ -21,7 +21,9 @@ CONTENDERS = {
     "10 classes": "strategy_contenders.select_from_10_classes",
     "101 classes": "strategy_contenders.select_from_101_classes",
 }
-BATCH_SIZES = dict.fromkeys(dj.STRATEGIES, (500,))
+# Those that choose by gradients of the query need a network, and cost what that does.
+BY_GRADIENTS = ("dynamical_joint", "dynamical_diverse", "dynamical_repelled")
+BATCH_SIZES = dict.fromkeys((name for name in dj.STRATEGIES if name not in BY_GRADIENTS), (500,))
 
 
 def main(argv: list[str]) -> int | None:

@@ -25,8 +25,11 @@ def select_from_101_classes(task: Task) -> Work:
 def _selection(task: Task, num_classes: int) -> Work:
     strategy = dj.strategies.create(task.model)
     key, state = jax.random.key(0), strategy.init()
-    if task.model == "dynamical":  # benchmarks.pool times its scores.
-        scored = jax.random.normal(key, (task.pool_size,))
+    if task.model.startswith("dynamical"):  # Its scores are the matter of benchmarks.pool.
+        scores = jax.random.normal(key, (task.pool_size,))
+        scored = dj.strategies.dynamical.Changes(scores, None, None, None)
+        if task.model == "dynamical_sampled":
+            scored = dj.strategies.sampled.Noisy(scored, scores)
     else:
         inputs = jax.random.normal(key, (NUM_LABELED + task.pool_size, num_classes + EMBEDDING))
         labeled = dj.Examples(inputs[:NUM_LABELED], np.zeros(NUM_LABELED, np.int32))

@@ -27,6 +27,8 @@ GRID_SIZE = 120
 KEY = jax.random.key(SEED)
 CLASS_COLORS = ("tab:blue", "tab:orange", "tab:green")
 QUERY_COLOR = "crimson"
+# With its own default the whole query would be one block.
+OPTIONS = {"dynamical_repelled": {"block_size": 2}}
 
 Background = Callable[[Any], np.ndarray]
 
@@ -64,7 +66,7 @@ def main() -> None:
     task = make_task()
     draw_task(task, FOLDER / "task.png")
     for name, strategy in dj.STRATEGIES.items():
-        draw(task, strategy(), FOLDER / f"{name}.png")
+        draw(task, strategy(**OPTIONS.get(name, {})), FOLDER / f"{name}.png")
         print(FOLDER / f"{name}.png")
 
 
@@ -110,6 +112,8 @@ def first_look(scored: Any) -> np.ndarray:
             return np.prod([np.linalg.norm(part, axis=-1) for part in scored], axis=0)
         case strategies.albl.BanditState(), arm_scores:
             return first_look(arm_scores)
+        case strategies.sampled.Noisy():
+            return np.asarray(scored.scores)
     return np.asarray(scored)
 
 

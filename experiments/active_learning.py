@@ -6,7 +6,7 @@ download, and the run takes two minutes on two cores.
 
   python -m experiments.active_learning
 
-The paper's Table 3 (CIFAR-10, the small CNN, b = 500) with all eight strategies; expect 31–33
+The paper's Table 3 (CIFAR-10, the small CNN, b = 500) with its eight strategies; expect 31–33
 percent at 500 labels and 36–39 percent at 2,500:
 
   python -m experiments.active_learning --preset=table3
@@ -47,7 +47,7 @@ def run(argv: list[str]) -> list[str]:
     common.apply_preset(PRESETS)
     names = STRATEGIES.value
     if common.PRESET.value and flags.FLAGS["strategies"].using_default_value:
-        names = list(dj.STRATEGIES)
+        names = paper.strategies()
         flags.FLAGS["strategies"].value = names
     if not names:
         raise dj.UserError(f"no strategy given; choose from {', '.join(dj.STRATEGIES)}")

@@ -53,6 +53,12 @@ def tables() -> dict[str, Table]:
     }
 
 
+def strategies() -> list[str]:
+    """Returns the names of the strategies that the tables compare, in the order of the registry."""
+    compared = set().union(*(table.mean for table in tables().values()))
+    return [name for name in dj.STRATEGIES if name in compared]
+
+
 def table_of(record: dj.records.Record) -> Table | None:
     """Returns the table with the setting of a record; seeds and number of rounds may differ."""
     flags = record["flags"]

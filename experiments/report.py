@@ -78,7 +78,7 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     Raises:
       UserError: if there are none, their settings differ, or a round is in two directories.
     """
-    rounds, found = [], {}
+    rounds, found, firsts = [], {}, {}
     for directory in directories:
         path = pathlib.Path(directory) / dj.records.FILE_NAME
         for record in dj.records.read(path):
@@ -91,11 +91,16 @@ def read(directories: list[str]) -> list[dj.records.Record]:
                     f"{directory}: give each seed once"
                 )
             found[key] = directory
-            if rounds and (difference := describe_difference(record, rounds[0])):
-                raise dj.UserError(
-                    f"{directory} and {directories[0]} are of different settings ({difference}, "
-                    "there being the latter): report on them one by one"
-                )
+            for other in (
+                rounds[0] if rounds else record,
+                firsts.setdefault(record["strategy"], record),
+            ):
+                if difference := describe_difference(record, other):
+                    there = found[other["strategy"], other["seed"], other["round"]]
+                    raise dj.UserError(
+                        f"{directory} and {there} are of different settings ({difference}, "
+                        "there being the latter): report on them one by one"
+                    )
             rounds.append(record)
     if not rounds:
         raise dj.UserError(f"no round is recorded in {', '.join(directories)}")
@@ -103,9 +108,18 @@ def read(directories: list[str]) -> list[dj.records.Record]:
 
 
 def describe_difference(record: dj.records.Record, other: dj.records.Record) -> str:
-    """Returns the flags that keep two records from being reported together; "" if none do."""
+    """Returns the flags in which two records differ, if they cannot be reported together.
+
+    Options of strategies matter to those that have them: other strategies may be compared, whatever
+    they were, or whether there was such a flag at all.
+    """
+    names = dj.strategies.STRATEGIES
+    free = set().union(*(dj.strategies.options(name) for name in names))
+    if (name := record["strategy"]) == other["strategy"]:
+        free = free - dj.strategies.options(name) if name in names else set()
+    free |= OF_ONE_DIRECTORY
     ours, theirs = (
-        {name: value for name, value in of["flags"].items() if name not in OF_ONE_DIRECTORY}
+        {name: value for name, value in of["flags"].items() if name not in free}
         for of in (record, other)
     )
     return dj.run_directory.describe_difference(ours, theirs)

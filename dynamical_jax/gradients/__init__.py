@@ -1,9 +1,10 @@
 """The gradients of a network that active learning needs (Eq. 6).
 
-Three quantities, each for any set size in bounded memory:
+Each for any set size in bounded memory:
 
 - `set_gradient`: g_S = Σ_{x∈S} ∇_θ ℓ(x, y), one pytree of parameters;
 - `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
+- `gram`, `cross_gram`: g_u·g_v of all pairs, of up to some thousands of examples;
 - `per_example_gradients`: g_u itself, for small sets.
 
 `register` tells the factored engine about your own layer, and `verify` checks that.
@@ -15,6 +16,8 @@ an example depends on that example alone.
 from dynamical_jax.gradients.blocks import bucketed as bucketed
 from dynamical_jax.gradients.blocks import map_blocks as map_blocks
 from dynamical_jax.gradients.factored import UnsupportedError as UnsupportedError
+from dynamical_jax.gradients.gram import cross_gram as cross_gram
+from dynamical_jax.gradients.gram import gram as gram
 from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products

@@ -22,7 +22,7 @@ parent or its path.
 import contextlib
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ from flax.linen import module as linen_module
 from jax.extend import core as extend_core
 
 from dynamical_jax import contract, losses
-from dynamical_jax.gradients import shares
+from dynamical_jax.gradients import pairs, shares
 from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
 
 
@@ -71,7 +71,7 @@ def gradient_terms(
     check_supported(apply, variables, x)
 
     def loss(probe: Array) -> tuple[Array, Array]:
-        with _tapped(variables, direction, probe, []):
+        with _tapped(variables, functools.partial(_share_tap, direction, probe), []):
             logits = contract.as_outputs(apply(variables, x), len(x)).logits
         targets = jnp.argmax(logits, axis=-1) if labels is None else labels
         return jnp.sum(losses.cross_entropy(logits, targets)), targets
@@ -80,6 +80,59 @@ def gradient_terms(
     probe = jnp.zeros((len(x), 2), dtype)
     terms, targets = jax.grad(loss, has_aux=True)(probe)
     return GradientTerms(terms[:, 0], terms[:, 1], targets)
+
+
+def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pairs.Form]:
+    """Returns the gradients of all examples, layer by layer in forms that `pairs.products` takes.
+
+    Zeros are added to what each layer returns; their gradients are the cotangents.
+
+    Args:
+      apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
+      variables: with all parameters in `params`.
+      x: `[n, ...]` inputs.
+      labels: `[n]`, or None for pseudo-labels.
+
+    Raises:
+      UnsupportedError: if the model has no factored form here. Never a wrong answer.
+    """
+    variables = core.unfreeze(nn.unbox(dict(variables)))
+    apply = _without_jit(apply)
+    check_supported(apply, variables, x)
+
+    def run(tap: Callable[..., Any]) -> Array:
+        with _tapped(variables, tap, []):
+            logits = contract.as_outputs(apply(variables, x), len(x)).logits
+        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
+        return jnp.sum(losses.cross_entropy(logits, targets))
+
+    shapes: dict[tuple[str, ...], Any] = {}
+
+    def measure(layer: nn.Module, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
+        shapes[path] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs
+        )
+        return outputs
+
+    jax.eval_shape(lambda: run(measure))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    layers: dict[tuple[str, ...], tuple[nn.Module, Variables]] = {}
+
+    def loss(zeros: Any) -> tuple[Array, Any]:
+        all_inputs = {}
+
+        def add(layer: nn.Module, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
+            layers[path], all_inputs[path] = (layer, own), inputs
+            return jax.tree.map(jnp.add, outputs, zeros[path])
+
+        return run(add), all_inputs
+
+    cotangents, all_inputs = jax.grad(loss, has_aux=True)(zeros)
+    return [
+        form
+        for path, (layer, own) in layers.items()
+        for form in pairs.forms_of(layer, own, all_inputs[path], cotangents[path])
+    ]
 
 
 _Jitted = type(jax.jit(lambda: None))
@@ -117,9 +170,9 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
         calls: list[Call] = []
         batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        def logits(model_variables: Any, batch: Any) -> Array:
-            with _tapped(variables, params, jnp.zeros((n, 2)), calls, model_variables):
-                return contract.as_outputs(apply(model_variables, batch), n).logits
+        def logits(given: Any, batch: Any) -> Array:
+            with _tapped(variables, _no_tap, calls, given):
+                return contract.as_outputs(apply(given, batch), n).logits
 
         return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 
@@ -159,12 +212,13 @@ def _user(equation: Any) -> str:
 
 def _tapped(
     variables: Variables,
-    direction: Params,
-    probe: Array,
+    tap: Callable[..., Any],
     calls: list[Call],
     model_variables: Variables | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
-    """Returns a context in which each layer with parameters adds its share to `probe`.
+    """Returns a context in which each layer with parameters has a tap behind it.
+
+    `tap(layer, variables, path, inputs, outputs)` returns the outputs, perhaps with more to them.
 
     Layers read their parameters from `variables` and not from those that the model is applied to,
     so that `check_supported` sees any other use of these. It also passes `model_variables`, those
@@ -201,7 +255,6 @@ def _tapped(
         running.append(path)
         try:
             layer = _freestanding(module, kwargs, name)
-            shares_function = shares.SHARES.get(type(module), shares.formed_shares)
             try:
                 outputs = layer.apply(collections, args[0])
             except errors.FlaxError as error:  # It uses a module from outside.
@@ -212,8 +265,7 @@ def _tapped(
             shapes = [jnp.shape(leaf) for leaf in (args[0], *leaves)]
             own_leaves = jax.tree.leaves([own[parameter] for parameter in names])
             calls.append(Call(path, shapes, len(own_leaves)))
-            share = functools.partial(shares_function, layer)
-            return _tap(share, collections, _subtree(direction, path), args[0], outputs, probe)
+            return tap(layer, collections, path, args[0], outputs)
         finally:
             running.pop()
 
@@ -276,10 +328,25 @@ def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
     return module.clone(parent=None)
 
 
-def _tap(
-    share: Any, variables: Variables, direction: Params, inputs: Array, outputs: Any, probe: Array
+def _no_tap(
+    layer: nn.Module, variables: Variables, path: tuple[str, ...], inputs: Any, outputs: Any
 ) -> Any:
-    """Returns `outputs`; in the backward pass the cotangent of `probe` is the layer's share."""
+    del layer, variables, path, inputs
+    return outputs
+
+
+def _share_tap(
+    direction: Params,
+    probe: Array,
+    layer: nn.Module,
+    variables: Variables,
+    path: tuple[str, ...],
+    inputs: Any,
+    outputs: Any,
+) -> Any:
+    """Returns `outputs`; the cotangent of the probe is the layer's share."""
+    shares_function = shares.SHARES.get(type(layer), shares.formed_shares)
+    share = functools.partial(shares_function, layer)
 
     @jax.custom_vjp
     def tap(outputs: Any, probe: Any, variables: Any, direction: Any, inputs: Any) -> Any:
@@ -295,7 +362,7 @@ def _tap(
         return cotangent, terms.astype(probe.dtype), None, None, None
 
     tap.defvjp(forward, backward)
-    return tap(outputs, probe, variables, direction, inputs)
+    return tap(outputs, probe, variables, _subtree(direction, path), inputs)
 
 
 def _subtree(tree: Any, path: tuple[str, ...]) -> Any:

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Int
 
 from dynamical_jax import contract, losses
+from dynamical_jax.gradients import pairs
 from dynamical_jax.types import AnyArray, ApplyFn, GradientTerms, Params, Variables
 
 
@@ -40,9 +41,7 @@ def gradient_terms(
       labels: `[n]`, or None for pseudo-labels.
       direction: a pytree like `variables["params"]`.
     """
-    if labels is None:
-        logits = contract.as_outputs(apply(variables, x), len(x)).logits
-        labels = jnp.argmax(logits, axis=-1)
+    labels = _labels(apply, variables, x, labels)
     gradients = per_example_gradients(apply, variables, x, labels)
     gradients = jax.tree.map(
         lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)), gradients
@@ -50,3 +49,23 @@ def gradient_terms(
     squared_norm = jax.vmap(lambda gradient: optax.tree.norm(gradient, squared=True))(gradients)
     inner_product = jax.vmap(optax.tree.vdot, (0, None))(gradients, direction)
     return GradientTerms(squared_norm, inner_product, labels)
+
+
+def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pairs.Form]:
+    """Returns the gradients of all examples, formed and flattened, for `pairs.products`.
+
+    Args:
+      apply: `model.apply`, in evaluation mode.
+      variables: with all parameters in `params`.
+      x: `[n, ...]` inputs.
+      labels: `[n]`, or None for pseudo-labels.
+    """
+    labels = _labels(apply, variables, x, labels)
+    return [pairs.Formed(jax.vmap(pairs.flat)(per_example_gradients(apply, variables, x, labels)))]
+
+
+def _labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> Any:
+    """The labels, or the predictions if there are none."""
+    if labels is not None:
+        return labels
+    return jnp.argmax(contract.as_outputs(apply(variables, x), len(x)).logits, axis=-1)

@@ -89,7 +89,9 @@ def norms_and_products(
     block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
     try:
         if chunk_size is None:
-            block_size = _fitting_block_size(arguments, block_size, len(x))
+            # The program that is compiled to be asked is the one that `_score_block` runs then.
+            program = lambda size: _score_block.lower(*arguments(block_at(0, size, len(x))[0]))
+            block_size = fitting_block_size(program, block_size)
         map_blocks(score, len(x), block_size, on_progress)
     except UserError:
         raise
@@ -112,18 +114,20 @@ def norms_and_products(
     return GradientTerms(*columns)
 
 
-def _fitting_block_size(arguments: Callable[..., Any], block_size: int, size: int) -> int:
-    """Returns the largest block size whose program needs at most half of the free memory.
+def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:
+    """Returns the largest block, up to `block_size`, that needs at most half of the free memory.
 
-    The program that is compiled to find out is the one that `_score_block` then runs.
+    Args:
+      program: returns the program, lowered, that a block of this size runs.
+      block_size: a power of two.
     """
     while block_size > 1:
-        positions, _ = block_at(0, block_size, size)
-        needed = _score_block.lower(*arguments(positions)).compile().memory_analysis()
+        needed = program(block_size).compile().memory_analysis()
         allowed = free_memory() // 2
-        if needed is None or needed.temp_size_in_bytes <= allowed:
+        if needed is None or needed.temp_size_in_bytes + needed.output_size_in_bytes <= allowed:
             break
-        guess = max(1, block_size * allowed // needed.temp_size_in_bytes)
+        needed_bytes = needed.temp_size_in_bytes + needed.output_size_in_bytes
+        guess = max(1, block_size * allowed // needed_bytes)
         block_size = min(block_size // 2, 1 << (guess.bit_length() - 1))
     return block_size
 

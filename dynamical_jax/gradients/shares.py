@@ -17,7 +17,7 @@ layer's part of (‖g_u‖², g_u·v), each `[n]`.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,24 +47,55 @@ def dense_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
     """Shares of `nn.Dense`, for inputs `[n, ..., d]`."""
-    n, depth = inputs.shape[0], inputs.shape[-1]
-    window = convolution.make_window((1, 1), (1, 1))
-    kernel = direction["kernel"].reshape(1, 1, depth, -1)
-    images = inputs.reshape(n, -1, 1, depth)
-    e = cotangent.reshape(n, -1, 1, cotangent.shape[-1])
-    return _kernel_shares(layer, variables, kernel, direction, inputs, images, e, window, 1)
+    setting = dense_setting(direction["kernel"], inputs, cotangent)
+    return _kernel_shares(layer, variables, direction, inputs, setting)
 
 
 def convolution_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
     """Shares of `nn.Conv`, for inputs `[n, length, c]` or `[n, height, width, c]`."""
+    setting = convolution_setting(layer, direction["kernel"], inputs, cotangent)
+    return _kernel_shares(layer, variables, direction, inputs, setting)
+
+
+class Setting(NamedTuple):
+    """A layer with a kernel, as a convolution of images.
+
+    Attributes:
+      kernel: `[kh, kw, c / groups, p]`, without taps that meet no pixel.
+      images: `[n, h, w, c]`, its input.
+      e: `[n, oh, ow, p]`, the cotangent of its output.
+      window: where the taps fall.
+      groups: of channels.
+    """
+
+    kernel: Array
+    images: Array
+    e: Array
+    window: convolution.Window
+    groups: int
+
+
+def dense_setting(kernel: Array, inputs: Array, cotangent: Array) -> Setting:
+    """Returns what `nn.Dense` does to inputs `[n, ..., d]`: a convolution by one tap."""
+    n, depth = inputs.shape[0], inputs.shape[-1]
+    images = inputs.reshape(n, -1, 1, depth)
+    e = cotangent.reshape(n, -1, 1, cotangent.shape[-1])
+    window = convolution.make_window((1, 1), (1, 1))
+    return Setting(kernel.reshape(1, 1, depth, -1), images, e, window, 1)
+
+
+def convolution_setting(
+    layer: nn.Module, kernel: Array, inputs: Array, cotangent: Array
+) -> Setting:
+    """Returns what `nn.Conv` does to inputs `[n, length, c]` or `[n, height, width, c]`."""
     rank = inputs.ndim - 2
 
     def per_axis(value: Any) -> tuple[int, ...]:
         return (value,) * rank if isinstance(value, int) else tuple(value or (1,) * rank)
 
-    kernel, strides = direction["kernel"], per_axis(layer.strides)
+    strides = per_axis(layer.strides)
     dilation = per_axis(layer.kernel_dilation)
     padding = nn.linear.canonicalize_padding(layer.padding, rank)
     if isinstance(padding, str):
@@ -78,26 +109,32 @@ def convolution_shares(
     image_size = images.shape[1:3]
     window = convolution.make_window(image_size, kernel.shape[:2], strides, padding, dilation)
     kernel, window = convolution.crop_kernel(image_size, kernel, window)
-    groups = layer.feature_group_count
-    return _kernel_shares(layer, variables, kernel, direction, inputs, images, e, window, groups)
+    return Setting(kernel, images, e, window, layer.feature_group_count)
 
 
 def normalization_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
     """Shares of a normalisation: per feature, sums of normalised input times e, and of e."""
-    n, features = inputs.shape[0], inputs.shape[-1]
-    off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
-    dtype = _accumulation_dtype(variables)
-    normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
-    e = cotangent.reshape(n, -1, features).astype(dtype)
-    gradients = {
-        "scale": jnp.sum(normalized.reshape(e.shape).astype(dtype) * e, axis=1),
-        "bias": jnp.sum(e, axis=1),
-    }
+    gradients = normalization_gradients(layer, variables, inputs, cotangent)
     squared_norm = sum(jnp.sum(gradients[name] ** 2, axis=-1) for name in direction)
     inner_product = sum(gradients[name] @ direction[name] for name in direction)
     return squared_norm, inner_product
+
+
+def normalization_gradients(
+    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
+) -> dict[str, Array]:
+    """Returns gradients `[n, features]` in scale and bias, whether or not the layer has them."""
+    n, features = inputs.shape[0], inputs.shape[-1]
+    off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
+    dtype = accumulation_dtype(variables)
+    normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
+    e = cotangent.reshape(n, -1, features).astype(dtype)
+    return {
+        "scale": jnp.sum(normalized.reshape(e.shape).astype(dtype) * e, axis=1),
+        "bias": jnp.sum(e, axis=1),
+    }
 
 
 def embedding_shares(
@@ -108,8 +145,19 @@ def embedding_shares(
     A token beyond the table has no row. `nn.Embed` returns NaN for it, which the model has to mask,
     and it adds nothing to any gradient.
     """
+    rows, e = embedding_rows(layer, variables, inputs, cotangent)
+    same = (rows[:, :, None] == rows[:, None, :]).astype(e.dtype)
+    squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
+    outputs = direction["embedding"].astype(e.dtype)[rows]
+    return squared_norm, jnp.sum(outputs * e, axis=(1, 2))
+
+
+def embedding_rows(
+    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
+) -> tuple[Array, Array]:
+    """Returns the row `[n, T]` of each token, −1 if there is none, and e `[n, T, p]`, then 0."""
     n = inputs.shape[0]
-    e = cotangent.reshape(n, -1, layer.features).astype(_accumulation_dtype(variables))
+    e = cotangent.reshape(n, -1, layer.features).astype(accumulation_dtype(variables))
     if layer.num_embeddings == 1:  # There `nn.Embed` takes the one row for every token.
         rows = jnp.zeros(e.shape[:2], int)
     else:  # Indexed as `nn.Embed` does: tokens below zero count from the end.
@@ -117,10 +165,7 @@ def embedding_shares(
             jnp.arange(layer.num_embeddings), inputs.reshape(n, -1), mode="fill", fill_value=-1
         )
     e = jnp.where((rows >= 0)[..., None], e, 0)
-    same = (rows[:, :, None] == rows[:, None, :]).astype(e.dtype)
-    squared_norm = jnp.sum(same * jnp.einsum("nsp,ntp->nst", e, e), axis=(1, 2))
-    outputs = direction["embedding"].astype(e.dtype)[rows]
-    return squared_norm, jnp.sum(outputs * e, axis=(1, 2))
+    return rows, e
 
 
 def formed_shares(
@@ -140,19 +185,12 @@ def formed_shares(
 
 
 def _kernel_shares(
-    layer: nn.Module,
-    variables: Any,
-    kernel: Array,
-    direction: Any,
-    inputs: Array,
-    images: Array,
-    e: Array,
-    window: convolution.Window,
-    groups: int,
+    layer: nn.Module, variables: Any, direction: Any, inputs: Array, setting: Setting
 ) -> Shares:
-    """Returns shares by the cheaper form, for images `[n, h, w, c]` and e `[n, oh, ow, p]`."""
-    dtype = _accumulation_dtype(variables)
-    if layer.dtype is not None:  # The layer multiplies its rounded input.
+    """The cheaper form."""
+    kernel, images, e, window, groups = setting
+    dtype = accumulation_dtype(variables)
+    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
         inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
@@ -194,8 +232,8 @@ def forms_gradient(
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
 
-def _accumulation_dtype(variables: Any) -> Any:
-    """Returns the type in which shares are computed: the parameters', at least float32."""
+def accumulation_dtype(variables: Any) -> Any:
+    """Returns the type in which shares are computed: that of the parameters, float32 at least."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
 
 

@@ -6,21 +6,29 @@ from dynamical_jax import strategies
 from dynamical_jax.programs import options
 
 GAMMA = flags.DEFINE_float(
-    "gamma", 2.0, "For dynamical: the weight γ of g_u·g_S in Δ; inf uses g_u·g_S alone."
+    "gamma", 2.0, "dynamical and its variants: weight of g_u·g_S; inf for it alone."
 )
+BETA = flags.DEFINE_float(
+    "beta", 2.0, "dynamical_sampled, power_margin: power of the score; inf for no draw."
+)
+NUM_CANDIDATES = flags.DEFINE_integer(
+    "num_candidates",
+    None,
+    "dynamical_joint, dynamical_diverse: choose among so many of largest Δ; by default ten for "
+    "each label of a query.",
+)
+BLOCK_SIZE = flags.DEFINE_integer(
+    "block_size", 100, "dynamical_repelled: how many are chosen between looks at each other."
+)
+OPTIONS = (GAMMA, BETA, NUM_CANDIDATES, BLOCK_SIZE, options.ENGINE, options.CHUNK_SIZE)
 
 
 def make(name: str) -> strategies.Strategy:
-    """Returns the strategy `name` with the options that the flags give it.
+    """Returns a strategy with those of the flags that it takes.
 
     Raises:
       UserError: if there is no such strategy, or an option is out of range.
     """
-    strategy_options = {}
-    if name == "dynamical":
-        strategy_options = {
-            "gamma": GAMMA.value,
-            "engine": options.ENGINE.value,
-            "chunk_size": options.CHUNK_SIZE.value,
-        }
-    return strategies.create(name, **strategy_options)
+    taken = strategies.options(name)
+    given = {flag.name: flag.value for flag in OPTIONS if flag.name in taken}
+    return strategies.create(name, **given)

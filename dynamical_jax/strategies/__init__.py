@@ -4,6 +4,9 @@ To add a strategy, write a file with a class like those here and add a line to `
 contract test finds it there.
 """
 
+import inspect
+from collections.abc import Callable
+
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import selection as selection
 from dynamical_jax.strategies.albl import ALBL as ALBL
@@ -14,12 +17,18 @@ from dynamical_jax.strategies.base import Strategy as Strategy
 from dynamical_jax.strategies.base import check_embedding as check_embedding
 from dynamical_jax.strategies.confidence import Confidence as Confidence
 from dynamical_jax.strategies.coreset import Coreset as Coreset
+from dynamical_jax.strategies.diverse import DynamicalDiverse as DynamicalDiverse
 from dynamical_jax.strategies.dynamical import Dynamical as Dynamical
 from dynamical_jax.strategies.entropy import Entropy as Entropy
+from dynamical_jax.strategies.joint import DynamicalJoint as DynamicalJoint
 from dynamical_jax.strategies.margin import Margin as Margin
 from dynamical_jax.strategies.random import Random as Random
+from dynamical_jax.strategies.repelled import DynamicalRepelled as DynamicalRepelled
+from dynamical_jax.strategies.sampled import Sampled as Sampled
+from dynamical_jax.strategies.sampled import dynamical_sampled as dynamical_sampled
+from dynamical_jax.strategies.sampled import power_margin as power_margin
 
-STRATEGIES: dict[str, type[Strategy]] = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "dynamical": Dynamical,
     "random": Random,
     "confidence": Confidence,
@@ -28,6 +37,11 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "coreset": Coreset,
     "badge": Badge,
     "albl": ALBL,
+    "power_margin": power_margin,
+    "dynamical_sampled": dynamical_sampled,
+    "dynamical_joint": DynamicalJoint,
+    "dynamical_diverse": DynamicalDiverse,
+    "dynamical_repelled": DynamicalRepelled,
 }
 
 
@@ -40,3 +54,8 @@ def create(name: str, **options: object) -> Strategy:
     if name not in STRATEGIES:
         raise UserError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
     return STRATEGIES[name](**options)
+
+
+def options(name: str) -> set[str]:
+    """Returns the names of the options of a strategy; none if there is no such strategy."""
+    return set(inspect.signature(STRATEGIES[name]).parameters) if name in STRATEGIES else set()

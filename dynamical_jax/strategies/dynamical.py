@@ -54,7 +54,7 @@ class Dynamical(Strategy):
         change = dynamics.change_of_training_dynamics(
             jnp.asarray(terms.squared_norm), jnp.asarray(terms.inner_product), self.gamma
         )
-        return Changes(np.asarray(change), terms, grad_s)
+        return Changes(np.asarray(change), terms, grad_s, view)
 
     def select(self, key: Array, scored: "Changes", batch_size: int, state: Any) -> Query:
         """Returns the examples of largest Δ({u}|S)."""
@@ -103,8 +103,10 @@ class Changes(NamedTuple):
       change: `[n]` Δ({u}|S).
       terms: the terms of Δ.
       grad_s: the gradient of the loss summed over S.
+      view: the learner, for those who select by more than Δ.
     """
 
     change: np.ndarray
     terms: gradients.GradientTerms
     grad_s: Any
+    view: LearnerView

@@ -1,6 +1,8 @@
 """Rules that turn scores or points into a query. Everything here is deterministic given its key."""
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,51 @@ def top_b(scores: Float[AnyArray, "n"], batch_size: int) -> Int[Array, "b"]:
     _check_batch_size(batch_size, len(scores))
     # −0 and 0 are equal, but not to `top_k`.
     return jax.lax.top_k(jnp.where(scores == 0, 0, scores), batch_size)[1]
+
+
+def with_noise(key: Array, scores: Float[AnyArray, "n"], beta: float) -> Float[Array, "n"]:
+    """Returns β log s + Gumbel noise of each score s: the order of draws in proportion to s^β.
+
+    The largest is s_i with probability s_i^β / Σ s^β, the largest of the rest likewise among them:
+    so the b largest are a draw without replacement (Kirsch et al., 2023). Scores that are not above
+    0 end up below all others, the larger the higher, and finite.
+
+    Args:
+      key: of the noise.
+      scores: s.
+      beta: β, 0 for a uniform draw, whatever the scores; `inf` for the scores themselves.
+    """
+    scores = jnp.asarray(scores)
+    if beta == math.inf:
+        return scores
+    noise = jax.random.gumbel(key, scores.shape, scores.dtype)
+    if beta == 0:
+        return noise
+    positive = scores > 0
+    noisy = beta * jnp.log(jnp.where(positive, scores, 1)) + noise
+    lowest = jnp.min(noisy, where=positive, initial=0)
+    return jnp.where(positive, noisy, lowest - 1 + scores)
+
+
+def greedy(
+    scores: Float[AnyArray, "n"], pairs: Float[AnyArray, "n n"], batch_size: int
+) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """Returns a greedy maximisation of Σ_u s_u + Σ_{u<v} pairs_uv, and the gain of each choice.
+
+    One after the other, the position whose gain is largest: its score, and its pairs with all that
+    were chosen before.
+
+    Guaranteed: no position twice, of equal gains the lower position first, and the gains sum to
+    the value of what was chosen.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of scores.
+
+    >>> greedy(jnp.array([3.0, 2.0, 1.0]), jnp.array([[0.0, -2, 0], [-2, 0, 0], [0, 0, 0]]), 2)
+    (Array([0, 2], dtype=int32), Array([3., 1.], dtype=float32))
+    """
+    _check_batch_size(batch_size, len(scores))
+    return _greedy(jnp.asarray(scores), jnp.asarray(pairs), batch_size)
 
 
 def farthest_first(
@@ -80,6 +127,32 @@ def k_means_plus_plus(
     """
     _check_batch_size(batch_size, len(left))
     return _k_means_plus_plus(key, jnp.asarray(left), jnp.asarray(right), batch_size)
+
+
+def weighted_k_means_plus_plus(
+    key: Array,
+    products: Float[AnyArray, "n n"],
+    weights: Float[AnyArray, "n"],
+    batch_size: int,
+) -> Int[Array, "b"]:
+    """Returns a k-means++ seeding of weighted points, of which inner products are given.
+
+    The first is the point of largest weight; each next one is drawn with probability proportional
+    to its weight times D², uniformly among the rest where all of these are 0.
+
+    Guaranteed: no position twice.
+
+    Args:
+      key: of the draws.
+      products: x_i·x_j of all pairs of points.
+      weights: at least 0.
+      batch_size: how many.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of points.
+    """
+    _check_batch_size(batch_size, len(weights))
+    return _of_products(key, jnp.asarray(products), jnp.asarray(weights), batch_size)
 
 
 def _check_batch_size(batch_size: int, size: int) -> None:
@@ -139,6 +212,15 @@ def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Arr
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
+def _greedy(gains: Array, pairs: Array, batch_size: int) -> tuple[Array, Array]:
+    def step(gains: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        chosen = jnp.argmax(gains)
+        return (gains + pairs[chosen]).at[chosen].set(-jnp.inf), (chosen, gains[chosen])
+
+    return jax.lax.scan(step, gains, length=batch_size)[1]
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
 def _k_means_plus_plus(
     key: Array, left: Array, right: Array, batch_size: int
 ) -> tuple[Array, Array]:
@@ -149,16 +231,39 @@ def _k_means_plus_plus(
         product = _product(left, left[chosen]) * _product(right, right[chosen])
         return _squared_distances_from_products(norms, norms[chosen], product)
 
+    return _seeding(key, norms, norms, jnp.ones_like(norms), to_chosen, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _of_products(key: Array, products: Array, weights: Array, batch_size: int) -> Array:
+    norms = jnp.diagonal(products)
+
+    def to_chosen(chosen: Array) -> Array:
+        return _squared_distances_from_products(norms, norms[chosen], products[chosen])
+
+    return _seeding(key, weights, norms, weights, to_chosen, batch_size)[0]
+
+
+def _seeding(
+    key: Array,
+    first: Array,
+    norms: Array,
+    weights: Array,
+    to_chosen: Callable[[Array], Array],
+    batch_size: int,
+) -> tuple[Array, Array]:
+    """k-means++ from the point where `first` is largest, by squared distances `to_chosen`."""
+
     def step(carry: tuple[Array, Array], key: Array) -> tuple:
         nearest, taken = carry
-        weights = jnp.where(taken, 0, nearest)
-        weights = jnp.where(jnp.any(weights > 0), weights, ~taken)
-        drawn = jax.random.categorical(key, jnp.log(weights))
-        chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(nearest))
+        odds = jnp.where(taken, 0, weights * nearest)
+        odds = jnp.where(jnp.any(odds > 0), odds, ~taken)
+        drawn = jax.random.categorical(key, jnp.log(odds))
+        chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(first))
         distance = jnp.sqrt(nearest[chosen])
         # Before the first there is no center: norms are no distances to a point at the origin.
         nearest = jnp.minimum(jnp.where(jnp.any(taken), nearest, jnp.inf), to_chosen(chosen))
         return (nearest, taken.at[chosen].set(True)), (chosen, distance)
 
-    start = (norms, jnp.zeros(len(left), bool))
+    start = (norms, jnp.zeros(len(norms), bool))
     return jax.lax.scan(step, start, jax.random.split(key, batch_size))[1]

@@ -93,6 +93,9 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"image_size": 3}, "cnn needs images of at least 4×4, got 3×3"),
         ({"model": "vgg11"}, "vgg11 needs images of at least 32×32, got 4×4"),
         ({"gamma": -2.0}, "gamma must be at least 0"),
+        ({"strategies": ["power_margin"], "beta": -1.0}, "beta must be at least 0"),
+        ({"strategies": ["dynamical_joint"], "num_candidates": 0}, "must be at least 1, got 0"),
+        ({"strategies": ["dynamical_repelled"], "block_size": 0}, "block_size must be at least 1"),
         ({"learning_rate": -1.0}, "learning rate must be positive"),
         ({"target_accuracy": 2.0}, "target accuracy must be in"),
         ({"chunk_size": -3}, "chunk size must be at least 1"),
@@ -205,7 +208,8 @@ def test_presets_are_the_papers_settings_and_flags_prevail(run, monkeypatch):
     with flagsaver.flagsaver():
         flags.FLAGS(["binary", "--preset=table5", "--num_rounds=3"])
         assert active_learning.main(["binary"]) is None
-    assert list(seen) == [*dj.STRATEGIES, "dataset"]
+    of_the_paper = ["dynamical", "random", "confidence", "margin", "entropy"]
+    assert list(seen) == [*of_the_paper, "coreset", "badge", "albl", "dataset"]
     assert {budget for _, budget in list(seen.values())[:-1]} == {dj.Budget(500, 1000, 3)}
     assert seen["dataset"] == "cifar10"
 

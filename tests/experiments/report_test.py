@@ -276,6 +276,19 @@ def test_other_references(run, tmp_path):
     )
 
 
+def test_options_matter_to_the_strategies_that_have_them(run, tmp_path):
+    of = lambda name, seed, **flags: [
+        record for record in records([seed], **flags) if record["strategy"] == name
+    ]
+    renamed = [{**record, "strategy": "power_margin"} for record in of("margin", 0, beta=4.0)]
+    again = [{**record, "seed": 1} for record in renamed]
+    assert run(of("dynamical", 0), renamed, again)[0] is None
+    again = [{**record, "flags": {**record["flags"], "beta": 1.0}} for record in again]
+    status, _, errors = run(of("dynamical", 0), renamed, again)
+    assert status == 1
+    assert "of different settings (--beta=4.0 there and 1.0 here" in errors
+
+
 @pytest.mark.parametrize(
     ("directories", "message"),
     [

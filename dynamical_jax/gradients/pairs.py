@@ -1,0 +1,193 @@
+"""Products g_u·g_v of all pairs of two sets, from what each layer knows of its part of g_u.
+
+A layer's part of g_u is kept in one of three forms, whichever makes products of pairs cheap:
+
+- `Formed`: the gradient itself, flattened;
+- `Factors`: a `[T, d]` and e `[T, p]` of a kernel's gradient aᵀe, as in `shares.py`; then
+  ⟨aᵤᵀeᵤ, aᵥᵀeᵥ⟩ = ⟨aᵤaᵥᵀ, eᵤeᵥᵀ⟩, and for T = 1, a dense layer of vectors, (aᵤ·aᵥ)(eᵤ·eᵥ);
+- `Rows`: of a table, in each of which tokens t of u and t' of v meet or do not.
+
+Functions of layers take (layer, variables, inputs, cotangent), as those of `shares.py` do, and
+return a list of forms: of the kernel, of the bias.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from dynamical_jax import convolution
+from dynamical_jax.gradients import shares
+from dynamical_jax.types import Array
+
+# Accelerators would round to fewer digits than float32 has, and distances are differences.
+PRECISION = lax.Precision.HIGHEST
+
+
+class Formed(NamedTuple):
+    """A part of the gradients of n examples, `[n, number of its parameters]`."""
+
+    gradient: Array
+
+
+class Factors(NamedTuple):
+    """The factors of the gradient of a kernel: a `[n, T, groups, d]` and e `[n, T, groups, p]`."""
+
+    a: Array
+    e: Array
+
+
+class Rows(NamedTuple):
+    """The rows `[n, T]` of a table that tokens took, and e `[n, T, p]`."""
+
+    rows: Array
+    e: Array
+
+
+Form = Formed | Factors | Rows
+
+
+def products(left: list[Form], right: list[Form]) -> Array:
+    """Returns g_u·g_v `[m, n]` of two sets, whose forms are of the same parameters in turn."""
+    return sum(PRODUCTS[type(one)](one, other) for one, other in zip(left, right, strict=True))
+
+
+def _products_of_formed(left: Formed, right: Formed) -> Array:
+    return jnp.matmul(left.gradient, right.gradient.T, precision=PRECISION)
+
+
+def _products_of_factors(left: Factors, right: Factors) -> Array:
+    def with_all(one: Factors) -> Array:
+        grams = [
+            jnp.einsum("sgk,ntgk->ngst", mine, theirs, precision=PRECISION)
+            for mine, theirs in zip(one, right, strict=True)
+        ]
+        return jnp.sum(grams[0] * grams[1], axis=(1, 2, 3))
+
+    return _for_each(
+        with_all, left, right.a.shape[0] * math.prod(left.a.shape[1:3]) * left.a.shape[1]
+    )
+
+
+def _products_of_rows(left: Rows, right: Rows) -> Array:
+    def with_all(one: Rows) -> Array:
+        same = one.rows[None, :, None] == right.rows[:, None]
+        return jnp.sum(
+            same * jnp.einsum("sp,ntp->nst", one.e, right.e, precision=PRECISION), axis=(1, 2)
+        )
+
+    return _for_each(with_all, left, right.rows.size * left.rows.shape[1])
+
+
+def _for_each(function: Callable[[Any], Array], examples: Any, elements: int) -> Array:
+    """`function` of each example, of so many together as keeps what it makes small."""
+    n = len(jax.tree.leaves(examples)[0])
+    batch_size = max(1, min(n, shares.CHUNK_ELEMENTS // elements))
+    return lax.map(function, examples, batch_size=batch_size)
+
+
+PRODUCTS: dict[type[Form], Callable[[Any, Any], Array]] = {
+    Formed: _products_of_formed,
+    Factors: _products_of_factors,
+    Rows: _products_of_rows,
+}
+
+
+def forms_of(layer: nn.Module, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
+    """Returns the forms of the gradients in a layer's parameters, by the kind of layer it is."""
+    known = shares.SHARES.get(type(layer), shares.formed_shares)
+    return FORMS.get(known, formed)(layer, variables, inputs, cotangent)
+
+
+def of_dense(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the forms of `nn.Dense`."""
+    setting = shares.dense_setting(variables["params"]["kernel"], inputs, cotangent)
+    return _of_kernel(layer, variables, setting)
+
+
+def of_convolution(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the forms of `nn.Conv`."""
+    setting = shares.convolution_setting(layer, variables["params"]["kernel"], inputs, cotangent)
+    return _of_kernel(layer, variables, setting)
+
+
+def _of_kernel(layer: nn.Module, variables: Any, setting: shares.Setting) -> list[Form]:
+    _, images, e, window, groups = setting
+    dtype = shares.accumulation_dtype(variables)
+    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
+        images = images.astype(layer.dtype)
+    images, e = images.astype(dtype), e.astype(dtype)
+    height, width, features = e.shape[1:]
+    positions, channels = height * width, images.shape[3] // groups
+    depth = math.prod(window.size) * channels
+
+    def factors(images: Array, e: Array) -> Factors:
+        patches = convolution.image_patches(images, window)
+        a = patches.reshape(len(e), positions, -1, groups, channels)
+        a = a.transpose(0, 1, 3, 2, 4).reshape(len(e), positions, groups, depth)
+        return Factors(a, e.reshape(len(e), positions, groups, -1))
+
+    def form(example: tuple[Array, Array]) -> Array:
+        ((a,), (e,)) = factors(*(part[None] for part in example))
+        return jnp.einsum("tgd,tgp->gdp", a, e, precision=PRECISION).reshape(-1)
+
+    bias = [Formed(jnp.sum(e, axis=(1, 2)))] if "bias" in variables["params"] else []
+    if forms_gradient(positions, depth, features // groups):
+        elements = depth * groups * (positions + features // groups)
+        return [Formed(_for_each(form, (images, e), elements)), *bias]
+    return [factors(images, e), *bias]
+
+
+def forms_gradient(positions: int, depth: int, features: int) -> bool:
+    """Whether products of pairs cost less from aᵀe than from a and e.
+
+    Multiplications for each pair and group: d·p from what is formed, T²(d + p) from the factors.
+    """
+    return depth * features <= positions**2 * (depth + features)
+
+
+def of_normalization(
+    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
+) -> list[Form]:
+    """Returns the forms of a normalisation: scale and bias have small gradients."""
+    gradients = shares.normalization_gradients(layer, variables, inputs, cotangent)
+    return [Formed(gradients[name]) for name in sorted(variables["params"])]
+
+
+def of_embedding(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the form of `nn.Embed`: no array of tokens × rows of the table."""
+    return [Rows(*shares.embedding_rows(layer, variables, inputs, cotangent))]
+
+
+def formed(layer: nn.Module, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
+    """Returns the form of any layer, its gradients formed for one example after another."""
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def form(example: tuple[Array, Any]) -> Array:
+        x, e = jax.tree.map(lambda leaf: leaf[None], example)
+        outputs = lambda params: layer.apply({**rest, "params": params}, x)
+        _, pullback = jax.vjp(outputs, variables["params"])
+        return flat(*pullback(e))
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return [Formed(_for_each(form, (inputs, cotangent), size + math.prod(inputs.shape[1:])))]
+
+
+def flat(gradient: Any) -> Array:
+    """Returns a tree of gradients as one vector, in float32 at least."""
+    leaves = jax.tree.leaves(gradient)
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])
+
+
+FORMS: dict[Callable[..., Any], Callable[..., list[Form]]] = {
+    shares.dense_shares: of_dense,
+    shares.convolution_shares: of_convolution,
+    shares.normalization_shares: of_normalization,
+    shares.embedding_shares: of_embedding,
+}
+"""By the shares of a layer, so that one that is registered like another has its forms as well."""
