@@ -375,9 +375,10 @@ def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, 
         assert not audit & query
         assert name(29) not in audit | query | set(labels)
         least = sorted(chosen.predictions.values(), key=lambda image: image.confidence)
-        favourite = [image.path for image in least if image.path != name(29)][:8]
+        favourite = [image.path for image in least if image.path != name(29)][:4]
         drawn += len(audit & set(favourite))
-    assert drawn == pytest.approx(40 * 2 * 8 / 23, abs=4 * np.sqrt(40 * 2 * 8 / 23))
+    # 14 are expected. Of what the strategy leaves over there would be none.
+    assert 3 <= drawn <= 30
 
 
 def test_an_unfinished_batch_goes_on_with_what_the_model_took_it_for(settings):
