@@ -359,6 +359,28 @@ def test_the_batch_is_what_select_would_ask_for(settings, photos):
     ]
 
 
+def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, photos):
+    """Over many seeds the strategy's own favourite is among them as often as chance has it."""
+    labels = {name(i): truth(name(i)) for i in range(6)}
+    folder = labeling.folder.decode(
+        str(photos), labeling.folder.find(str(photos), photos / "x.png"), labels,
+        **settings.decoding,
+    )  # fmt: skip
+    drawn = 0
+    for seed in range(40):
+        seeded = settings._replace(config=settings.config._replace(seed=seed))
+        chosen = session.choose(folder, seeded, lambda path: path != name(29), lambda *_: None)
+        audit, query = ({image.path for image in part} for part in (chosen.audit, chosen.query))
+        assert (len(audit), len(query)) == (2, 4)
+        assert not audit & query
+        assert name(29) not in audit | query | set(labels)
+        least = sorted(chosen.predictions.values(), key=lambda image: image.confidence)
+        favourite = [image.path for image in least if image.path != name(29)][:4]
+        drawn += len(audit & set(favourite))
+    # 14 are expected. Of what the strategy leaves over there would be none.
+    assert 3 <= drawn <= 30
+
+
 def test_an_unfinished_batch_goes_on_with_what_the_model_took_it_for(settings):
     labeling.add_labels(settings.table, {name(i): truth(name(i)) for i in range(5)})
     with start(settings, session.choose) as sitting:
