@@ -179,7 +179,7 @@ FAULTS = (
     Fault(
         "k-means++ first centre",
         "dynamical_jax/strategies/selection.py",
-        "chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(nearest))",
+        "chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(first))",
         "chosen = drawn",
         ("tests/strategies/selection_test.py",),
     ),

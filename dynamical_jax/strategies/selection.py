@@ -152,7 +152,9 @@ def weighted_k_means_plus_plus(
       ValueError: if `batch_size` exceeds the number of points.
     """
     _check_batch_size(batch_size, len(weights))
-    return _of_products(key, jnp.asarray(products), jnp.asarray(weights), batch_size)
+    return _k_means_plus_plus_of_products(
+        key, jnp.asarray(products), jnp.asarray(weights), batch_size
+    )
 
 
 def _check_batch_size(batch_size: int, size: int) -> None:
@@ -235,7 +237,9 @@ def _k_means_plus_plus(
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
-def _of_products(key: Array, products: Array, weights: Array, batch_size: int) -> Array:
+def _k_means_plus_plus_of_products(
+    key: Array, products: Array, weights: Array, batch_size: int
+) -> Array:
     norms = jnp.diagonal(products)
 
     def to_chosen(chosen: Array) -> Array:
@@ -252,7 +256,7 @@ def _seeding(
     to_chosen: Callable[[Array], Array],
     batch_size: int,
 ) -> tuple[Array, Array]:
-    """k-means++ from the point where `first` is largest, by squared distances `to_chosen`."""
+    """Runs k-means++ from the point where `first` is largest, by squared distances `to_chosen`."""
 
     def step(carry: tuple[Array, Array], key: Array) -> tuple:
         nearest, taken = carry
