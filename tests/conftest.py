@@ -4,6 +4,7 @@ import sys
 import tempfile
 
 import jax
+import psutil
 import pytest
 import toy
 from absl import flags
@@ -47,12 +48,13 @@ def _strict_arrays():
 
 @pytest.fixture(autouse=True, scope="module")
 def _memory_maps():
-    # Each compiled program holds some memory maps, of which Linux allows a process 65,530: when
-    # they are used up, XLA crashes in the middle of some innocent test. Without need programs are
-    # kept: many modules compile the same ones.
+    # Each compiled program holds memory and some memory maps, of which Linux allows a process
+    # 65,530: when they are used up, XLA crashes in the middle of some innocent test. Without need
+    # programs are kept: many modules compile the same ones.
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:
+    too_many = maps.exists() and maps.read_bytes().count(b"\n") > 45_000
+    if too_many or psutil.Process().memory_info().rss > 3e9:
         jax.clear_caches()
 
 
