@@ -1,4 +1,4 @@
-"""Gradients of a network as active learning needs them (Eq. 6).
+"""The gradients of a network that active learning needs (Eq. 6).
 
 Three quantities, each for any set size in bounded memory:
 
@@ -6,7 +6,7 @@ Three quantities, each for any set size in bounded memory:
 - `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
 - `per_example_gradients`: g_u itself, for small sets.
 
-`register` tells the factored engine of a layer of your own, `verify` whether that was right.
+`register` tells the factored engine about your own layer, and `verify` checks that.
 
 Gradients are over all trainable parameters with the model in evaluation mode, where the gradient of
 an example depends on that example alone.

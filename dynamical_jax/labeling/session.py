@@ -682,16 +682,17 @@ class Session:
             return
         settings = self._settings
         try:
-            # A table that is as this session left it need not be read row by row.
-            unchanged = self._stamp == self._table_stamp()
-            if unchanged and all(changes.values()) and not self._in_table & set(changes):
-                tables.add_labels(settings.table, changes)
-            else:
-                tables.change_labels(settings.table, changes, settings.images)
+            with tables.locked(settings.table):  # Another process may add labels, too.
+                # A table that is as this session left it need not be read row by row.
+                unchanged = self._stamp == self._table_stamp()
+                if unchanged and all(changes.values()) and not self._in_table & set(changes):
+                    tables.add_labels(settings.table, changes)
+                else:
+                    tables.change_labels(settings.table, changes, settings.images)
+                if unchanged:
+                    self._stamp = self._table_stamp()
         except OSError as error:
             raise UserError(f"cannot write {settings.table}: {error.strerror}") from error
-        if unchanged:
-            self._stamp = self._table_stamp()
         self._in_table |= set(changes)
         for path, label in changes.items():
             if label is None:
@@ -716,7 +717,7 @@ class Session:
         """The batch that the last sitting, or `dynamical-select`, left."""
         output, images = self._settings.output, self._settings.images
         proposed = tables.read_proposal(output, images)
-        if tables.read_labels(output, images).of_path:
+        if tables.read_labels(output, images).by_path:
             # They are in the table of labels now, and there they may change.
             tables.write_proposal(output, proposed, self._settings.table)
         batches = self._log.batches
@@ -790,7 +791,7 @@ class Session:
         stamp = self._table_stamp()
         if stamp == self._stamp:
             return
-        labels = tables.read_labels(self._settings.table, self._settings.images).of_path
+        labels = tables.read_labels(self._settings.table, self._settings.images).by_path
         self._labels = {path: label for path, label in labels.items() if path in self._id_of}
         self._in_table |= set(labels)
         self._stamp = stamp
@@ -803,7 +804,7 @@ class Session:
         if len(folder.class_names) < 2:
             return
         start = learner.warm_start(folder, settings.config, settings.store)
-        if start.round_index == 0 or start.former_kind is not None or start.new_classes:
+        if start.round_index == 0 or start.former_description is not None or start.new_classes:
             return  # There is none that knows these classes.
         predictions = predicted(
             folder,

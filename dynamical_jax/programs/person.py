@@ -17,7 +17,7 @@ LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns p
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 NAMES = [name for name, kind in strategies.STRATEGIES.items() if kind().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
-SEED = flags.DEFINE_integer("seed", 0, "Of all randomness.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 
 
 def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:
@@ -47,7 +47,7 @@ def chosen() -> tuple[strategies.Strategy, labeling.Config]:
     """
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.settle_model()
+    attributes = options.set_model_defaults()
     chosen = strategy.make(STRATEGY.value)
     if STRATEGY.value not in NAMES:
         raise UserError(
@@ -61,7 +61,7 @@ def chosen() -> tuple[strategies.Strategy, labeling.Config]:
 def decoding() -> dict[str, Any]:
     """Returns the options of `images.decode` that the flags give."""
     return {
-        "cache_dir": options.prepared_cache_dir(),
+        "cache_dir": options.prepare_cache_dir(),
         "size": options.IMAGE_SIZE.value,
         "channels": options.CHANNELS.value,
         "unreadable": options.UNREADABLE.value,

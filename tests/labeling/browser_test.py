@@ -106,7 +106,7 @@ class Page:
 
 
 def on_disk(folder):
-    return labeling.read_labels(folder / "labels.csv", str(folder / "photos")).of_path
+    return labeling.read_labels(folder / "labels.csv", str(folder / "photos")).by_path
 
 
 def test_thirty_digits_by_keyboard_with_a_kill_in_the_middle(driver, photos, tmp_path):

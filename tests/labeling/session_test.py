@@ -99,7 +99,7 @@ def label(sitting, client, count=1, of=truth):
 
 
 def on_disk(settings):
-    return labeling.read_labels(settings.table, settings.images).of_path
+    return labeling.read_labels(settings.table, settings.images).by_path
 
 
 def test_each_label_is_on_disk_before_the_next_picture(settings):
@@ -456,6 +456,10 @@ def test_a_torn_line_of_the_log_is_dropped(settings):
     log = answers.Log(path)
     assert len(log.answers) == 2
     assert path.read_bytes() == whole
+    for spoiled in (b"{\n", b'{"answer": {"path": "a"}}\n', b"3\n"):
+        path.write_bytes(whole + spoiled)
+        with pytest.raises(dj.UserError, match=r"line \d+ of .* cannot be used"):
+            answers.Log(path)
 
 
 def label_until_killed(photos, folder):
