@@ -3,7 +3,7 @@
 - `tables`: labels so far, and images to label next, in CSV files that a person edits;
 - `folder`: the images, which of them are labeled, and which can be chosen;
 - `learner`: the model, trained further in each round;
-- `proposal`: what the model and a strategy ask for next;
+- `proposal`: the images that a strategy chooses to be labeled next;
 - `session`: pictures handed out, answers taken, the next batch chosen meanwhile;
 - `answers`, `standing`, `review`: all that was answered; how far that is; labels that may be wrong;
 - `previews`, `export`, `server`: pictures for a browser, other programs' forms, and the page.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dynamical_jax import files
+from dynamical_jax.errors import UserError
 
 LABEL, SKIP, BROKEN, UNDO = "label", "skip", "broken", "undo"
 
@@ -103,8 +104,12 @@ class Log:
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             os.truncate(path, len(whole))
-        for line in whole.decode("utf-8").splitlines():
-            self._take(json.loads(line))
+        # Not by msgspec, which refuses names of files whose bytes are no text.
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+            try:
+                self._take(json.loads(line))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"line {number} of {path} cannot be used: {error}") from error
 
     def add(self, entries: Sequence[Answer | Batch | str]) -> None:
         """Adds answers, batches, or names of new classes; they are on disk when this returns."""

@@ -43,7 +43,7 @@ def label_studio(labels: Mapping[str, str], predictions: Iterable[Proposed]) -> 
         }
         for image in predictions
     ]
-    return json.dumps(tasks, indent=1, ensure_ascii=False)
+    return json.dumps(tasks, indent=1)
 
 
 def sort(
@@ -82,7 +82,7 @@ def sort(
 
 
 def _data(path: str) -> dict[str, Any]:
-    return {"image": "/data/local-files/?d=" + urllib.parse.quote(path), "path": path}
+    return {"image": "/data/local-files/?d=" + urllib.parse.quote(os.fsencode(path)), "path": path}
 
 
 def _choice(label: str) -> list[dict[str, Any]]:

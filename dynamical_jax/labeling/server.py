@@ -179,6 +179,14 @@ def _is_address(name: str) -> bool:
     return True
 
 
+class _Json(JSONResponse):
+    """In ASCII, since names of files may have bytes that are no text."""
+
+    def render(self, content: Any) -> bytes:
+        """Returns JSON."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
 class _Page:
     """What the page asks for."""
 
@@ -199,10 +207,10 @@ class _Page:
         return lambda request: Response(content, media_type=kind)
 
     def status(self, request: Request) -> Response:
-        return JSONResponse({"status": self._status()})
+        return _Json({"status": self._status()})
 
     def progress(self, request: Request) -> Response:
-        return JSONResponse(self._session.progress() | {"status": self._status()})
+        return _Json(self._session.progress() | {"status": self._status()})
 
     def image(self, request: Request) -> Response:
         size = request.path_params["size"]
@@ -321,13 +329,13 @@ def _posted(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Req
             raise HTTPException(400, "this is no JSON") from error
         if not isinstance(body, dict):
             raise HTTPException(400, "an object is expected")
-        return JSONResponse(await run_in_threadpool(handle, body))
+        return _Json(await run_in_threadpool(handle, body))
 
     return endpoint
 
 
 def _explain(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)[:500]}, 400)
+    return _Json({"error": str(error)[:500]}, 400)
 
 
 def _client(body: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAME
 OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace tables even where another program wrote them."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of all randomness.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 
 
 def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -320,6 +321,27 @@ def test_a_conflict_is_told(browser, sitting):
     assert answer.json()["conflicts"] == [
         {"path": one["name"], "label": "dog", "before": "cat", "who": "Anna"}
     ]
+
+
+def test_a_name_that_is_no_text(browser, sitting, photos, tmp_path):
+    """Bytes of another encoding in the name of a file: seen, labeled, exported."""
+    sitting.close()
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (photos / name).write_bytes((photos / "1.jpg").read_bytes())
+    for path in photos.glob("[0-9].jpg"):
+        path.unlink()
+    with labeling.Session(sitting._settings, choose) as fresh:
+        app = server.create(fresh, TOKEN, photos, tmp_path / "labels.csv")
+        browser = Browser(app, base_url=HERE)
+        (one,) = browser.send_json("next").json()["offers"]
+        assert browser.look(f"image/thumb/{one['id']}").status_code == 200
+        given = [{"id": one["id"], "what": "label", "label": "cat"}]
+        assert browser.send_json("answer", given=given).status_code == 200
+        assert rows(tmp_path) == {name: "cat"}
+        for file in ("labels.csv", "predictions.csv", "label-studio.json", "progress"):
+            assert browser.look(file).status_code == 200
+        assert browser.send_json("sort").json()["count"] == 1
+    assert labeling.answers.Log(tmp_path / "labels.answers.jsonl").answers[0].path == name
 
 
 def test_a_broken_file(browser, sitting, photos):

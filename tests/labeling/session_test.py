@@ -456,6 +456,10 @@ def test_a_torn_line_of_the_log_is_dropped(settings):
     log = answers.Log(path)
     assert len(log.answers) == 2
     assert path.read_bytes() == whole
+    for spoiled in (b"{\n", b'{"answer": {"path": "a"}}\n', b"3\n"):
+        path.write_bytes(whole + spoiled)
+        with pytest.raises(dj.UserError, match=r"line \d+ of .* cannot be used"):
+            answers.Log(path)
 
 
 def label_until_killed(photos, folder):
