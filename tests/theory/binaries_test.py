@@ -68,6 +68,7 @@ def test_figure_1_has_both_scales(run, tmp_path):
         assert raw["squared_mmd"] == pytest.approx(unit["squared_mmd"] * raw["mean_diagonal"])
 
 
+@pytest.mark.slow  # 17 s; ntk_test.py compares the kernels themselves.
 @pytest.mark.skipif(not dj.ntk.compatibility.is_installed(), reason="needs neural-tangents")
 def test_figure_1_of_infinite_width(run, tmp_path):
     small = {"image_size": 4, "num_labeled": 12, "query_sizes": ["4"]}
@@ -229,7 +230,9 @@ def test_theorem_1_says_what_it_computed(run, tmp_path):
     assert f"within {apart:.1%} of" in output
     promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
     left = error[:, -1] / error[:, 0]
-    np.testing.assert_allclose(MODULES["theorem1_convergence"].fall(curves), [promised, left])
+    np.testing.assert_allclose(
+        MODULES["theorem1_convergence"].error_reduction(curves), [promised, left]
+    )
     tau = scipy.stats.kendalltau(promised, left).statistic
     assert results["tau_of_seeds"] == pytest.approx([tau])
     assert f"is {tau:.2f}." in output
