@@ -1,11 +1,11 @@
-"""What the benchmark programs share: contenders that take turns, and what is made of their times.
+"""What the benchmark programs share: contenders take turns, and their times are compared.
 
-Each contender has a process of its own. JAX and PyTorch in one process disturb each other: the
-threads of one wait actively for work, and the other becomes 4 to 25 times slower. In processes
-that wait passively, and work in turn, each has the machine to itself.
+Each contender has its own process. In one process JAX and PyTorch disturb each other: the threads
+of one wait actively for work, and the other becomes 4 to 25 times slower. In processes that wait
+passively, and work in turn, each has the whole machine.
 
-Times move with the load of the machine, ratios hardly: they are taken between turns of the same
-repetition, and the median over repetitions is reported with the smallest and the largest.
+Times change with the load of the machine, ratios hardly: a ratio is taken between turns of the same
+repetition, and its median over repetitions is reported with the smallest and the largest.
 """
 
 import contextlib
@@ -41,27 +41,31 @@ PRECISIONS = ("default", "float32", "tensorfloat32")
 ROOT = pathlib.Path(__file__).parent.parent
 
 MODELS = flags.DEFINE_list(
-    "models", None, f"Some of {', '.join(DEFAULT_BATCH_SIZES)}; by default all that make sense."
+    "models",
+    None,
+    f"Some of {', '.join(DEFAULT_BATCH_SIZES)}; by default all that the program has.",
 )
 BATCH_SIZES = flags.DEFINE_list(
-    "batch_sizes", None, "Images at a time; by default what suits each model."
+    "batch_sizes", None, "Images in a batch; by default a size for each model."
 )
 REPETITIONS = flags.DEFINE_integer(
-    "repetitions", 7, "Turns of each contender, where they take turns."
+    "repetitions", 7, "How many turns each contender has, where they take turns."
 )
-CONTENDERS = flags.DEFINE_list("contenders", None, "Some of those printed; by default all.")
+CONTENDERS = flags.DEFINE_list(
+    "contenders", None, "Some of those that the program prints; by default all."
+)
 MATMUL_PRECISION = flags.DEFINE_enum(
     "matmul_precision",
     "default",
     PRECISIONS,
-    "Of matrix products on a GPU; default: each framework's own (JAX: TensorFloat-32; PyTorch: "
-    "TensorFloat-32 in convolutions only). CPUs compute in float32 in any case.",
+    "Precision of matrix products on a GPU; default: each framework's own (JAX: TensorFloat-32; "
+    "PyTorch: TensorFloat-32 in convolutions only). CPUs compute in float32 in any case.",
 )
-JSON = flags.DEFINE_string("json", None, "File for the results, overwritten.")
+JSON = flags.DEFINE_string("json", None, "JSON file for the results; it is overwritten.")
 
 
 class LeftOutError(Exception):
-    """A contender cannot do its work here; the message says why."""
+    """Raised where a contender cannot do its work; the message says why."""
 
 
 class Ratio(NamedTuple):
@@ -76,7 +80,7 @@ class Ratio(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The flags that all programs have, checked."""
+    """The values of the flags that all programs have."""
 
     tasks: Sequence[Task]
     contenders: Mapping[str, str]
@@ -84,11 +88,11 @@ class Settings(NamedTuple):
 
 
 def main(argv: list[str], run: Callable[[], None]) -> int | None:
-    """Calls `run`; returns the exit status. A user's error is one line."""
+    """Calls `run`; returns the exit status. A `UserError` is printed in one line."""
     try:
         if len(argv) > 1:
             raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --models=cnn")
-        # JAX would take most of a GPU for this process, which computes nothing.
+        # Otherwise JAX reserves most of a GPU for this process, which computes nothing.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         run()
     except (dj.UserError, LeftOutError) as error:
@@ -100,37 +104,39 @@ def main(argv: list[str], run: Callable[[], None]) -> int | None:
 def settings(
     contenders: Mapping[str, str], batch_sizes: Mapping[str, Sequence[int | None]]
 ) -> Settings:
-    """Returns what the flags ask for.
+    """Checks the flags; returns their values.
 
     Args:
       contenders: the program's, name → function as `benchmarks.worker` takes it.
       batch_sizes: model → batch sizes by default.
 
     Raises:
-      UserError: if a flag has a value that makes no sense.
+      UserError: if the value of a flag cannot be used.
     """
     models = list(batch_sizes) if MODELS.value is None else MODELS.value
     names = list(contenders) if CONTENDERS.value is None else CONTENDERS.value
     _check_names("model", models, batch_sizes)
     _check_names("contender", names, contenders)
-    given = None if BATCH_SIZES.value is None else binary.positive("batch_sizes", BATCH_SIZES.value)
+    sizes = None
+    if BATCH_SIZES.value is not None:
+        sizes = binary.parse_positive("batch_sizes", BATCH_SIZES.value)
     if REPETITIONS.value < 1:
         raise dj.UserError(f"repetitions must be at least 1, got {REPETITIONS.value}")
     device = jax.default_backend()
     tasks = [
         Task(model, size, None, MATMUL_PRECISION.value, "cpu" if device == "cpu" else "gpu")
         for model in models
-        for size in given or batch_sizes[model]
+        for size in sizes or batch_sizes[model]
     ]
     return Settings(tasks, {name: contenders[name] for name in names}, REPETITIONS.value)
 
 
-def _check_names(kind: str, names: Sequence[str], known: Mapping[str, Any]) -> None:
+def _check_names(what: str, names: Sequence[str], choices: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in known:
-            raise dj.UserError(f"unknown {kind} {name!r}; choose from {', '.join(known)}")
+        if name not in choices:
+            raise dj.UserError(f"unknown {what} {name!r}; choose from {', '.join(choices)}")
     if not names:
-        raise dj.UserError(f"no {kind} given; choose from {', '.join(known)}")
+        raise dj.UserError(f"no {what} given; choose from {', '.join(choices)}")
 
 
 class Worker:
@@ -147,10 +153,10 @@ class Worker:
         )
 
     def ask(self, request: str) -> Any:
-        """Returns what the worker replies to "warm_up", "turn" or "peak".
+        """Sends "warm_up", "turn" or "peak" to the worker; returns its reply.
 
         Raises:
-          LeftOutError: if it cannot.
+          LeftOutError: if the worker fails.
         """
         with contextlib.suppress(BrokenPipeError):
             print(request, file=self._process.stdin, flush=True)
@@ -172,7 +178,7 @@ class Worker:
 
 @contextlib.contextmanager
 def worker_environment() -> Iterator[dict[str, str]]:
-    """Yields environment variables for workers: idle threads sleep, and programs are kept.
+    """Yields environment variables for workers: idle threads sleep, compiled programs are kept.
 
     Memory is measured in fresh processes that find their programs compiled, because compilation
     takes more memory than most of the programs.
@@ -193,13 +199,13 @@ def worker_environment() -> Iterator[dict[str, str]]:
 def compare(
     task: Task, contenders: Mapping[str, str], repetitions: int, environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Returns milliseconds and peak memory of each contender, and who was left out, as JSON."""
+    """Returns milliseconds and peak memory of each contender, and those left out, as JSON."""
     left_out: dict[str, str] = {}
-    with others_share() as others:
+    with measure_other_load() as others:
         seconds = take_turns(task, contenders, repetitions, environment, left_out)
     rows = {}
     for name, turns in seconds.items():
-        with closing_worker(contenders[name], task, environment) as worker:
+        with start_worker(contenders[name], task, environment) as worker:
             rows[name] = {
                 "milliseconds": [round(1e3 * turn, 3) for turn in turns],
                 "peak_mib": round(run_alone(worker)[1] / 2**20, 1),
@@ -220,11 +226,11 @@ def take_turns(
     environment: Mapping[str, str],
     left_out: dict[str, str],
 ) -> dict[str, list[float]]:
-    """Returns for each contender the seconds of its turns; notes in `left_out` who has none."""
+    """Returns the seconds of each contender's turns; adds those that fail to `left_out`."""
     workers: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
         for name, contender in contenders.items():
-            worker = stack.enter_context(closing_worker(contender, task, environment))
+            worker = stack.enter_context(start_worker(contender, task, environment))
             try:
                 worker.ask("warm_up")
                 workers[name] = worker
@@ -238,22 +244,22 @@ def take_turns(
 
 
 @contextlib.contextmanager
-def others_share() -> Iterator[Callable[[], float | None]]:
-    """Yields a function that returns afterwards which share of the cores other programs took.
+def measure_other_load() -> Iterator[Callable[[], float | None]]:
+    """Yields a function that returns, after the block, the share of the cores other programs took.
 
-    Where they took much of it ratios, too, are not to be trusted. None where it cannot be told.
+    Where that is large, ratios cannot be trusted either. None where it cannot be measured.
     """
-    before = _busy_and_own()
+    before = _cpu_seconds()
     yield lambda: share
-    after = _busy_and_own()
+    after = _cpu_seconds()
     share = None
     if before and after:
         wall, busy, own = np.subtract(after, before)
         share = round(max(0.0, float(busy - own)) / (wall * os.cpu_count()), 3)
 
 
-def _busy_and_own() -> tuple[float, float, float] | None:
-    """Seconds: of the clock, of work of all cores, of work of this process and ended workers."""
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Returns seconds of the clock, of all cores' work, and of this process and ended workers."""
     try:
         cpu = pathlib.Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
     except OSError:
@@ -264,8 +270,8 @@ def _busy_and_own() -> tuple[float, float, float] | None:
 
 
 @contextlib.contextmanager
-def closing_worker(contender: str, task: Task, environment: Mapping[str, str]) -> Iterator[Worker]:
-    """Yields a worker that is closed in the end."""
+def start_worker(contender: str, task: Task, environment: Mapping[str, str]) -> Iterator[Worker]:
+    """Yields a new worker, and closes it after the block."""
     worker = Worker(contender, task, environment)
     try:
         yield worker
@@ -274,22 +280,22 @@ def closing_worker(contender: str, task: Task, environment: Mapping[str, str]) -
 
 
 def run_once(contender: str, task: Task, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Returns seconds and peak memory of one turn, in a process that finds its program compiled."""
-    with closing_worker(contender, task, environment) as worker:
+    """Returns seconds and peak memory of one turn, in a process whose program is compiled."""
+    with start_worker(contender, task, environment) as worker:
         worker.ask("warm_up")  # Compiles for the worker that is measured.
-    with closing_worker(contender, task, environment) as worker:
+    with start_worker(contender, task, environment) as worker:
         seconds, peak = run_alone(worker)
     return {**task._asdict(), "seconds": round(seconds, 6), "peak_mib": round(peak / 2**20, 1)}
 
 
 def run_alone(worker: Worker) -> tuple[float, int]:
-    """Returns the seconds of one turn of a fresh worker and the most bytes it took."""
+    """Returns the seconds of one turn of a new worker, and its peak memory in bytes."""
     worker.ask("warm_up")
     return worker.ask("turn"), worker.ask("peak")
 
 
 def ratio(row: Mapping[str, Any], other: Mapping[str, Any]) -> Ratio:
-    """Returns how many times longer than `other` the contender of `row` took, turn by turn."""
+    """Returns the ratios of the times of `row` to those of `other`, turn by turn."""
     ratios = np.divide(row["milliseconds"], other["milliseconds"])
     return Ratio(float(np.median(ratios)), float(ratios.min()), float(ratios.max()))
 
@@ -310,7 +316,7 @@ def table(case: Mapping[str, Any], reference: str) -> str:
 
 
 class Report:
-    """The results so far, in a JSON file if one is asked for."""
+    """The results so far, written to the file --json if it is given."""
 
     def __init__(self, program: str):
         self._results = {
@@ -324,14 +330,14 @@ class Report:
         self._write()
 
     def head(self) -> str:
-        """Returns what was measured on, in a line."""
+        """Returns a line about the machine and the versions of packages."""
         versions = self._results["versions"]
         named = [f"{name} {versions[name]}" for name in ("jax", *PEERS) if name in versions]
         machine = f"{self._results['device']}; {_cpu_name()}, {num_cores()} cores"
         return f"{machine}; {', '.join(named)}; precision of products: {MATMUL_PRECISION.value}"
 
     def add(self, case: Mapping[str, Any]) -> None:
-        """Adds results, and writes all that there are: a long run may be interrupted."""
+        """Adds results, and writes all so far, since a long run may be interrupted."""
         self._results["cases"].append(case)
         self._write()
 
@@ -355,7 +361,7 @@ def _peer_versions() -> dict[str, str]:
 
 
 def num_cores() -> int:
-    """Returns how many cores this process, and so its workers, may use."""
+    """Returns how many cores this process and its workers may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()

@@ -1,7 +1,7 @@
-"""What is timed of this library, on uint8 images that lie on the device, as in an experiment.
+"""Parts of this library to time, on uint8 images on the device, as in an experiment.
 
-A contender is a function of a `task.Task` that returns a `task.Work`. It compiles nothing:
-that is for the first call, so that the memory of parameters and images can be told from the rest.
+A contender is a function of a `task.Task` that returns a `task.Work`. It compiles nothing
+before the first call, so that the memory of parameters and images can be told from the rest.
 """
 
 import math

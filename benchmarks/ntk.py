@@ -1,11 +1,11 @@
-"""What does Θ of many images cost, against neural-tangents on the same network?
+"""What does Θ of many images cost, compared with neural-tangents on the same network?
 
   python -m benchmarks.ntk
 
 Three convolutions of 64 channels on 32×32×3 images, one logit, 1,500 images; a quarter of an hour
-on two cores. Prints for each contender seconds, their ratio to those of `ntk.empirical_ntk`, and
-the most memory taken beyond images and parameters, in a process of its own that finds its program
-compiled. neural-tangents computes the Jacobians of a block of rows anew for each block of columns:
+on two cores. Prints, for each contender, the seconds, their ratio to those of `ntk.empirical_ntk`,
+and the peak memory without images and parameters, in a new process whose program is compiled
+already. neural-tangents computes the Jacobians of a block of rows anew for each block of columns:
 its time falls and its memory grows with the block. --batch_sizes is the number of images, a
 multiple of 300.
 """

@@ -2,8 +2,8 @@
 
   python -m benchmarks.pool --pool_sizes=5000,49500
 
-About 6 minutes on two cores. Prints for each model and pool size the seconds and the most memory
-taken beyond parameters and images, in a process of its own that finds its program compiled.
+About 6 minutes on two cores. Prints, for each model and pool size, the seconds and the peak memory
+without parameters and images, each in a new process whose program is compiled already.
 --batch_sizes is the number of images in a block; by default the library chooses.
 """
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int | None:
 
 def run() -> None:
     """Checks the flags, then scores each pool with each model."""
-    sizes = binary.positive("pool_sizes", POOL_SIZES.value)
+    sizes = binary.parse_positive("pool_sizes", POOL_SIZES.value)
     tasks, contenders, _ = harness.settings(CONTENDERS, BLOCK_SIZES)
     report = harness.Report("pool")
     print(report.head())

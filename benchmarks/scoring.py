@@ -1,11 +1,11 @@
-"""How fast is scoring? ‖g_u‖² and g_u·g_S of a batch, against other ways to get them.
+"""How fast is scoring? Compares ways to compute ‖g_u‖² and g_u·g_S of a batch.
 
   python -m benchmarks.scoring
 
 About 12 minutes on two cores, 8 GB of memory. The rivals: `pip install torch backpack-for-pytorch`.
-Prints for each model and batch size a row for each contender: the median of its turns, its time
-over that of `factored` (median and range over turns), and the most memory it took beyond parameters
-and images, in a process of its own that finds its program compiled. The contenders:
+Prints, for each model and batch size, a row for each contender: the median of its turns, its time
+divided by that of `factored` (median and range over turns), and its peak memory without parameters
+and images, in a new process whose program is compiled already. The contenders:
 
 - factored: this library, all of the batch at a time;
 - forward_backward: the gradient of the summed loss alone, in evaluation mode;
@@ -15,9 +15,9 @@ and images, in a process of its own that finds its program compiled. The contend
 - torch_vmap, backpack: `torch.func.vmap` of `grad`, and `BatchGrad` if BackPACK is installed, with
   1 GiB of gradients at a time.
 
-What takes its images in several parts is timed on one part (8 images in torch_loop; elsewhere 1 GiB
-of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the time is scaled to the batch; the
-memory is that of one part. For fewer cores: `taskset -c 0 python -m benchmarks.scoring`.
+A contender that takes its images in several parts is timed on one part (8 images in torch_loop;
+elsewhere 1 GiB of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the time is scaled to the
+batch; the memory is that of one part. For fewer cores: `taskset -c 0 python -m benchmarks.scoring`.
 """
 
 from absl import app, flags, logging

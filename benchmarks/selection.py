@@ -3,8 +3,8 @@
   python -m benchmarks.selection
 
 About 3 minutes on two cores. 500 of 49,500 images are chosen from logits of 10 or 101 classes and
-512 features, as ResNet-18 has them. Prints for each strategy the seconds, and the most memory taken
-beyond what scoring returned, in a process of its own that finds its program compiled. --models
+512 features, as ResNet-18 has them. Prints, for each strategy, the seconds and the peak memory
+without the result of scoring, in a new process whose program is compiled already. --models
 takes strategies here, --batch_sizes the number of images to choose.
 """
 
@@ -18,8 +18,8 @@ flags.adopt_module_key_flags(harness)
 POOL_SIZE = flags.DEFINE_integer("pool_size", 49_500, "Images to choose from.", lower_bound=1)
 
 CONTENDERS = {
-    "10 classes": "strategy_contenders.of_10_classes",
-    "101 classes": "strategy_contenders.of_101_classes",
+    "10 classes": "strategy_contenders.select_from_10_classes",
+    "101 classes": "strategy_contenders.select_from_101_classes",
 }
 # Those that choose by gradients of the query need a network, and cost what that does.
 BY_GRADIENTS = ("dynamical_joint", "dynamical_diverse", "dynamical_repelled")

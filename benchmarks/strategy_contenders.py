@@ -1,4 +1,4 @@
-"""Selection as each strategy does it, from features of ResNet-18's size that lie on the device."""
+"""Selection by each strategy, from features of ResNet-18's size on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ EMBEDDING = 512
 NUM_LABELED = 500
 
 
-def of_10_classes(task: Task) -> Work:
-    """The query of `task.batch_size` out of `task.pool_size` by strategy `task.model`."""
+def select_from_10_classes(task: Task) -> Work:
+    """Selection of `task.batch_size` of `task.pool_size` images by the strategy `task.model`."""
     return _selection(task, 10)
 
 
-def of_101_classes(task: Task) -> Work:
+def select_from_101_classes(task: Task) -> Work:
     """The same with as many classes as Caltech-101."""
     return _selection(task, 101)
 
@@ -25,7 +25,7 @@ def of_101_classes(task: Task) -> Work:
 def _selection(task: Task, num_classes: int) -> Work:
     strategy = dj.strategies.create(task.model)
     key, state = jax.random.key(0), strategy.init()
-    if task.model.startswith("dynamical"):  # Its scores are the matter of benchmarks.pool.
+    if task.model.startswith("dynamical"):  # benchmarks.pool times its scores.
         scores = jax.random.normal(key, (task.pool_size,))
         scored = dj.strategies.dynamical.Changes(scores, None, None, None)
         if task.model == "dynamical_sampled":

@@ -1,4 +1,4 @@
-"""What a contender is asked to do and what it answers; imports neither JAX nor PyTorch."""
+"""The task of a contender, and the work it returns; imports neither JAX nor PyTorch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ CHUNK_BYTES = 2**30
 
 
 class Task(NamedTuple):
-    """What to do.
+    """What a contender is to do.
 
     Attributes:
-      model: a key of `MODELS`, of `jax_contenders` and `torch_contenders` alike.
-      batch_size: images in a batch; None for what the library chooses.
+      model: a key of `MODELS` in `jax_contenders` and in `torch_contenders`.
+      batch_size: images in a batch; None lets the library choose.
       pool_size: images in the pool, where there is one.
       precision: of matrix products; "default" for each framework's own.
       device: "cpu" or "gpu".
@@ -34,15 +34,15 @@ class Task(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How to do it, once parameters and images are there and before anything is compiled.
+    """How a contender does its task; parameters and images exist, and nothing is compiled yet.
 
     Attributes:
       call: does a part of the work, and waits until it is done; returns the results.
       calls: how many calls the whole work would take: 5⅓ where a call scores 24 of 128 images, ¼
         where it is an epoch and the work is one of its four steps.
-      warm_up: to be called first where `call` itself would take too long.
-      device_memory: returns (bytes in use, most bytes in use so far) of an accelerator; None where
-        the memory is the process's.
+      warm_up: called first, if `call` itself would take too long; None calls `call`.
+      device_memory: returns (bytes in use, peak of bytes in use) of an accelerator; None where the
+        memory of the process counts.
     """
 
     call: Callable[[], Any]

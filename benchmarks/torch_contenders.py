@@ -1,7 +1,7 @@
-"""What it is timed against: the same work on the same networks in PyTorch, as in `jax_contenders`.
+"""The same work on the same networks as in `jax_contenders`, in PyTorch.
 
-Images are floats already and lie on the device; of the framework's options each contender takes
-what its documentation recommends for the purpose.
+Images are floats already, on the device. Each contender uses the options that the documentation of
+its framework recommends for the purpose.
 """
 
 import warnings
@@ -106,12 +106,12 @@ def backpack(task: Task) -> Work:
 
 
 def training_step(task: Task) -> Work:
-    """Steps with Adam as it comes: forward, backward, update."""
+    """Training steps with PyTorch's default Adam: forward, backward, update."""
     return _training(task, fused=None)
 
 
 def fused_training_step(task: Task) -> Work:
-    """Likewise, with Adam's update as one kernel."""
+    """The same, with Adam's update as one fused kernel."""
     return _training(task, fused=True)
 
 

@@ -1,14 +1,14 @@
-"""How fast is training? A step (forward, backward, Adam), against PyTorch's on the same network.
+"""How fast is training? Compares a step with Adam with PyTorch's on the same network.
 
   python -m benchmarks.training
 
-About 6 minutes on two cores, 12 GB of memory. Prints for each model and batch size a row for each
-contender: the median of its turns, its time over PyTorch's (median and range over turns), and the
-most memory it took beyond parameters and images, in a process of its own that finds its program
-compiled. The contenders:
+About 6 minutes on two cores, 12 GB of memory. Prints, for each model and batch size, a row for each
+contender: the median of its turns, its time divided by PyTorch's (median and range over turns), and
+its peak memory without parameters and images, in a new process whose program is compiled already.
+The contenders:
 
 - jax: an epoch of four steps as `training.fit` runs it, divided by four;
-- torch: four steps as anyone writes them, divided by four, if PyTorch is installed;
+- torch: four steps of a usual training loop, divided by four, if PyTorch is installed;
 - torch_fused: likewise with `torch.optim.Adam(..., fused=True)`.
 
 For fewer cores: `taskset -c 0 python -m benchmarks.training`.

@@ -1,4 +1,4 @@
-"""The process of one contender: does what it is told, and times itself.
+"""The process of one contender: answers requests, and times its own work.
 
   python -m benchmarks.worker jax_contenders.factored '["cnn", 128]'
 
@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.task import Task, Work
 
-# A turn repeats what is shorter: the first call after another's turn finds cold caches and
-# sleeping threads.
+# Calls are repeated for so long in a turn: the first one after another contender's turn finds cold
+# caches and sleeping threads.
 SECONDS_OF_A_TURN = 0.2
 
 
@@ -31,18 +31,18 @@ class Contender:
 
     def __init__(self, work: Work):
         self.work = work
-        gc.collect()  # JAX, too, gives back then what it copied parameters and images from.
-        # Imports and parameters may have taken more for a moment: forget it, where Linux can.
+        gc.collect()  # JAX then frees the arrays that parameters and images were copied from.
+        # Imports and parameters may have taken more for a moment: reset the peak, where Linux can.
         with contextlib.suppress(OSError):
             pathlib.Path("/proc/self/clear_refs").write_text("5")
         self.before = work.device_memory()[0] if work.device_memory else peak_of_process()
 
     def warm_up(self) -> None:
-        """Compiles what is to be compiled."""
+        """Compiles all programs of the work."""
         (self.work.warm_up or self.work.call)()
 
     def turn(self) -> float:
-        """Returns the seconds that the work takes, the median over the calls of one turn."""
+        """Returns the seconds of the work, from the median over the calls of one turn."""
         seconds = []
         while sum(seconds) < SECONDS_OF_A_TURN:
             start = time.perf_counter()
@@ -51,15 +51,15 @@ class Contender:
         return float(np.median(seconds)) * self.work.calls
 
     def peak(self) -> int:
-        """Returns the most bytes held at a time so far, beyond those held before."""
+        """Returns the peak memory in bytes so far, without what was held before the first call."""
         peak = self.work.device_memory()[1] if self.work.device_memory else peak_of_process()
         return peak - self.before
 
 
 def peak_of_process() -> int:
-    """Returns the most bytes of memory that this process has held at a time."""
+    """Returns the peak memory of this process in bytes."""
     with contextlib.suppress(OSError):
-        # Not `ru_maxrss`, where it can be helped: that begins with what the parent held.
+        # Better than `ru_maxrss`, which includes the memory of the parent process.
         status = pathlib.Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -67,8 +67,8 @@ def peak_of_process() -> int:
 
 
 def main(name: str, task: str) -> None:
-    """Answers requests until there are no more."""
-    # The library prints where it likes; replies go where nothing else does.
+    """Answers requests until standard input ends."""
+    # Libraries may print to standard output: replies go to a copy of it, all else to stderr.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contender = None

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/gallery.md: what each strategy asks for in two dimensions, and why.
+"""Draws the pictures of docs/gallery.md: what each strategy asks for in two dimensions.
 
   python -m docs.gallery
 
@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
 
 class Task(NamedTuple):
-    """What is drawn: a pool, the labeled points, and the network trained on these."""
+    """A pool, its labeled points, and the network trained on these."""
 
     pool: dj.Examples
     labeled: np.ndarray
@@ -85,16 +85,16 @@ def make_task(num_labeled: int = 12) -> Task:
     labeled = generator.choice(len(x) - len(island), num_labeled, replace=False)
     model = MLP()
     start = dj.models.init(model, dj.streams.key(SEED, "weights"), pool.x)
-    known = dj.Examples(pool.x[labeled], pool.y[labeled])
-    fit = dj.training.fit(model, start, known, dj.TrainingConfig(learning_rate=1e-2), SEED)
+    examples = dj.Examples(pool.x[labeled], pool.y[labeled])
+    fit = dj.training.fit(model, start, examples, dj.TrainingConfig(learning_rate=1e-2), SEED)
     return Task(pool, labeled, model, fit.variables)
 
 
 def background(strategy: strategies.Strategy, view: dj.LearnerView) -> np.ndarray:
-    """Returns for each unlabeled point the score by which it would be chosen first.
+    """Returns the score of each unlabeled point, by which the first one is chosen.
 
-    Strategies that choose one point after the other score what is left anew each time, by its
-    distance to those that were chosen: their first look at the points is what this returns.
+    Strategies that choose one point after the other score the others again each time, by the
+    distance to those that are chosen. This returns their first scores.
     """
     key_score, _ = jax.random.split(KEY)  # As `Strategy.query` does.
     return first_look(strategy.score(key_score, view, strategy.init()))
@@ -110,8 +110,8 @@ def first_look(scored: Any) -> np.ndarray:
             return np.min(np.linalg.norm(between, axis=-1), axis=1)
         case strategies.badge.Factors():
             return np.prod([np.linalg.norm(part, axis=-1) for part in scored], axis=0)
-        case strategies.albl.BanditState(), of_arm:
-            return first_look(of_arm)
+        case strategies.albl.BanditState(), arm_scores:
+            return first_look(arm_scores)
         case strategies.sampled.Noisy():
             return np.asarray(scored.scores)
     return np.asarray(scored)
@@ -143,7 +143,7 @@ def draw(task: Task, strategy: strategies.Strategy, path: pathlib.Path) -> None:
 
 
 def draw_task(task: Task, path: pathlib.Path) -> None:
-    """Draws the points, and what the network takes each place of the plane for."""
+    """Draws the points, and the class that the network predicts at each place of the plane."""
     picture, axes = canvas()
     sides, points = grid(task)
     logits = task.model.apply(task.variables, points).logits

@@ -1,8 +1,7 @@
 """Lets files outside docs/ be pages of the site: the README is its front page.
 
-Links between files of the repository stay as they are, and lead where they lead on disk; on the
-way to the site they are made to lead to the pages. The site that is built asks no other host for
-scripts, styles, fonts or pictures, or it is not built.
+In the repository links lead from file to file; for the site they are changed to lead to its pages.
+The build fails if the site would load scripts, styles, fonts or pictures from another host.
 """
 
 import html.parser
@@ -31,26 +30,26 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turns links to files of the repository into links to what they are in the site."""
+    """Turns links to files of the repository into links to pages of the site."""
     here = page.file.src_uri
     folder = posixpath.dirname(in_repository(here, files))
 
     def in_page(link: re.Match) -> str:
         target = in_site(posixpath.normpath(posixpath.join(folder, link["path"])))
         if files.get_file_from_path(target) is None:
-            return link["path"]  # MkDocs says that it leads nowhere.
+            return link["path"]  # MkDocs warns that it leads nowhere.
         return posixpath.relpath(target, posixpath.dirname(here) or ".")
 
     return LINK.sub(in_page, markdown)
 
 
 def in_site(source: str) -> str:
-    """Returns what a file of the repository is called in the site."""
+    """Returns the name in the site of a file of the repository."""
     return "index.md" if source == "README.md" else source.removeprefix("docs/")
 
 
 def in_repository(source: str, files: Files) -> str:
-    """Returns what a page of the site is called in the repository."""
+    """Returns the name in the repository of a page of the site."""
     path = files.get_file_from_path(source).abs_src_path
     return pathlib.Path(path).resolve().relative_to(ROOT.resolve()).as_posix()
 
@@ -72,7 +71,7 @@ def on_post_build(config: Any) -> None:
 
 
 class Page(html.parser.HTMLParser):
-    """Notes what a page loads from other hosts; links that a reader may follow are no matter."""
+    """Collects what a page loads from other hosts; links to follow are allowed."""
 
     def __init__(self):
         super().__init__()

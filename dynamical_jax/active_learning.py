@@ -1,4 +1,4 @@
-"""Algorithm 1: train, query, ask the oracle, and again with the weights carried over."""
+"""Algorithm 1: train, query, ask the oracle, and repeat, keeping the weights."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from dynamical_jax.types import Examples, Rows, Variables
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How many labels are asked for, and when (§2.2).
+    """How many labels are asked for, and in how many rounds (§2.2).
 
     Attributes:
       initial_size: M, labels of the initial set.
@@ -39,18 +39,18 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """M + R·b, labels at the end."""
+        """M + R·b, the number of labels at the end."""
         return self.initial_size + self.num_rounds * self.batch_size
 
 
 class Underway(NamedTuple):
-    """What a round in the middle of its training depends on besides `State`'s other fields.
+    """The part of `State` that exists only during the training of a round.
 
     Attributes:
-      epoch: epochs done.
+      epoch: number of epochs done.
       optimizer_state: the optimiser's.
-      best_test_accuracy: the best so far; 0 if the test set was not looked at.
-      seconds: spent so far, as in `Round`.
+      best_test_accuracy: the best so far; 0 before the first evaluation on the test set.
+      seconds: time spent so far, as in `Round`.
     """
 
     epoch: int
@@ -60,14 +60,14 @@ class Underway(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a round depends on besides the experiment itself.
+    """The state of a run: all that a round depends on, besides the experiment itself.
 
     Attributes:
-      round_index: the round to play.
+      round_index: the next round, or the one in progress.
       pool: S and U.
       variables: the model's.
-      strategy_state: what the strategy carries from query to query.
-      underway: None before the round; else how far its training got.
+      strategy_state: the state of the strategy.
+      underway: None before the round; during its training, the state of that.
     """
 
     round_index: int
@@ -79,23 +79,23 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What happened in one round: the model was trained on S and evaluated, then Q was queried.
+    """The result of one round: the model was trained on S and evaluated, then Q was queried.
 
     Attributes:
       round_index: 0 for the initial set.
       num_labeled: |S|.
-      epochs: that training took.
-      converged: whether it met its targets.
+      epochs: number of epochs of training.
+      converged: whether training met its targets.
       labeled: evaluation on S after training.
       test: evaluation on the test set after the last epoch.
-      best_test_accuracy: the best over the epochs of this round at which the test set was looked
-        at. Nothing is decided by it; some published tables report it.
+      best_test_accuracy: the best over those epochs of this round after which the model was
+        evaluated on the test set. Nothing depends on it; some published tables report it.
       initial: `[M]` in round 0 the initial set, as `Dataset.index`; empty in the others.
-      query: `[b]` what was queried, as `Dataset.index`; empty in the last round.
+      query: `[b]` the queried examples, as `Dataset.index`; empty in the last round.
       query_scores: `[b]` the strategy's scores of these.
-      query_facts: what the strategy has to say of the query, by name.
-      seconds: spent on "train", "evaluate", "score" and "select", on "describe" if the strategy
-        has something to say, and on "checkpoint" if a state was saved in the middle of training.
+      query_facts: name → number, facts from `Strategy.describe`.
+      seconds: time of "train", "evaluate", "score" and "select", of "describe" if the strategy
+        returns facts, and of "checkpoint" if a state was saved during training.
     """
 
     round_index: int
@@ -108,12 +108,12 @@ class Round:
     initial: np.ndarray
     query: np.ndarray
     query_scores: np.ndarray
-    query_facts: Mapping[str, float]
+    query_facts: Mapping[str, float | None]
     seconds: dict[str, float]
 
 
 class Reporter:
-    """Is told how a round goes on; this one says nothing of it."""
+    """Receives the progress of a round; this one ignores it. Derive from it to show progress."""
 
     def begin(self, round_index: int) -> None:
         """Called before a round."""
@@ -122,13 +122,13 @@ class Reporter:
         """Called after each epoch.
 
         Args:
-          epoch: how many there were in this round.
-          labeled: evaluation on S, if S was looked at after this epoch.
+          epoch: number of epochs so far in this round.
+          labeled: evaluation on S, or None if there was none after this epoch.
           target: the mean loss on S at which training stops; None if the loss does not decide.
         """
 
     def scored(self, done: int, total: int) -> None:
-        """Called as the pool is scored."""
+        """Called while the pool is scored."""
 
 
 SILENT = Reporter()
@@ -138,19 +138,20 @@ SILENT = Reporter()
 class Experiment:
     """One strategy with one seed.
 
-    The seed alone determines the initial set and the initial weights, whatever the strategy: runs
-    of different strategies with one seed are paired.
+    The initial set and the initial weights depend on the seed and not on the strategy, so that runs
+    of different strategies with the same seed are paired.
 
     Attributes:
       dataset: the pool and the test set.
-      model: a Flax Linen module of raw inputs, `(x, train=False)` or `(x)`, which returns logits
-        `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
+      model: a Flax Linen module called with raw inputs, `(x, train=False)` or `(x)`. It returns
+        logits `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
       strategy: chooses the queries.
-      budget: how many labels, when.
+      budget: how many labels are asked for, and in how many rounds.
       training_config: how the model is fitted in each round.
-      seed: of all randomness.
-      evaluate_every: epochs between looks at the test set; 0 for only after the last epoch.
-      eval_batch_size: examples at a time in evaluation; changes no result.
+      seed: seed of all random numbers.
+      evaluate_every: number of epochs between evaluations on the test set; 0 for one after the
+        last epoch only.
+      eval_batch_size: number of examples evaluated at a time; changes no result.
 
     Raises:
       UserError: on construction, if the budget exceeds the pool.
@@ -179,10 +180,10 @@ class Experiment:
             )
 
     def init(self) -> State:
-        """Returns the state before round 0: the initial set drawn, the weights initialised.
+        """Returns the state before round 0, with a random initial set and initial weights.
 
         Raises:
-          UserError: if the model's outputs are not what the data set and the strategy need.
+          UserError: if the model's outputs do not fit the data set and the strategy.
         """
         pool = initial_pool(
             len(self.dataset.pool.y),
@@ -192,10 +193,11 @@ class Experiment:
         key = streams.key(self.seed, "weights")
         variables = models.init(self.model, key, self.dataset.pool.x)
         outputs = contract.output_shapes(self.model.apply, variables, self.dataset.pool.x)
-        given, needed = outputs.logits.shape[1], len(self.dataset.class_names)
-        if given != needed:
+        num_outputs, num_classes = outputs.logits.shape[1], len(self.dataset.class_names)
+        if num_outputs != num_classes:
             raise UserError(
-                f"the model has {given} outputs, but {self.dataset.name} has {needed} classes"
+                f"the model has {num_outputs} outputs, but {self.dataset.name} has {num_classes} "
+                "classes"
             )
         check_embedding(self.strategy, outputs)
         return State(0, pool, variables, self.strategy.init())
@@ -206,13 +208,13 @@ class Experiment:
         reporter: Reporter = SILENT,
         save: Callable[[State], None] | None = None,
     ) -> tuple[State, Round]:
-        """Plays one round: trains on S, evaluates, and unless it is the last queries labels.
+        """Runs one round: trains on S, evaluates, and, except in the last round, queries labels.
 
         Args:
-          state: where to begin, between rounds or within one; its arrays are used up.
-          reporter: is told how the round goes on.
+          state: the state to start from, between rounds or within one; its arrays are used up.
+          reporter: receives the progress of the round.
           save: called after each epoch with a state from which `step` returns the same round, bit
-            for bit, times aside. Must not keep its arrays, whose memory is reused.
+            for bit, except for times. It must not keep the arrays, whose memory is reused.
 
         Raises:
           DivergedError: if training does.
@@ -305,7 +307,7 @@ class Experiment:
 
 
 class _Stopwatch:
-    """Seconds by part; while an inner part runs, the outer one stands still."""
+    """Measures seconds by part; while an inner part runs, the outer one is paused."""
 
     def __init__(self, seconds: Mapping[str, float]):
         self.seconds: dict[str, float] = defaultdict(float, seconds)

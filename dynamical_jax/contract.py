@@ -1,39 +1,44 @@
-"""The contract of a model: how a Flax module is called, and what is read from its answer."""
+"""The contract of a model: how a Flax module is called, and what it returns."""
 
+import functools
 import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import ApplyFn, Outputs, Variables
 
-# Names under which other modules are told what is called `train` here.
+ROW_TOLERANCE = 0.05
+"""Of the largest logit: far above rounding in half precision, far below what a batch mean does."""
+
+# Other names of the argument that is called `train` here.
 OTHER_FLAGS = ("training", "is_training", "deterministic", "use_running_average")
 
 
 def as_outputs(value: Any, size: int) -> Outputs:
-    """Returns what a model answered for `size` examples as `Outputs`.
+    """Returns the value that a model returned for `size` examples as `Outputs`.
 
     Args:
       value: logits `[n, K]`, `Outputs`, or a pair of logits and embedding `[n, d]`, which may be
-        None. Shapes are enough.
+        None. Arrays without values, with shapes alone, will do.
       size: n.
 
     Raises:
-      UserError: if it is something else.
+      UserError: if the value has another form.
     """
     parts = value if isinstance(value, tuple) else (value, None)
     if len(parts) == 2:
         logits, embedding = parts
         if _has_rows(logits, size) and (embedding is None or _has_rows(embedding, size)):
             return Outputs(logits, embedding)
-    given = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value)
+    shapes = jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value)
     raise UserError(
         f"for {size} examples a model returns logits [{size}, K], or a pair (dj.Outputs or a "
-        f"tuple) of logits and embedding [{size}, d]; this one returned {given}"
+        f"tuple) of logits and embedding [{size}, d]; this one returned {shapes}"
     )
 
 
@@ -60,16 +65,52 @@ def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> N
         raise UserError(f"{right}, got labels from {labels.min()} to {labels.max()}")
 
 
-def train_option(module: Any, train: bool) -> dict[str, bool]:
-    """Returns the keyword arguments that tell a module whether it is being trained.
+def check_rows(apply: ApplyFn, variables: Variables, x: Any) -> None:
+    """Raises `UserError` if a model's output for an example depends on the others in its batch.
 
-    `{"train": train}`, or nothing for a module that does not ask.
+    Each gradient g_u is of one example: scores of a model that subtracts the mean of a batch, or
+    reorders it, would be wrong without a sign of it. Three examples are given to the model together
+    and one by one. Where that fails the model is not judged: its error shows where it is used.
+
+    Args:
+      apply: the model, `apply(variables, x)`.
+      variables: its variables.
+      x: `[n, ...]` inputs; anything that gathers rows as `x[positions]`.
+    """
+    positions = np.unique([0, len(x) // 2, len(x) - 1])
+    try:
+        together, alone = map(
+            np.asarray, _logits_together_and_alone(apply, variables, x[positions])
+        )
+    except Exception:
+        return
+    error = np.max(np.abs(together - alone), initial=0)
+    if error > ROW_TOLERANCE * np.max(np.abs(alone), initial=0):  # False for NaN.
+        raise UserError(
+            "the model's output for an example depends on the others in its batch, so examples "
+            "cannot be scored one by one: it must treat each row of x by itself and keep their "
+            "order; is a BatchNorm or Dropout in training mode?"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="apply")
+def _logits_together_and_alone(
+    apply: ApplyFn, variables: Variables, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    logits = lambda rows: as_outputs(apply(variables, rows), len(rows)).logits.astype(jnp.float32)
+    return logits(x), jax.vmap(lambda row: logits(row[None])[0])(x)
+
+
+def train_option(module: Any, train: bool) -> dict[str, bool]:
+    """Returns the keyword arguments that tell a module whether it is in training.
+
+    `{"train": train}`, or no arguments for a module that does not take `train`.
 
     Raises:
-      UserError: in training, if the module asks under another name: not told, it would be trained
-        in evaluation mode without a word.
+      UserError: in training, if the module takes the argument under another name: without it, it
+        would silently be trained in evaluation mode.
     """
-    parameters = inspect.signature(_called(module)).parameters.values()
+    parameters = inspect.signature(_call_target(module)).parameters.values()
     names = [parameter.name for parameter in parameters]
     if "train" in names or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return {"train": train}
@@ -82,10 +123,10 @@ def train_option(module: Any, train: bool) -> dict[str, bool]:
     return {}
 
 
-def _called(module: Any) -> Any:
-    """What the arguments of a module's call come to, where it only hands them on."""
+def _call_target(module: Any) -> Any:
+    """Returns the function that receives the arguments of a module's call."""
     if isinstance(module, nn.Sequential):
-        return _called(module.layers[0])
+        return _call_target(module.layers[0])
     if is_nnx(module):
         return module.nnx_class.__call__
     return module

@@ -1,6 +1,6 @@
 """Convolution and max-pooling on CPU, as products of slices.
 
-XLA's convolution on CPU falls off a cliff for small maps (a 3×3 convolution of 2×2 maps with 512
+XLA's convolution on CPU is very slow for small maps (a 3×3 convolution of 2×2 maps with 512
 channels takes 730 ms where one matrix product takes 6), and its gradients do inside loops, where
 they take up to a hundred times as long as outside. `conv_general_dilated` has the signature of
 `jax.lax.conv_general_dilated`, so that a model takes it up without being rewritten:
@@ -27,7 +27,7 @@ from dynamical_jax.types import Array
 
 
 class Window(NamedTuple):
-    """Where the taps of a 2-D convolution fall, for height and width in turn.
+    """The positions of the taps of a 2-D convolution, for height and width in turn.
 
     Attributes:
       size: of the kernel, before dilation.
@@ -78,9 +78,9 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     **options: Any,
 ) -> Array:
-    """Equals `jax.lax.conv_general_dilated` up to rounding, on CPU in the fastest form known.
+    """Computes `jax.lax.conv_general_dilated` up to rounding, on CPU in the fastest form known.
 
-    That is for finite images; a pixel that is not may spread further than with `lax`.
+    This holds for finite images: a NaN or infinite pixel may spread further than with `lax`.
 
     Args:
       lhs: images; `[n, height, width, c]` to be lowered differently.
@@ -284,7 +284,7 @@ def max_pool(
     strides: Sequence[int] | None = None,
     padding: Any = "VALID",
 ) -> Array:
-    """Equals `flax.linen.max_pool` of floats `[n, h, w, c]`, with a gradient fast on CPU.
+    """Computes `flax.linen.max_pool` of floats `[n, h, w, c]`, with a gradient fast on CPU.
 
     The values and the gradient are the same: where several inputs of a window are largest, the
     first in row-major order receives the cotangent, as with `lax`'s select-and-scatter and in

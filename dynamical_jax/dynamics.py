@@ -39,7 +39,7 @@ def training_dynamics_from_kernel(
 def squared_error_training_dynamics(
     ntk: Float[AnyArray, "n n"], residual: Float[AnyArray, "n k"]
 ) -> Float[Array, ""]:
-    """Returns G_MSE(S) = Tr[(f − Y)ᵀ Θ (f − Y)], the same for the squared error (App. A.3).
+    """Returns G_MSE(S) = Tr[(f − Y)ᵀ Θ (f − Y)], the G of the squared error (App. A.3).
 
     Args:
       ntk: Θ, where 𝒦 = Θ ⊗ I_K as in the limit of infinite width; not divided by K.
@@ -72,24 +72,23 @@ def change_of_training_dynamics(
 
 
 def inner_product_share(
-    squared_norm: Float[AnyArray, "b"], inner_product: Float[AnyArray, "b"], gamma: float = 2.0
+    squared_norm: Float[AnyArray, "b"], inner_product: Float[AnyArray, "b"]
 ) -> Float[Array, ""]:
-    """Returns Σ_u |γ g_u·g_S| / Σ_u (‖g_u‖² + |γ g_u·g_S|): its weight in Δ over a query.
+    """Returns Σ_u |2 g_u·g_S| / Σ_u (‖g_u‖² + |2 g_u·g_S|), its share of Δ over a query.
 
-    0 where S is fitted, since g_S is 0 then and Δ is the norm of g_u alone; 1 where g_S decides.
+    0 where S is fitted, since g_S is 0 then and Δ is the norm of g_u alone, or where all is 0; 1
+    where g_S decides.
 
     Args:
       squared_norm: ‖g_u‖² of each u in the query.
       inner_product: g_u · g_S.
-      gamma: weight of the inner product, as in `change_of_training_dynamics`.
 
     >>> inner_product_share(jnp.array([1.0, 4.0]), jnp.array([0.5, -1.0]))
     Array(0.375, dtype=float32)
     """
-    product = jnp.sum(jnp.abs(jnp.asarray(inner_product)))
-    if gamma == math.inf:
-        return jnp.ones_like(product)
-    return gamma * product / (jnp.sum(jnp.asarray(squared_norm)) + gamma * product)
+    product = 2 * jnp.sum(jnp.abs(jnp.asarray(inner_product)))
+    total = jnp.sum(jnp.asarray(squared_norm)) + product
+    return jnp.where(total == 0, 0, product / jnp.where(total == 0, 1, total))
 
 
 def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:

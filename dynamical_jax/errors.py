@@ -1,8 +1,8 @@
-"""Errors that one line can explain."""
+"""Errors that are explained to the user in one line."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what, and what would be right.
+    """Input of the user cannot be used; the message says which, and what would be right.
 
     Binaries print the message as one line and exit with status 1, without a traceback.
     """

@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens while they are written, and JSON without NaN."""
+"""Files that are whole whatever happens while they are written, and JSON that is checked."""
 
 import contextlib
 import json
@@ -6,7 +6,16 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from dynamical_jax.errors import UserError
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Number = float | Literal["inf", "-inf", "nan"]
+"""Types of fields that are read back; a `Number` is what `finite` makes of a float."""
 
 
 @contextlib.contextmanager
@@ -54,3 +63,51 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse(text: bytes | str, form: Any, source: str) -> Any:
+    """Returns the value of a JSON text, checked against a type.
+
+    Fields that the type does not name are left out, or kept where it is a `dict`.
+
+    Args:
+      text: in UTF-8.
+      form: any type that msgspec knows, such as a `msgspec.Struct`.
+      source: what the text is, for the message.
+
+    Raises:
+      UserError: if it is no JSON, or of another type; the message names the field.
+    """
+    try:
+        return msgspec.json.decode(text, type=form)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise UserError(f"{source} cannot be used: {error}") from error
+
+
+def read_json(path: pathlib.Path, form: Any) -> Any:
+    """Returns the value of a JSON file, checked against a type.
+
+    Raises:
+      UserError: if it cannot be read, is no JSON, or of another type.
+    """
+    return parse(_read(path), form, str(path))
+
+
+def read_lines(path: pathlib.Path, form: Any) -> list[Any]:
+    """Returns the values of a file of JSON lines; a last line without an end is none.
+
+    Raises:
+      UserError: if it cannot be read, or a line is no JSON or of another type; the message names
+        the line and the field.
+    """
+    lines = _read(path).split(b"\n")[:-1]
+    return [
+        parse(line, form, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -39,5 +39,5 @@ def residual(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Floa
 
 
 def _at_least_single(logits: AnyArray) -> Array:
-    """Logits in float32, or in float64 if they are given in that."""
+    """Returns logits in float32, or in float64 if they have that type."""
     return jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32))

@@ -2,7 +2,8 @@
 
 What is saved is a directory of arrays, written by Orbax under another name and renamed when it is
 complete, and beside it a manifest, a JSON file written last: a few values, and a checksum of every
-file of the directory. What has no manifest, or not those checksums, is torn.
+file of the directory. What has no manifest was not finished, and is removed. What does not agree
+with its manifest is damaged: it is set aside, in a folder, and never used.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from dynamical_jax import files
@@ -23,6 +26,16 @@ T = TypeVar("T")
 
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, there is one before it."""
+
+
+DAMAGED = "damaged"
+"""Folder for what is set aside."""
+
+
+class _Manifest(msgspec.Struct):
+    """The fields of every manifest; those of its description stand beside them."""
+
+    files: dict[str, files.Count]
 
 
 class Store:
@@ -39,6 +52,8 @@ class Store:
     def save(self, name: str, tree: Any, description: Mapping[str, Any]) -> None:
         """Writes the arrays of a tree, and then removes all but the newest `KEPT`.
 
+        Nothing is written if a number is not finite: what was saved before is of more use.
+
         Args:
           name: names sort as what is saved follows each other.
           tree: of arrays.
@@ -49,6 +64,8 @@ class Store:
         """
         import orbax.checkpoint as ocp  # here, because it takes a while
 
+        if not _is_finite(jax.tree.leaves(tree)):
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         arrays = self._directory / name
         _remove(arrays)
@@ -66,10 +83,11 @@ class Store:
         for old in self._manifests()[KEPT:]:
             _remove(old.with_suffix(""))
 
-    def restore(self, make: Callable[[dict[str, Any], list[np.ndarray]], T]) -> T | None:
-        """Returns what `make` makes of the newest that is whole, or None; removes what is torn.
+    def restore(self, form: Any, make: Callable[[Any, list[np.ndarray]], T]) -> T | None:
+        """Returns what `make` makes of the newest that can be used, or None.
 
         Args:
+          form: type of the descriptions, as in `files.parse`.
           make: called with the description and the leaves of the tree, in its order; raises
             `ValueError` if it cannot use them.
         """
@@ -78,19 +96,24 @@ class Store:
         import orbax.checkpoint as ocp
 
         for left in self._directory.iterdir():
-            if left.is_dir() and not left.with_suffix(".json").exists():
-                self._drop(left, "was not finished")
+            unfinished = left.is_dir() and not left.with_suffix(".json").exists()
+            if unfinished and left.name != DAMAGED:
+                self._say(f"checkpoint {left} was not finished: removed")
+                _remove(left)
         for path in self._manifests():
             arrays = path.with_suffix("")
             try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                if manifest.pop("files") != _checksums(arrays):
+                if files.read_json(path, _Manifest).files != _checksums(arrays):
                     raise ValueError("files are missing or not what was written")
+                description = files.read_json(path, form)
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
-                return make(manifest, [leaves[name] for name in sorted(leaves)])
-            except (ValueError, KeyError, OSError) as error:
-                self._drop(arrays, f"is damaged ({str(error).splitlines()[0]})")
+                leaves = [leaves[name] for name in sorted(leaves)]
+                if not _is_finite(leaves):
+                    raise ValueError("it holds numbers that are not finite")
+                return make(description, leaves)
+            except (ValueError, OSError) as error:
+                self._set_aside(arrays, (str(error).splitlines() or [type(error).__name__])[0])
         return None
 
     def remove(self) -> None:
@@ -102,12 +125,17 @@ class Store:
     def _manifests(self) -> list[pathlib.Path]:
         return sorted(self._directory.glob("*.json"), reverse=True)
 
-    def _drop(self, arrays: pathlib.Path, why: str) -> None:
-        self._say(f"checkpoint {arrays} {why}: dropped")
-        _remove(arrays)
+    def _set_aside(self, arrays: pathlib.Path, why: str) -> None:
+        aside = self._directory / DAMAGED / arrays.name
+        self._say(f"checkpoint {arrays} is damaged ({why}): set aside in {aside.parent}")
+        _remove(aside)
+        aside.parent.mkdir(exist_ok=True)
+        for path in (arrays, arrays.with_suffix(".json")):
+            if path.exists():
+                path.rename(aside.parent / path.name)
 
 
-def unflattened(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
+def unflatten(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
     """Returns the leaves of a tree in the structure of another.
 
     Args:
@@ -130,6 +158,15 @@ def unflattened(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
 def _checksums(directory: pathlib.Path) -> dict[str, int]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): zlib.crc32(path.read_bytes()) for path in files}
+
+
+def _is_finite(leaves: list[Any]) -> bool:
+    """Whether all numbers of arrays are; those of whole numbers always are."""
+    return all(
+        np.all(np.isfinite(np.asarray(leaf, np.float64)))
+        for leaf in leaves
+        if jnp.issubdtype(np.asarray(leaf).dtype, jnp.floating)
+    )
 
 
 def _remove(arrays: pathlib.Path) -> None:

@@ -1,7 +1,7 @@
-"""Random streams of one seed, so that a draw added to one does not move the others.
+"""Independent random streams of one seed: more draws from one leave the others unchanged.
 
-Whatever is to be equal for every strategy of a seed (the initial set, the initial weights) has a
-stream of its own; what strategies draw comes from theirs.
+The initial set and the initial weights, which are equal for all strategies with one seed, have
+their own streams. Strategies draw from another.
 """
 
 import jax

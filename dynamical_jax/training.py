@@ -1,9 +1,9 @@
-"""Training on the labeled set until it is fitted, and evaluation.
+"""Trains on the labeled set until it is fitted, and evaluates.
 
-One epoch is one compiled program whatever the number of labels: the labeled examples lie in a
-buffer of `capacity` rows on the device, and the loop over minibatches runs as often as the labels
-that are there need. A minibatch is filled up with masked rows, which change neither gradients nor
-loss nor BatchNorm statistics.
+One epoch is one compiled program for any number of labels: the labeled examples are in a buffer of
+`capacity` rows on the device, and the number of minibatches depends on how many labels there are.
+The last rows of a minibatch may be masked; these change neither gradients nor loss nor BatchNorm
+statistics.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    # Decoupled weight decay; without any, plain Adam.
+    # Decoupled weight decay; with a decay of 0 this is Adam.
     "adam": lambda learning_rate, weight_decay: optax.adamw(
         learning_rate, weight_decay=weight_decay
     ),
@@ -37,23 +37,26 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is fitted to the labeled set. The defaults are the paper's (App. C.1).
+    """How a model is fitted to the labeled set.
+
+    Optimizer, learning rate and batch size are the paper's (App. C.1) by default.
 
     Attributes:
-      optimizer: a key of `OPTIMIZERS`, made afresh in every round.
-      learning_rate: its learning rate, at the start where the schedule is not constant.
-      schedule: "constant", or "cosine" from `learning_rate` towards 0, which it would reach
-        after `max_epochs`.
-      batch_size: examples per step at most; an epoch's steps are of equal size to within one.
+      optimizer: a key of `OPTIMIZERS`; its state starts anew in every round.
+      learning_rate: its learning rate; with a schedule, the first one.
+      schedule: "constant", or "cosine", which falls from `learning_rate` and would reach 0 after
+        `max_epochs`.
+      batch_size: most examples in a step; the steps of an epoch differ in size by one at most.
       weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
-      target_accuracy: training goes on until this share of S is right. Each of the three targets
-        is looked at in evaluation mode, and None asks for nothing.
-      target_loss: training goes on until the mean cross-entropy on S is at most this.
-      target_total_loss: training goes on until the cross-entropy summed over S, the paper's loss
-        (Eq. 4), is at most this. Why this is the default: `docs/convergence.md`.
+      target_accuracy: training does not stop before this share of S is classified correctly. All
+        three targets are checked in evaluation mode; a target of None is always met.
+      target_loss: training does not stop before the mean cross-entropy on S is at most this.
+      target_total_loss: training does not stop before the cross-entropy summed over S, the paper's
+        loss (Eq. 4), is at most this. `docs/convergence.md` says why this is the default.
       min_epochs: training takes at least so many epochs.
-      max_epochs: training stops after so many epochs in any case; where no target is given, then.
-      look_every: epochs between looks at S.
+      max_epochs: training stops after so many epochs, even if a target is not met. If all targets
+        are None, it takes exactly so many.
+      look_every: number of epochs between evaluations on S.
     """
 
     optimizer: str = "adam"
@@ -98,10 +101,10 @@ class TrainingConfig:
     def has_target(self) -> bool:
         """Whether training may stop before `max_epochs`."""
         targets = (self.target_accuracy, self.target_loss, self.target_total_loss)
-        return any(target is not None for target in targets)
+        return any(target is not None and math.isfinite(target) for target in targets)
 
     def largest_loss(self, size: int) -> float | None:
-        """Returns the mean cross-entropy at which a set of this size is fitted; None: any."""
+        """Returns the largest mean cross-entropy of a fitted set of this size; None: any."""
         mean, total = self.target_loss, self.target_total_loss
         targets = [target for target in (mean, total and total / size) if target is not None]
         return min(filter(math.isfinite, targets), default=None)
@@ -131,9 +134,9 @@ class Fit(NamedTuple):
 
     Attributes:
       variables: the model's.
-      epochs: that training took.
+      epochs: number of epochs of training.
       labeled: evaluation on the labeled set S.
-      converged: whether the targets were met, rather than `max_epochs` reached before.
+      converged: whether the targets were met before training stopped.
     """
 
     variables: Variables
@@ -143,7 +146,7 @@ class Fit(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where training stands: all that the epochs to come depend on besides `fit`'s arguments."""
+    """The state of training: all that later epochs depend on, besides the arguments of `fit`."""
 
     epoch: int
     variables: Variables
@@ -151,11 +154,11 @@ class Progress(NamedTuple):
 
 
 OnEpoch = Callable[[Progress, Evaluation | None], None]
-"""Called after each epoch with where training stands and, if S was looked at, what was seen."""
+"""Called after each epoch with the state of training, and the evaluation on S or None."""
 
 
 def begin(variables: Variables, config: TrainingConfig) -> Progress:
-    """Returns where training stands before its first epoch. `variables` are copied."""
+    """Returns the state of training before its first epoch. `variables` are copied."""
     optimizer = _optimizer(config.optimizer, config.weight_decay)
     variables = jax.tree.map(jnp.copy, dict(variables))
     return Progress(0, variables, jax.jit(optimizer.init)(variables["params"]))
@@ -176,17 +179,17 @@ def fit(
     """Trains a model on the labeled set until the targets of `config` are met.
 
     Args:
-      model: a module of `(x, train=False)` or `(x)`, which returns what `ApplyFn` says.
-      start: variables to start from, which are left as they are; or the progress of an earlier
-        call with the same arguments, which is used up: then the fit is what that one would have
-        been, bit for bit.
+      model: a module called with `(x, train=False)` or `(x)`, as `ApplyFn` describes.
+      start: variables to start from, which are not changed; or the progress of an earlier call with
+        the same arguments, whose arrays are used up. Then the result is that of the earlier call,
+        bit for bit.
       labeled: the labeled set S, on the host.
       config: optimiser, stopping rule and so on.
       seed: with `round_index`, determines the order of examples and the dropout masks.
       round_index: which round of active learning this is.
       capacity: rows of the device's buffer. Calls with equal capacity share one compiled program;
         changes no result.
-      eval_batch_size: examples at a time in evaluation, likewise.
+      eval_batch_size: number of examples evaluated at a time; changes no result.
       on_epoch: called after each epoch; must not keep arrays, whose memory is reused.
 
     Raises:
@@ -196,7 +199,7 @@ def fit(
     count = len(labeled.y)
     capacity = max(capacity or count, count)
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
-    fitted = Examples(buffer.x, labeled.y)  # Evaluated from the buffer: nothing is copied again.
+    fitted = Examples(buffer.x, labeled.y)  # Evaluated in the buffer, without another copy.
     optimizer = _optimizer(config.optimizer, config.weight_decay)
     # `begin` copies the variables, since the epochs donate theirs.
     progress = start if isinstance(start, Progress) else begin(start, config)
@@ -204,7 +207,7 @@ def fit(
     contract.check_labels(model.apply, variables, labeled.x, labeled.y)
 
     def look() -> Evaluation | None:
-        """The evaluation on S after an epoch at which it is looked at; else None."""
+        """Returns the evaluation on S if it is due after this epoch, else None."""
         if epoch == 0 or (epoch % config.look_every and epoch != config.max_epochs):
             return None
         evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
@@ -221,7 +224,7 @@ def fit(
         may_stop = config.has_target and labeled_now is not None and epoch >= config.min_epochs
         return may_stop and config.is_fitted(labeled_now, count)
 
-    labeled_now = look()  # Training may have been interrupted just before it would have stopped.
+    labeled_now = look()  # Training may have been interrupted when it was about to stop.
     while not is_over():
         epoch += 1
         order = streams.generator(seed, "order", round_index, epoch).permutation(count)
@@ -288,7 +291,7 @@ def _epoch(
 
     def step(index: Array, carry: tuple) -> tuple:
         variables, optimizer_state = carry
-        # Equal shares rather than full batches and a rest: no step rests on a handful of examples.
+        # Equal shares, so that no step has only a few examples.
         start = index * share + jnp.minimum(index, rest)
         stop = start + share + (index < rest)
         slots = start + jnp.arange(batch_size)
@@ -338,7 +341,7 @@ def batch_gradient(
 
 
 def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Gives every BatchNorm of any module the mask, so that models need not know of it."""
+    """Passes the mask to every BatchNorm, so that models need not do it."""
     if contract.is_nnx(context.module) and "batch_stats" in context.module.variables:
         raise UserError(
             "a BatchNorm of NNX would count the rows that fill up a batch of training: use "

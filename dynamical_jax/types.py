@@ -8,17 +8,17 @@ import numpy as np
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
-"""What functions take; they return `Array`."""
+"""The arrays that functions take; they return `Array`."""
 Params = Any
 """A pytree of trainable parameters θ."""
 Variables = Mapping[str, Any]
-"""Flax variables: `params`, and whatever else the module keeps (`batch_stats`)."""
+"""Flax variables: `params` and the module's other collections, such as `batch_stats`."""
 OnProgress = Callable[[int, int], None]
-"""Called with (done, total) while long work goes on."""
+"""Called with (done, total) during long work."""
 
 
 class Outputs(NamedTuple):
-    """Logits `[n, K]` of n examples and what the last layer was given, `[n, d]`, or None."""
+    """Logits `[n, K]` of n examples, and the input of the last layer, `[n, d]`, or None."""
 
     logits: Any
     embedding: Any
@@ -32,7 +32,7 @@ class Examples(NamedTuple):
 
 
 class GradientTerms(NamedTuple):
-    """What Δ is made of, for n examples, all `[n]`: ‖g_u‖², g_u·v, and the label used for u."""
+    """The terms of Δ for n examples, all `[n]`: ‖g_u‖², g_u·v, and the label used for u."""
 
     squared_norm: Any
     inner_product: Any
@@ -50,7 +50,7 @@ the same row of the inputs alone, and rows keep their places throughout. Trainin
 
 
 class Rows:
-    """The rows `indices` of `data`, gathered only when positions are asked for.
+    """The rows `indices` of `data`, each gathered only when it is read.
 
     A pool of which some rows are already labeled needs no copy of the rest: `rows[positions]` is
     `data[indices[positions]]`, on the device or on the host, wherever `data` lives.
@@ -62,7 +62,7 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that gathering all rows would give."""
+        """The shape of all rows together."""
         return (len(self.indices), *self.data.shape[1:])
 
     @property
@@ -78,4 +78,4 @@ class Rows:
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """An `OnProgress` that says nothing."""
+    """Does nothing: the default `OnProgress`."""

@@ -1,8 +1,8 @@
 """Deep active learning: which images should be labeled next?
 
-Trains a model on a few labels of a data set, lets each strategy query more, round by round, and
-draws accuracy against labels. Without flags: scikit-learn's digits, embedded, a minute on two
-cores.
+Trains a model on a few labels of a data set, lets each strategy ask for more, round by round, and
+draws accuracy against labels. Without flags the data set is scikit-learn's digits, which needs no
+download, and the run takes two minutes on two cores.
 
   python -m experiments.active_learning
 
@@ -11,9 +11,9 @@ percent at 500 labels and 36–39 percent at 2,500:
 
   python -m experiments.active_learning --preset=table3
 
-Written to --output_dir: rounds.jsonl, a line for each round of each seed and strategy, and
-accuracy.png. The same command again continues where it was stopped. `python -m experiments.report`
-makes tables and statistics of it.
+Writes to --output_dir: rounds.jsonl, a line for each round of each seed and strategy, and
+accuracy.png. If it was stopped, the same command continues. `python -m experiments.report` makes
+tables and statistics from the records.
 """
 
 import functools
@@ -26,7 +26,9 @@ from dynamical_jax.programs import binary, options, strategy
 from experiments import common, paper
 
 STRATEGIES = flags.DEFINE_list(
-    "strategies", ["dynamical", "random"], f"Some of {', '.join(dj.STRATEGIES)}."
+    "strategies",
+    ["dynamical", "random"],
+    f"Strategies to compare: some of {', '.join(dj.STRATEGIES)}.",
 )
 flags.adopt_module_key_flags(common)
 flags.adopt_module_key_flags(strategy)
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Checks the flags, then plays every strategy with every seed; returns what failed."""
+    """Checks the flags, then runs every strategy with every seed; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     names = STRATEGIES.value

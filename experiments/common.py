@@ -1,4 +1,4 @@
-"""What the binaries share: flags, and the way from them to a directory of records."""
+"""Flags that the programs share, and how a directory of records is made from them."""
 
 import json
 import os
@@ -11,57 +11,59 @@ from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import options
-from experiments import circumstances, paper
+from experiments import neutral_flags, paper
 
 PRESET = flags.DEFINE_string(
     "preset",
     None,
-    "Settings of one of the paper's tables; other flags given beside it prevail.",
+    "Take the settings of one of the paper's tables; flags given beside it have precedence.",
 )
 DATASET = flags.DEFINE_string(
     "dataset",
     "digits",
-    f"One of {', '.join(dj.datasets.DATASETS)}, a folder of your own that holds one of images for "
-    "each class, or an .npz file of image, or of embedding (vectors), and label.",
+    f"One of {', '.join(dj.datasets.DATASETS)}; or a folder that holds a folder of images for each "
+    "class; or an .npz file with arrays image, or embedding (vectors), and label.",
 )
-INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "Labels of the initial set.")
-NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How often labels are queried.")
+INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "How many labels the initial set has.")
+NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How many times labels are queried.")
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Repetitions, with seeds from --first_seed on.")
 FIRST_SEED = flags.DEFINE_integer(
-    "first_seed", 0, "First seed; seeds can so be spread over machines.", lower_bound=0
+    "first_seed", 0, "First seed; with it seeds can be spread over machines.", lower_bound=0
 )
 OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Where records and picture go; by default a directory below runs/."
+    "output_dir", None, "Directory for records and picture; by default one below runs/."
 )
 CHECKPOINT_EVERY = flags.DEFINE_integer(
     "checkpoint_every",
     20,
-    "Epochs of training between checkpoints, from which the same command continues.",
+    "How many epochs apart checkpoints are saved, from which the same command continues.",
     lower_bound=1,
 )
 
 TEST_DIR = flags.DEFINE_string(
-    "test_dir", None, "Folder with test images, of the same classes as the folder --dataset."
+    "test_dir", None, "Folder with test images, with the same classes as the folder --dataset."
 )
 TEST_FRACTION = flags.DEFINE_float(
     "test_fraction",
     None,
-    "Share of each class to hold out if your own data have no test set; by default "
-    f"{dj.folders.TEST_FRACTION}.",
+    "Share of each class that is held out for testing if your own data have no test set; by "
+    f"default {dj.folders.TEST_FRACTION}.",
 )
 FEATURE_SCALE = flags.DEFINE_enum(
     "feature_scale",
     "shared",
     dj.models.FEATURE_SCALES,
-    "Vectors are divided by one deviation, which all features share, or each feature by its own.",
+    "shared divides all features of vectors by one deviation, each divides each by its own.",
 )
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps data; else TFDS_DATA_DIR.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Directory with the data of TFDS; by default TFDS_DATA_DIR."
+)
 DOWNLOAD = flags.DEFINE_bool("download", False, "Let TFDS download and prepare missing data.")
 EVALUATE_EVERY = flags.DEFINE_integer(
     "evaluate_every",
     0,
-    "Epochs between looks at the test set, for best_test_accuracy in the records, as published "
-    "tables have it; 0: look only after the last epoch.",
+    "How many epochs apart the model is evaluated on the test set, for best_test_accuracy in the "
+    "records, which published tables report; 0: only after the last epoch.",
     lower_bound=0,
 )
 flags.adopt_module_key_flags(options)
@@ -70,10 +72,10 @@ INTERRUPTED = "interrupted; the same command continues from here"
 
 
 def apply_preset(names: Iterable[str]) -> None:
-    """Gives flags that were not given the values of the table that `--preset` names.
+    """Sets the flags that were not given to the values of the table that `--preset` names.
 
     Args:
-      names: of the tables among which this binary can choose.
+      names: of the tables that this program can run.
     """
     if PRESET.value is None:
         return
@@ -89,17 +91,17 @@ def apply_preset(names: Iterable[str]) -> None:
 def compare(
     arms: Mapping[str, tuple[dj.strategies.Strategy, dj.Budget]], module: Any, default_dir: str
 ) -> list[str]:
-    """Plays every arm with every seed, and writes records, table and picture.
+    """Runs every arm with every seed, and writes records, table and picture.
 
     Args:
-      arms: by name, what is compared.
-      module: the binary; its key flags are recorded.
+      arms: name → (strategy, budget), which are compared.
+      module: the program; its key flags are recorded.
       default_dir: name of the directory below runs/, in which {dataset} and {model} are replaced.
 
     Returns:
       A line for each run that failed.
     """
-    of_seeds = seeds()
+    all_seeds = seeds()
     dataset, model = load()
     training = options.training_config()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
@@ -115,17 +117,19 @@ def compare(
             dj.Experiment(dataset, model, strategy, budget, training, seed, EVALUATE_EVERY.value),
             identity,
         )
-        for seed in of_seeds
+        for seed in all_seeds
         for name, (strategy, budget) in arms.items()
     ]
-    dj.records.environment()  # What cannot be recorded should fail now and not after a round.
+    dj.records.environment()  # If this cannot be recorded, fail now and not after a round.
     runs[0].experiment.init()  # The model may refuse images of this size.
     output_dir = OUTPUT_DIR.value or os.path.join(
         "runs", default_dir.format(dataset=dataset.name, model=options.MODEL.value)
     )
-    decisive = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
-    decisive |= {name: value for name, value in used.items() if name not in circumstances.FLAGS}
-    with dj.run_directory.opened(output_dir, decisive) as directory:
+    deciding_flags = {"dataset_version": dataset.version, "pool_size": len(dataset.pool.y)}
+    deciding_flags |= {
+        name: value for name, value in used.items() if name not in neutral_flags.FLAGS
+    }
+    with dj.run_directory.open_locked(output_dir, deciding_flags) as directory:
         failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
         summarize(directory.rounds)
     if failures:
@@ -143,12 +147,12 @@ def seeds() -> range:
 
 
 def load() -> tuple[dj.Dataset, Any]:
-    """Returns the data set and the model that the flags name, and keeps compiled programs."""
-    options.training_config()  # What is wrong should be said before the data are read.
+    """Returns the data set and the model of the flags; makes JAX keep compiled programs."""
+    options.training_config()  # Report wrong flags before the data are read.
     if options.MODEL.value is not None:
-        options.settle_model()
+        options.set_model_defaults()
     dataset = load_dataset()
-    attributes = options.settle_model(dataset.kind)
+    attributes = options.set_model_defaults(dataset.kind)
     if dataset.kind == "vectors":
         attributes["feature_scale"] = FEATURE_SCALE.value
     elif not flags.FLAGS["feature_scale"].using_default_value:
@@ -157,8 +161,8 @@ def load() -> tuple[dj.Dataset, Any]:
 
 
 def load_dataset() -> dj.Dataset:
-    """Returns the data set that the flags name, and keeps compiled programs beside it."""
-    cache_dir = options.prepared_cache_dir()
+    """Returns the data set of the flags; makes JAX keep compiled programs."""
+    cache_dir = options.prepare_cache_dir()
     return dj.datasets.load(
         DATASET.value,
         image_size=options.IMAGE_SIZE.value,
@@ -172,11 +176,13 @@ def load_dataset() -> dj.Dataset:
     )
 
 
-def writable(directory: str) -> pathlib.Path:
-    """Returns a directory for results, made if it is not there: before the work, not after it.
+def make_directory(directory: str) -> pathlib.Path:
+    """Makes a directory for results if there is none; returns its path.
+
+    Called before the work, so that a wrong path is found before it and not after it.
 
     Raises:
-      UserError: if it cannot be.
+      UserError: if the directory cannot be written to.
     """
     path = pathlib.Path(directory)
     try:
@@ -197,16 +203,16 @@ def save(
 ) -> pathlib.Path:
     """Writes `<name>.json` and `<name>.png`; returns the path of the former.
 
-    What is not finished goes to `<name>.partial.json` and `.png`, so that it neither replaces nor
-    passes for a whole result, and is removed when there is one.
+    Partial results are saved as `<name>.partial.json` and `.png`, so that they neither replace nor
+    look like a whole result. They are removed when there is one.
 
     Args:
-      module: the binary; its key flags are recorded.
-      directory: is there.
+      module: the program; its key flags are recorded.
+      directory: an existing directory.
       name: of both files.
-      results: what was found, JSON values.
+      results: JSON values.
       draw: draws the picture to a path.
-      finished: whether this is all.
+      finished: whether the results are complete.
     """
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
     record = dj.files.finite({**results, "flags": used, **dj.records.environment()})
@@ -224,7 +230,7 @@ def save(
 
 
 def print_finding(finding: str, path: pathlib.Path) -> None:
-    """Prints what was found, and where `save` wrote it."""
+    """Prints a finding, and the paths of the files that `save` wrote."""
     print(f"{finding}\n{path}\n{path.with_suffix('.png')}")
 
 

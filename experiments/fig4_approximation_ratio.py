@@ -1,17 +1,17 @@
 """Figure 4: is the greedy choice of a query as good as that of the set as a whole?
 
-While a model is trained on |S| labels: the approximation ratio R(Q|S) = Σ_u Δ({u}|S) / Δ(Q|S) of
-random queries Q (Eq. 14), its mean and standard deviation over draws, epoch by epoch, drawn over
-the loss on S. Where it is 1 the sum of single changes, which dynamicAL makes largest, is the change
-by the whole set.
+Trains a model on |S| labels and computes, epoch by epoch, the approximation ratio R(Q|S) = Σ_u
+Δ({u}|S) / Δ(Q|S) of random queries Q (Eq. 14). Draws its mean and standard deviation over Q against
+the loss on S. Where R is 1, the sum of single changes, which dynamicAL makes as large as possible,
+equals the change by the whole set.
 
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
       --ratio_sizes=250,500,1000 --all_epochs --max_epochs=500 --every=20
 
-Beside R stands what it comes to when S is fitted: with g_S = 0 and ρ the mean of g_u·g_u′ over
-pairs of Q, divided by the mean of ‖g_u‖², R = 1 / (1 + (b − 1) ρ).
+The records also have the R that would follow if S were fitted: with g_S = 0 and ρ the mean of
+g_u·g_u′ over pairs of Q, divided by the mean of ‖g_u‖², R = 1 / (1 + (b − 1) ρ).
 
-Written to --output_dir: approximation_ratio.json and .png; what there is on the way is kept as
+Writes approximation_ratio.json and .png to --output_dir. Partial results are saved as
 approximation_ratio.partial.json.
 """
 
@@ -33,13 +33,15 @@ from dynamical_jax.programs import binary, options
 from experiments import common
 
 SIZES = flags.DEFINE_list("ratio_sizes", ["25", "50", "100"], "The values of b = |Q|.")
-NUM_QUERIES = flags.DEFINE_integer("num_queries", 20, "Random Q at each epoch.", lower_bound=2)
-EVERY = flags.DEFINE_integer("every", 5, "Epochs between looks at R.", lower_bound=1)
+NUM_QUERIES = flags.DEFINE_integer(
+    "num_queries", 20, "How many random Q are drawn at each epoch.", lower_bound=2
+)
+EVERY = flags.DEFINE_integer("every", 5, "How many epochs apart R is computed.", lower_bound=1)
 ALL_EPOCHS = flags.DEFINE_bool(
     "all_epochs",
     False,
-    "Train for --max_epochs, past the targets too: R is 1 when the model is converged, says the "
-    "paper.",
+    "Train for --max_epochs, also after the targets are met. The paper says that R is 1 when the "
+    "model has converged.",
 )
 for _name in (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
@@ -59,9 +61,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains, and looks at R on the way; returns what failed: nothing."""
+    """Trains, and computes R meanwhile; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
-    sizes = sorted(set(binary.positive("ratio_sizes", SIZES.value)))
+    sizes = sorted(set(binary.parse_positive("ratio_sizes", SIZES.value)))
     if common.INITIAL_SIZE.value < 1:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
     dataset, model = common.load()
@@ -77,20 +79,20 @@ def run(argv: list[str]) -> list[str]:
             config, target_accuracy=None, target_loss=None, target_total_loss=None
         )
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
-    directory = common.writable(common.OUTPUT_DIR.value or default)
+    directory = common.make_directory(common.OUTPUT_DIR.value or default)
 
     def keep(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
-        results = {"finding": finding_of(points[-1]), "points": points}
+        results = {"finding": describe_point(points[-1]), "points": points}
         draw = functools.partial(dj.plotting.approximation_ratio, points)
         return common.save(sys.modules[__name__], directory, NAME, results, draw, finished)
 
     points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
-    common.print_finding(finding_of(points[-1]), keep(points, finished=True))
+    common.print_finding(describe_point(points[-1]), keep(points, finished=True))
     return []
 
 
-def finding_of(point: dict[str, Any]) -> str:
-    """Returns a sentence on R at an epoch."""
+def describe_point(point: dict[str, Any]) -> str:
+    """Returns a sentence about R at an epoch."""
     parts = [
         f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
         for size, found in point["ratios"].items()
@@ -110,9 +112,9 @@ def ratios(
     seed: int,
     keep: Callable[[list[dict[str, Any]]], Any],
 ) -> list[dict[str, Any]]:
-    """Returns for each epoch looked at, and the last, R of each b and draw.
+    """Returns R of each b and draw, at every `EVERY`-th epoch and after the last.
 
-    Looks take long: `keep` is called with what there is after each.
+    This takes long, so `keep` is called with the points so far after each of these epochs.
     """
     generator = dj.streams.generator(seed, "initial_set")
     pool = dj.pool.initial_pool(len(dataset.pool.y), common.INITIAL_SIZE.value, generator)
@@ -126,7 +128,7 @@ def ratios(
         for index in range(NUM_QUERIES.value):
             draw = dj.streams.generator(seed, "draws", epoch, index)
             query = dataset.pool.x[draw.choice(pool.unlabeled, sizes[-1], replace=False)]
-            ratios = of_query(model, variables, query, grad_s, sizes)
+            ratios = query_ratios(model, variables, query, grad_s, sizes)
             for size, (ratio, limit) in zip(sizes, ratios, strict=True):
                 found[str(size)].append(ratio)
                 limits[str(size)].append(limit)
@@ -161,7 +163,7 @@ def ratios(
     return points
 
 
-def of_query(
+def query_ratios(
     model: Any, variables: Any, query: np.ndarray, grad_s: Any, sizes: list[int]
 ) -> list[tuple[float, float]]:
     """Returns R(Q|S) of the first b images of a query, for each b, at their pseudo-labels.

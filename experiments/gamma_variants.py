@@ -1,11 +1,11 @@
-"""What is the weight of g_u·g_S in Δ worth in Figure 5?
+"""Figure 5: how much does the weight γ of g_u·g_S in Δ matter?
 
 Compares dynamicAL with ‖g_u‖² + γ g_u·g_S for several γ: 2 is the paper's method, 0 the gradient
 norm alone, inf the inner product alone.
 
   python -m experiments.gamma_variants --preset=table3
 
-Records, resuming and the report are those of experiments.active_learning.
+Records, continuing and the report work as in experiments.active_learning.
 """
 
 import functools
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Checks the flags, then plays every γ with every seed; returns what failed."""
+    """Checks the flags, then runs every γ with every seed; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(active_learning.PRESETS)
     budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, common.NUM_ROUNDS.value)

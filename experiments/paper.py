@@ -1,4 +1,4 @@
-"""The paper's tables, as settings to run and numbers to compare with."""
+"""The paper's tables: settings to run and numbers to compare with."""
 
 import functools
 import json
@@ -15,10 +15,9 @@ class Table(NamedTuple):
 
     Attributes:
       name: as in `--preset`.
-      flags: those that make its setting, beside the protocol's, which are the defaults.
-      mean: of each strategy, one number for each round; in Table 1 of each way to spend the
-        budget, one number.
-      std: likewise, over five runs; Table 1 has none.
+      flags: of its setting, beside those of the protocol, which are the defaults.
+      mean: strategy → one number for each round; in Table 1, way to spend the budget → one number.
+      std: likewise, the standard deviation over five runs; Table 1 has none.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Table(NamedTuple):
 
     @property
     def title(self) -> str:
-        """As the paper calls it."""
+        """The name that the paper gives it."""
         return self.name.partition("-")[0].replace("table", "Table ")
 
     def cells(self) -> dict[tuple[str, int], tuple[float, float]]:
@@ -61,12 +60,12 @@ def strategies() -> list[str]:
 
 
 def table_of(record: dj.records.Record) -> Table | None:
-    """Returns the table whose setting a record has, whatever its seeds and number of rounds."""
+    """Returns the table with the setting of a record; seeds and number of rounds may differ."""
     flags = record["flags"]
     for table in tables().values():
         setting = {**_file()["protocol"], **table.flags}
         setting.pop("num_rounds", None)
-        # A binary that has no such flag (γ where γ is what varies) cannot differ in it.
+        # A program without the flag (γ in the comparison of several γ) cannot differ in it.
         same = all(
             name not in flags or flags[name] in (value if isinstance(value, list) else [value])
             for name, value in setting.items()

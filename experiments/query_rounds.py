@@ -1,10 +1,10 @@
 """Is it better to ask often for few labels, or once for many, as in Table 1?
 
-Spends one budget of labels on dynamicAL in R queries of b = budget / R each, for several R.
+Lets dynamicAL spend one budget of labels in R queries of b = budget / R each, for several R.
 
   python -m experiments.query_rounds --preset=table1-cifar10-cnn
 
-Records, resuming and the report are those of experiments.active_learning.
+Records, continuing and the report work as in experiments.active_learning.
 """
 
 import functools
@@ -17,7 +17,9 @@ from dynamical_jax.programs import binary, options
 from experiments import common, paper
 
 BUDGET = flags.DEFINE_integer("budget", 120, "Labels to query, besides those of the initial set.")
-ROUNDS = flags.DEFINE_list("rounds", ["10", "4", "2", "1"], "In how many queries; each divides it.")
+ROUNDS = flags.DEFINE_list(
+    "rounds", ["10", "4", "2", "1"], "Numbers of queries R to compare; each must divide the budget."
+)
 flags.adopt_module_key_flags(common)
 
 PRESETS = [name for name, table in paper.tables().items() if "budget" in table.flags]
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Checks the flags, then plays every R with every seed; returns what failed."""
+    """Checks the flags, then runs every R with every seed; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     for name in OTHERS:

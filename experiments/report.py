@@ -1,11 +1,11 @@
-"""Tables and statistics of what experiments.active_learning and its kin recorded.
+"""Makes tables and statistics from the records of experiments.active_learning and others.
 
   python -m experiments.report runs/digits-cnn
 
-reads one or more output directories, of one setting (the seeds of which may so come from several
-machines), and nothing else. Written to the first of them, or to --report_dir:
+reads one or more output directories of one setting, whose seeds may come from several machines, and
+nothing else. Writes to the first of them, or to --report_dir:
 
-- table.md: accuracies by strategy and labels, beside the paper's where the setting is one of its;
+- table.md: accuracies by strategy and labels, beside the paper's if the setting is in the paper;
 - accuracy.png: the same as curves;
 - statistics.md: area under the curve, label efficiency, paired tests, penalty matrix.
 """
@@ -17,22 +17,22 @@ from absl import app, flags, logging
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
-from experiments import circumstances, paper
+from experiments import neutral_flags, paper
 
 OUTPUT_DIR = flags.DEFINE_string(
-    "report_dir", None, "Where the report goes; by default the first of the directories."
+    "report_dir", None, "Directory for the report; by default the first of those that are read."
 )
 REFERENCES = flags.DEFINE_list(
     "references",
     None,
-    "Strategies against which the others are tested; by default random and dynamical, else the "
-    "first.",
+    "Strategies against which the others are tested; by default random and dynamical, or the first "
+    "strategy where neither is recorded.",
 )
 
 # What a record must hold to be reported.
 NEEDED = {"strategy", "seed", "round", "num_labeled", "test_accuracy", "flags", "dataset", "model"}
 # What may differ between directories that are reported together.
-OF_ONE_DIRECTORY = {*circumstances.FLAGS, "num_seeds", "first_seed", "strategies"}
+OF_ONE_DIRECTORY = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
 
 
 def main(argv: list[str]) -> int | None:
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(directories: list[str]) -> list[str]:
-    """Reads, then writes; returns what failed, which is nothing."""
+    """Reads the records, then writes the report; returns no failures."""
     if not directories:
         raise dj.UserError(
             "name the directories to report on: python -m experiments.report runs/digits-cnn"
@@ -76,7 +76,7 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     """Returns the records of all directories.
 
     Raises:
-      UserError: if one has none, they are of different settings, or a round is in two of them.
+      UserError: if there are none, their settings differ, or a round is in two directories.
     """
     rounds, found, firsts = [], {}, {}
     for directory in directories:
@@ -95,7 +95,7 @@ def read(directories: list[str]) -> list[dj.records.Record]:
                 rounds[0] if rounds else record,
                 firsts.setdefault(record["strategy"], record),
             ):
-                if difference := differing(record, other):
+                if difference := describe_difference(record, other):
                     there = found[other["strategy"], other["seed"], other["round"]]
                     raise dj.UserError(
                         f"{directory} and {there} are of different settings ({difference}, "
@@ -107,8 +107,8 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     return rounds
 
 
-def differing(record: dj.records.Record, other: dj.records.Record) -> str:
-    """Returns the flags in which two records differ, if they cannot be reported together.
+def describe_difference(record: dj.records.Record, other: dj.records.Record) -> str:
+    """Returns the flags that keep two records from being reported together; "" if none do.
 
     Options of strategies matter to those that have them: other strategies may be compared, whatever
     they were, or whether there was such a flag at all.
@@ -122,11 +122,11 @@ def differing(record: dj.records.Record, other: dj.records.Record) -> str:
         {name: value for name, value in of["flags"].items() if name not in free}
         for of in (record, other)
     )
-    return dj.run_directory.differing(ours, theirs)
+    return dj.run_directory.describe_difference(ours, theirs)
 
 
 def published(rounds: list[dj.records.Record]) -> dj.reports.markdown.Published | None:
-    """Returns the paper's numbers for the setting of the records, if it is one of its."""
+    """Returns the paper's numbers for the setting of the records; None if it has none."""
     table = paper.table_of(rounds[0])
     if table is None:
         return None

@@ -1,25 +1,25 @@
-"""When may training stop so that a query by dynamicAL is to be trusted?
+"""When may training stop, so that a query by dynamicAL can be trusted?
 
-Trains on the initial set far beyond any rule, looks at the model at epochs spaced evenly on a
-logarithmic scale (ten to a decade), and asks at each what dynamicAL would query. Then, for each
-rule by which training could stop: after how many epochs it does; how much of the chosen Δ is the
-inner product with g_S; how many of the chosen are also chosen ten times as many epochs later; and R
-of the query (Eq. 14).
+Trains on the initial set far longer than any rule asks for. At epochs spaced evenly on a
+logarithmic scale (ten to a decade) it computes what dynamicAL would query. For each rule by which
+training could stop it then shows: after how many epochs training stops; the share of the inner
+product with g_S in the chosen Δ; how many of the chosen are chosen again after ten times as many
+epochs; and R of the query (Eq. 14).
 
   python -m experiments.stopping_rules --dataset=cifar10 --model=cnn --initial_size=500
       --batch_size=500 --candidates=5000 --max_epochs=1600 --num_seeds=3
 
-Written to --output_dir: stopping_rules.json and .png; what there is on the way is kept as
+Writes stopping_rules.json and .png to --output_dir. Partial results are saved as
 stopping_rules.partial.json.
 
-What strategies owe to a rule, experiments.active_learning tells, which has the rules as flags
-(--target_accuracy, --target_loss, --target_total_loss, --min_epochs). With an output directory for
-each rule below that of the setting, all is put together by
+How much strategies gain by a rule is measured by experiments.active_learning, which has the rules
+as flags (--target_accuracy, --target_loss, --target_total_loss, --min_epochs). Give each rule an
+output directory below that of the setting. Then
 
   python -m experiments.stopping_rules results/convergence/*/
 
-which trains nothing, prints tables, and writes them to tables.md, and one picture of all settings
-to stopping_rules.png, beside the directories.
+trains nothing, prints tables of all settings, and writes them to tables.md, and one picture of all
+settings to stopping_rules.png, beside the directories.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from dynamical_jax.programs import binary, options
 from experiments import common
 
 CANDIDATES = flags.DEFINE_integer(
-    "candidates", None, "Choose from so many random examples of the pool; by default from all."
+    "candidates", None, "How many random examples of the pool to choose from; by default all."
 )
 for _name in (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
@@ -55,11 +55,11 @@ for _name in (
 NAME = "stopping_rules"
 
 Look = Mapping[str, Any]
-"""What was seen at an epoch: see `look_at`."""
+"""What was measured at an epoch: see `inspect_query`."""
 
 RULES: dict[str, Callable[[Look], bool]] = {
     "99 % of S right": lambda look: look["accuracy"] >= 0.99,
-    "99 % right for 10 epochs": lambda look: look["epochs_at_99"] >= 10,
+    "99 % right in 10 epochs": lambda look: look["epochs_at_99"] >= 10,
     "100 epochs": lambda look: look["epoch"] >= 100,
     "mean loss ≤ 0.1": lambda look: look["loss"] <= 0.1,
     "mean loss ≤ 0.01": lambda look: look["loss"] <= 0.01,
@@ -71,7 +71,7 @@ RULES: dict[str, Callable[[Look], bool]] = {
     "G(S) ≤ mean ‖g_u‖²": lambda look: look["dynamics"] <= look["mean"],
     "R of random Q within 0.2 of 1": lambda look: abs(look["random_ratio"] - 1) <= 0.2,
 }
-"""By name, whether training may stop; the rules of the study in docs/convergence.md."""
+"""Name → whether training may stop; the rules of the study in docs/convergence.md."""
 
 
 def main(argv: list[str]) -> int | None:
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains and looks, or reports on the directories given; returns what failed: nothing."""
+    """Trains and measures, or reports on directories of records; returns no failures."""
     if directories := argv[1:]:
         return report(directories)
     binary.check_command_line(argv, sys.modules[__name__])
@@ -103,11 +103,11 @@ def run(argv: list[str]) -> list[str]:
         look_every=1,
     )
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
-    directory = common.writable(common.OUTPUT_DIR.value or default)
+    directory = common.make_directory(common.OUTPUT_DIR.value or default)
     results: dict[str, Any] = {"dataset": dataset.name, "model": options.MODEL.value, "seeds": {}}
     for number, seed in enumerate(seeds, start=1):
-        results["seeds"][str(seed)] = looks_of(dataset, model, config, seed)
-        draw = functools.partial(picture, [results])
+        results["seeds"][str(seed)] = collect_looks(dataset, model, config, seed)
+        draw = functools.partial(draw_picture, [results])
         path = common.save(
             sys.modules[__name__], directory, NAME, results, draw, number == len(seeds)
         )
@@ -116,10 +116,10 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def looks_of(
+def collect_looks(
     dataset: dj.Dataset, model: Any, config: dj.TrainingConfig, seed: int
 ) -> list[dict[str, Any]]:
-    """Returns what was seen at each epoch looked at, of one seed."""
+    """Trains with one seed; returns what was measured at each of the epochs to look at."""
     pool = dj.pool.initial_pool(
         len(dataset.pool.y),
         common.INITIAL_SIZE.value,
@@ -131,7 +131,7 @@ def looks_of(
         draw = dj.streams.generator(seed, "draws")
         unlabeled = np.sort(draw.choice(unlabeled, CANDIDATES.value, replace=False))
     candidates = dj.types.Rows(dataset.pool_images, unlabeled)
-    at = set(epochs_looked_at(config.max_epochs))
+    at = set(epochs_to_look_at(config.max_epochs))
     looks: list[dict[str, Any]] = []
     epochs_at_99 = 0
     with tqdm.tqdm(desc=f"seed {seed}", total=config.max_epochs, disable=None, leave=False) as bar:
@@ -141,7 +141,7 @@ def looks_of(
             bar.update()
             epochs_at_99 += seen.accuracy >= 0.99
             if progress.epoch in at:
-                look = look_at(model, progress.variables, labeled, candidates, progress.epoch)
+                look = inspect_query(model, progress.variables, labeled, candidates, progress.epoch)
                 looks.append(
                     {
                         "epoch": progress.epoch,
@@ -158,20 +158,20 @@ def looks_of(
     return looks
 
 
-def epochs_looked_at(last: int) -> list[int]:
-    """Returns epochs spaced evenly on a logarithmic scale, ten to a decade: 10·e is one of them.
+def epochs_to_look_at(last: int) -> list[int]:
+    """Returns epochs spaced evenly on a logarithmic scale, ten to a decade.
 
-    >>> epochs_looked_at(13)
+    >>> epochs_to_look_at(13)
     [1, 2, 3, 4, 5, 6, 8, 10, 13]
     """
     exponents = range(1 + math.floor(10 * math.log10(last)))
     return sorted({round(10 ** (k / 10)) for k in exponents} | {last})
 
 
-def look_at(
+def inspect_query(
     model: Any, variables: Any, labeled: dj.Examples, candidates: Any, epoch: int
 ) -> dict[str, Any]:
-    """Returns what dynamicAL would query now, and what that query is like.
+    """Returns what dynamicAL would query now, and measures of that query.
 
     Returns:
       "query": positions in `candidates`; "share" and "ratio": of the query, as `Dynamical` reports
@@ -212,16 +212,19 @@ def look_at(
     }
 
 
-def stop_of(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str, float] | None:
-    """Returns what a rule comes to on one seed: its first look and what became of the query.
+def apply_rule(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str, float] | None:
+    """Returns epoch, share, ratio and overlap where a rule stops training; None if it never does.
 
-    "overlap" is with the query ten times as many epochs later; None if training ended before that.
+    "overlap" is the share of the query that is queried again after ten times as many epochs; None
+    if training ended before.
     """
     stop = next((look for look in looks if rule(look)), None)
     if stop is None:
         return None
-    later = [look for look in looks if look["epoch"] >= 9.9 * stop["epoch"]]
-    common_part = set(stop["query"]) & set(later[0]["query"]) if later else ()
+    # Ten places further on the scale of `epochs_to_look_at`.
+    place = round(10 * math.log10(stop["epoch"])) + 10
+    later = next((look for look in looks if look["epoch"] == round(10 ** (place / 10))), None)
+    common_part = set(stop["query"]) & set(later["query"]) if later else ()
     overlap = len(common_part) / len(stop["query"]) if later else None
     return {"overlap": overlap, **{name: stop[name] for name in ("epoch", "share", "ratio")}}
 
@@ -232,11 +235,11 @@ def table(results: Mapping[str, Any]) -> str:
         f"{results['dataset']}, {results['model']}, |S| = {_size(results)}, "
         f"{len(results['seeds'])} seeds:",
         "",
-        "| training stops at | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
+        "| first look at which | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, rule in RULES.items():
-        stops = [stop_of(rule, looks) for looks in results["seeds"].values()]
+        stops = [apply_rule(rule, looks) for looks in results["seeds"].values()]
         if None in stops:
             missing = sum(stop is None for stop in stops)
             lines.append(f"| {name} | not reached by {missing} of {len(stops)} seeds | | | |")
@@ -252,11 +255,13 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws for each setting share of g_S and overlap with the last query over epochs."""
-    drawn = dj.plotting.figure(3.6 * len(every), 3.6)
+def draw_picture(settings: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Draws the share of g_S and the overlap with the last query over epochs, for each setting."""
+    drawn = dj.plotting.figure(3.6 * len(settings), 3.6)
     for axes, results in zip(
-        np.ravel(drawn.subplots(1, len(every), sharey=True, squeeze=False)), every, strict=True
+        np.ravel(drawn.subplots(1, len(settings), sharey=True, squeeze=False)),
+        settings,
+        strict=True,
     ):
         seeds = list(results["seeds"].values())
         epochs = [look["epoch"] for look in seeds[0]]
@@ -278,7 +283,7 @@ def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             low, high = values.min(axis=0), values.max(axis=0)
             axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
         for name, style in (("99 % of S right", ":"), ("total loss ≤ 1", "--")):
-            stops = [stop_of(RULES[name], looks) for looks in seeds]
+            stops = [apply_rule(RULES[name], looks) for looks in seeds]
             if None not in stops:
                 mean = np.mean([stop["epoch"] for stop in stops])
                 axes.axvline(mean, color="black", linestyle=style, linewidth=1, label=name)
@@ -294,19 +299,19 @@ def picture(every: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
 def report(directories: Sequence[str]) -> list[str]:
     """Prints and writes the tables of recorded settings, and draws one picture of all."""
-    every, texts = [], []
+    settings, texts = [], []
     for directory in map(pathlib.Path, directories):
         file = directory / f"{NAME}.json"
         try:
-            every.append(json.loads(file.read_text(encoding="utf-8")))
-            texts += [table(every[-1]), gains(directory)]
+            settings.append(json.loads(file.read_text(encoding="utf-8")))
+            texts += [table(settings[-1]), gains(directory)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise dj.UserError(f"{file} is no record of this program ({error})") from error
     text = "\n".join(filter(None, texts))
     print(text)
-    parent = common.writable(str(pathlib.Path(directories[0]).resolve().parent))
+    parent = common.make_directory(str(pathlib.Path(directories[0]).resolve().parent))
     dj.files.write(parent / "tables.md", text)
-    picture(every, parent / f"{NAME}.png")
+    draw_picture(settings, parent / f"{NAME}.png")
     print(f"{parent / 'tables.md'}\n{parent / NAME}.png")
     return []
 
@@ -328,7 +333,7 @@ def gains(directory: pathlib.Path) -> str:
             numbers = [f"{100 * value:+.1f}" for value in (gain.mean, gain.low, gain.high)]
             cells.append("{} ({} to {})".format(*numbers).replace("-", dj.reports.markdown.MINUS))
         shares = [record.get("query_inner_product_share") for record in rounds]
-        cells.append(f"{max(share for share in shares if share is not None):.2f}")
+        cells.append(f"{max(share for share in shares if isinstance(share, float)):.2f}")
         cells.append(f"{sum(r['epochs'] for r in rounds) / len(area) / len(scores.seeds):.0f}")
         rows.append(f"| {' | '.join(cells)} |")
     if not rows:

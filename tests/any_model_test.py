@@ -347,3 +347,27 @@ def test_batch_statistics_of_nnx_are_refused_in_training():
     variables = toy.variables(model)
     with pytest.raises(dj.UserError, match="BatchNorm of NNX would count the rows that fill up"):
         training.fit(model, variables, toy.examples(5), dj.TrainingConfig(), 0)
+
+
+ROWS_MIXED = {
+    "batch mean": lambda logits, x: logits - jnp.mean(logits, axis=0, keepdims=True),
+    "reversed": lambda logits, x: logits[::-1],
+    "sorted": lambda logits, x: logits[jnp.argsort(jnp.sum(x, axis=(1, 2, 3)))],
+    "noise by place": lambda logits, x: (
+        logits * jax.random.bernoulli(jax.random.key(0), 0.5, logits.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", dj.gradients.ENGINES)
+@pytest.mark.parametrize("mix", ROWS_MIXED.values(), ids=ROWS_MIXED)
+def test_a_model_that_mixes_the_rows_of_a_batch_is_refused(mix, engine):
+    model = toy.models()["cnn"]
+    variables, x = toy.variables(model), toy.images(12)
+
+    def apply(variables, x):
+        return mix(model.apply(variables, x).logits, x)
+
+    direction = jax.tree.map(jnp.ones_like, variables["params"])
+    with pytest.raises(dj.UserError, match="depends on the others in its batch"):
+        dj.gradients.norms_and_products(apply, variables, x, direction, engine=engine)

@@ -27,7 +27,7 @@ def test_kernel_form_equals_norm_of_gradient(name):
     # Eq. 8 by its definition, from Jacobians of the logits, against the square of one gradient.
     apply, variables, (x, y) = setting(name, 7)
     rest = {key: value for key, value in variables.items() if key != "params"}
-    logits = apply(variables, x).logits
+    logits = jax.jit(apply)(variables, x).logits
     logits_of = lambda params: apply({"params": params, **rest}, x).logits
     jacobian = jax.jit(jax.jacrev(logits_of))(variables["params"])
     flat = jnp.concatenate([leaf.reshape(7, 3, -1) for leaf in jax.tree.leaves(jacobian)], axis=-1)

@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 # Each room (a folder, or a file at the top) may import those of earlier rows, and itself.
 ROOMS = (
     # what everything stands on
-    {"errors", "files", "types", "streams"},
+    {"errors"},
+    {"files", "types", "streams"},
     {"contract", "convolution", "store"},
     # the paper's arrays
     {"losses", "dynamics"},

@@ -17,13 +17,15 @@ def test_cross_entropy_is_minus_log_probability():
 def test_residual_is_gradient_of_cross_entropy():
     logits = jax.random.normal(jax.random.key(0), (6, 4))
     labels = jnp.array([0, 1, 2, 3, 1, 0])
-    gradient = jax.grad(lambda logits: losses.cross_entropy(logits, labels).sum())(logits)
+    gradient = jax.jit(jax.grad(lambda logits: losses.cross_entropy(logits, labels).sum()))(logits)
     np.testing.assert_allclose(losses.residual(logits, labels), gradient, atol=1e-6)
 
 
 def test_gradient_of_squared_error_is_the_difference():
     outputs, targets = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    gradient = jax.grad(lambda outputs: losses.squared_error(outputs, targets).sum())(outputs)
+    gradient = jax.jit(jax.grad(lambda outputs: losses.squared_error(outputs, targets).sum()))(
+        outputs
+    )
     np.testing.assert_allclose(gradient, outputs - targets, atol=1e-6)
 
 
@@ -40,7 +42,7 @@ def test_half_precision_keeps_what_is_left_to_one(dtype, label):
     np.testing.assert_allclose(loss, -np.log(probabilities[:, label]), rtol=2e-2)
     np.testing.assert_allclose(residual, probabilities - np.eye(4)[labels], rtol=2e-2)
     assert loss.dtype == residual.dtype == jnp.float32
-    gradient = jax.grad(lambda logits: losses.cross_entropy(logits, labels).sum())(logits)
+    gradient = jax.jit(jax.grad(lambda logits: losses.cross_entropy(logits, labels).sum()))(logits)
     assert gradient.dtype == dtype  # Rounded, but no more than once.
     np.testing.assert_allclose(
         gradient.astype(np.float32), residual, rtol=float(jnp.finfo(dtype).eps), atol=1e-7

@@ -24,6 +24,7 @@ def pictures(cells):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
     # The kernel is a process of its own; programs that tests have compiled are there for it too.

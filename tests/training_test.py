@@ -15,6 +15,10 @@ from dynamical_jax.types import Rows
 CONFIG = dj.TrainingConfig(batch_size=8, max_epochs=3, target_accuracy=1.0)
 
 
+# One program; operation by operation each would be compiled by itself.
+batch_gradient = jax.jit(training.batch_gradient, static_argnums=0)
+
+
 def same(a, b, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), a, b)
 
@@ -31,8 +35,9 @@ def test_padding_changes_nothing():
         )
         return losses.cross_entropy(outputs.logits, y[:5]).mean(), statistics
 
-    (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-    step = functools.partial(training.batch_gradient, model, variables)
+    reference = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, statistics), gradient = reference(variables["params"])
+    step = functools.partial(batch_gradient, model, variables)
     x[5:] = 255  # Whatever is in the padding.
     padded = step(dj.Examples(x, y), jnp.arange(8) < 5, jax.random.key(0))
     same(padded, (gradient, loss, statistics), rtol=1e-5, atol=1e-6)
@@ -51,7 +56,7 @@ def test_masks_of_the_model_itself_are_kept():
     model = toy.standardized(Masked())
     variables = toy.variables(model)
     x, y = toy.examples(6)
-    step = functools.partial(training.batch_gradient, model, variables)
+    step = functools.partial(batch_gradient, model, variables)
     _, _, statistics = step(dj.Examples(x, y), jnp.arange(6) < 4, jax.random.key(0))
     mean = statistics["batch_stats"]["model"]["BatchNorm_0"]["mean"]
     standard = (x.reshape(6, -1, 2) - np.array(toy.MEAN)) / np.array(toy.STD)
@@ -71,7 +76,7 @@ def test_running_variance_is_unbiased_as_in_pytorch():
     model = toy.models()["batch_norm"]
     variables = toy.variables(model)
     x, y = toy.examples(6)
-    step = functools.partial(training.batch_gradient, model, variables)
+    step = functools.partial(batch_gradient, model, variables)
     _, _, statistics = step(dj.Examples(x, y), jnp.ones(6, bool), jax.random.key(0))
     before = variables["batch_stats"]["model"]["BatchNorm_0"]["var"]
     after = statistics["batch_stats"]["model"]["BatchNorm_0"]["var"]
@@ -94,15 +99,15 @@ def test_fit_equals_a_plain_loop(optimizer):
     fit = training.fit(model, variables, labeled, config, seed=3, capacity=40)
 
     update = training.OPTIMIZERS[optimizer](config.learning_rate, config.weight_decay)
-    state = update.init(variables["params"])
+    state, step = jax.jit(update.init)(variables["params"]), jax.jit(update.update)
     for epoch in (1, 2):
         order = dj.streams.generator(3, "order", 0, epoch).permutation(21)
         for rows in (order[:7], order[7:14], order[14:]):
             batch = dj.Examples(labeled.x[rows], labeled.y[rows])
-            gradient, _, statistics = training.batch_gradient(
+            gradient, _, statistics = batch_gradient(
                 model, variables, batch, jnp.ones(7, bool), jax.random.key(0)
             )
-            updates, state = update.update(gradient, state, variables["params"])
+            updates, state = step(gradient, state, variables["params"])
             variables = {
                 **statistics,
                 "params": jax.tree.map(jnp.add, variables["params"], updates),
@@ -221,7 +226,7 @@ def test_evaluate_in_blocks():
     model = toy.models()["cnn"]
     variables = toy.variables(model)
     x, y = toy.examples(10)
-    logits = model.apply(variables, x).logits
+    logits = jax.jit(model.apply)(variables, x).logits
     accuracy = np.mean(np.argmax(logits, axis=1) == y)
     loss = losses.cross_entropy(logits, jnp.asarray(y)).mean()
     for batch_size in (1, 4, 10, 512):

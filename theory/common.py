@@ -1,4 +1,4 @@
-"""What the theory's binaries share: data, a network, its kernel, and what they write."""
+"""What the theory's programs share: data, a network, its kernel, and the files they write."""
 
 import functools
 import os
@@ -23,23 +23,30 @@ WIDTHS = flags.DEFINE_list(
 NUM_LOGITS = flags.DEFINE_integer(
     "num_logits",
     1,
-    "Logits over which the kernel is averaged, 0 for all; in the limit of infinite width it is the "
-    "same for each.",
+    "How many logits the kernel is averaged over, 0 for all; in the limit of infinite width it is "
+    "the same for each.",
     lower_bound=0,
 )
-NUM_LABELED = flags.DEFINE_integer("num_labeled", 50, "|S|.", lower_bound=2)
-EPOCHS = flags.DEFINE_integer("epochs", 100, "Epochs of training on S at most.", lower_bound=1)
+NUM_LABELED = flags.DEFINE_integer(
+    "num_labeled", 50, "Size of the labeled set, |S|.", lower_bound=2
+)
+EPOCHS = flags.DEFINE_integer(
+    "epochs", 100, "Largest number of epochs of training on S.", lower_bound=1
+)
 TRAINING_RATE = flags.DEFINE_float(
     "training_rate",
     0.03,
-    "Learning rate of Adam; in the NTK parameterisation weights are of size 1, and want more than "
-    "elsewhere.",
+    "Learning rate of Adam; in the NTK parameterisation weights are of size 1, and need a larger "
+    "one than usual.",
 )
 JITTER = flags.DEFINE_float(
-    "jitter", 0.0, "Added to the diagonal of Θ, in units of its mean; recorded.", lower_bound=0.0
+    "jitter",
+    0.0,
+    "Number added to the diagonal of Θ, in units of its mean; it is recorded.",
+    lower_bound=0.0,
 )
 
-# Of all binaries; others are for each to declare.
+# Key flags of all these programs; each declares its others.
 KEY_FLAGS = (
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
     *("data_dir", "download", "cache_dir", "output_dir", "first_seed", "widths", "num_logits"),
@@ -62,7 +69,7 @@ class Setting(NamedTuple):
         return dj.models.init(self.model, dj.streams.key(seed, "weights"), self.dataset.pool.x)
 
     def draw(self, seed: int, size: int) -> np.ndarray:
-        """Returns the rows of an initial set S: of an experiment of this seed, the first."""
+        """Returns the rows of the initial set S that an experiment with this seed has."""
         generator = dj.streams.generator(seed, "initial_set")
         return dj.pool.initial_pool(len(self.dataset.pool.y), size, generator).labeled
 
@@ -72,15 +79,15 @@ class Setting(NamedTuple):
 
 
 def setting(query_size: int = 0) -> Setting:
-    """Returns the data and the network that the flags name, and keeps compiled programs.
+    """Returns the data and the network of the flags; makes JAX keep compiled programs.
 
     Args:
-      query_size: images needed beside S.
+      query_size: number of images needed beside S.
 
     Raises:
       UserError: if the pool is smaller, or a flag is wrong.
     """
-    widths = tuple(binary.positive("widths", WIDTHS.value))
+    widths = tuple(binary.parse_positive("widths", WIDTHS.value))
     dataset = common.load_dataset()
     if dataset.kind != "images":
         raise dj.UserError(
@@ -94,7 +101,7 @@ def setting(query_size: int = 0) -> Setting:
 
 
 def kernel(apply: ApplyFn, variables: Variables, x: Any) -> np.ndarray:
-    """Returns Θ of images, averaged over as many logits as the flag says."""
+    """Returns Θ of images, averaged over --num_logits logits."""
     fewer = _first_logits(apply, NUM_LOGITS.value or None)
     with tqdm.tqdm(desc="Θ", disable=None, leave=False) as bar:
 
@@ -108,7 +115,7 @@ def kernel(apply: ApplyFn, variables: Variables, x: Any) -> np.ndarray:
 def combined_gradients(
     apply: ApplyFn, variables: Variables, x: Any, weights: np.ndarray
 ) -> np.ndarray:
-    """Returns Σ w ∇f of as many logits as the flag says; its square over them is Tr(Wᵀ Θ W)."""
+    """Returns Σ w ∇f of --num_logits logits; its squared norm over them is Tr(Wᵀ Θ W)."""
     fewer = _first_logits(apply, NUM_LOGITS.value or None)
     return dj.ntk.combined_gradients(fewer, variables, jnp.asarray(x), weights)
 
@@ -119,7 +126,7 @@ def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
     return dj.ntk.infinite_width_ntk(network.standardize(x), depth=len(network.model.widths))
 
 
-@functools.cache  # Programs are compiled for each function: the same one for the same network.
+@functools.cache  # Programs are compiled for each function object, so return the same one again.
 def _first_logits(apply: ApplyFn, count: int | None) -> ApplyFn:
     def fewer(variables: Variables, x: Array) -> dj.Outputs:
         outputs = apply(variables, x)
@@ -134,8 +141,8 @@ def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int)
     return dj.training.fit(setting.model, variables, labeled, config, seed)
 
 
-def with_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
-    """Returns labels of which a share is drawn anew, uniformly, as in Zhang et al. (2017)."""
+def add_label_noise(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
+    """Replaces a share of the labels by uniformly random ones, as in Zhang et al. (2017)."""
     generator = dj.streams.generator(seed, "noise")
     order = generator.permutation(len(labels))
     drawn = generator.integers(0, num_classes, len(labels))
@@ -150,8 +157,8 @@ def tau_within_seeds(
 ) -> list[float]:
     """Returns Kendall's τ of two quantities of the rows for each seed.
 
-    Rows of a seed share S, the network and the order in which noise comes: they are no sample from
-    which a p-value could be had, and those of several seeds differ in the scale of Θ.
+    Rows of one seed share S, the network and the order in which noise comes, so they are no sample
+    from which a p-value could be computed. Rows of several seeds differ in the scale of Θ.
     """
     result = []
     for seed in sorted({row["seed"] for row in rows}):
@@ -162,30 +169,30 @@ def tau_within_seeds(
 
 
 def describe_taus(taus: list[float]) -> str:
-    """Returns a few words on τ of each seed."""
+    """Returns the end of a sentence on τ: its value, or mean and range over seeds."""
     if len(taus) == 1:
         return f"is {taus[0]:.2f}"
     return f"is {np.mean(taus):.2f} ({min(taus):.2f} to {max(taus):.2f} in {len(taus)} seeds)"
 
 
 def progress(work: Iterable, what: str) -> Iterable:
-    """Goes through work, with a bar where there is a terminal."""
+    """Iterates over `work`, with a progress bar if there is a terminal."""
     return tqdm.tqdm(work, what, disable=None, leave=False)
 
 
-def over_seeds(
+def repeat_over_seeds(
     module: Any,
     run_seed: Callable[[int], list[dict[str, Any]]],
     summarize: Callable[[list[dict[str, Any]]], tuple[Any, ...]],
 ) -> list[str]:
-    """Repeats an experiment for each seed, prints the finding, and returns what failed.
+    """Repeats an experiment with each seed and prints the finding; returns a line for each failure.
 
-    A seed takes long: what there is, is written after each, as partial.
+    A seed takes long, so partial results are written after each.
 
     Args:
-      module: the binary.
-      run_seed: returns what a seed gives; one that raises UserError does not stop the others.
-      summarize: what `save` takes of all that seeds gave: the numbers, the finding, who draws it.
+      module: the program.
+      run_seed: seed → its results; a seed that raises UserError does not stop the others.
+      summarize: results of all seeds → the first arguments of `save`: numbers, sentence, draw.
     """
     seeds, found, done, failures = common.seeds(), [], [], {}
     directory()
@@ -208,8 +215,8 @@ def over_seeds(
 
 
 def directory() -> pathlib.Path:
-    """Returns where results go."""
-    return common.writable(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
+    """Returns the directory for results."""
+    return common.make_directory(common.OUTPUT_DIR.value or os.path.join("runs", "theory"))
 
 
 def save(
@@ -219,15 +226,15 @@ def save(
     draw: Callable[[Any], None],
     finished: bool = True,
 ) -> pathlib.Path:
-    """Writes `<name of the binary>.json` and `.png`; returns the path of the former.
+    """Writes `<name of the program>.json` and `.png`; returns the path of the former.
 
     Args:
-      module: the binary; its key flags are recorded.
+      module: the program; its key flags are recorded.
       results: numbers, JSON values.
-      sentence: what was found, with its numbers.
+      sentence: the finding, with its numbers.
       draw: draws the picture into a matplotlib figure.
-      finished: whether this is all; else the names are `<name of the binary>.partial.json` and so
-        on, until it is.
+      finished: whether the results are complete; if not, the files are
+        `<name of the program>.partial.json` and `.png`.
     """
 
     def picture(path: pathlib.Path) -> None:

@@ -1,6 +1,6 @@
 """Figure 1: is MMD(S, S ∪ Q) small beside the generalization bound ℬ(S ∪ Q)?
 
-One dynamicAL query of b images after training on |S| labels; Θ is the NTK at initialisation, or its
+dynamicAL queries b images after training on |S| labels. Θ is the NTK at initialisation, or its
 limit of infinite width, whose cost grows with the square of the number of pixels.
 
   python -m theory.fig1_bound_and_mmd --dataset=cifar10 --num_labeled=500
@@ -10,8 +10,8 @@ limit of infinite width, whose cost grows with the square of the number of pixel
 
 Recorded with the first command, 47 minutes a seed on one core: MMD is 0.1 to 0.3 % of ℬ.
 
-ℬ goes with Θ^(−1/2) and MMD with Θ^(1/2), so that what the figure says depends on the scale of Θ:
-both are shown for Θ as the NTK parameterisation gives it, and for Θ of mean diagonal 1.
+ℬ is proportional to Θ^(−1/2) and MMD to Θ^(1/2), so that the answer depends on the scale of Θ. Both
+are shown for Θ as the NTK parameterisation gives it, and for Θ divided by its mean diagonal.
 """
 
 import functools
@@ -25,9 +25,11 @@ import dynamical_jax as dj
 from dynamical_jax.programs import binary
 from theory import common
 
-QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "The values of b.")
+QUERY_SIZES = flags.DEFINE_list("query_sizes", ["25", "50", "100"], "Sizes b of the queries.")
 INFINITE_WIDTH = flags.DEFINE_bool(
-    "infinite_width", False, "Θ of the network as its widths go to infinity, by neural-tangents."
+    "infinite_width",
+    False,
+    "Take Θ of the network as its widths go to infinity, by neural-tangents.",
 )
 for _name in (*common.KEY_FLAGS, "num_seeds", "num_labeled", "epochs", "training_rate", "jitter"):
     flags.declare_key_flag(_name)
@@ -41,13 +43,13 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Computes ℬ and MMD for each seed and b, then writes them; returns what failed."""
+    """Computes ℬ and MMD for each seed and b, then writes them; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
-    sizes = sorted(set(binary.positive("query_sizes", QUERY_SIZES.value)))
+    sizes = sorted(set(binary.parse_positive("query_sizes", QUERY_SIZES.value)))
     if INFINITE_WIDTH.value:
-        dj.ntk.neural_tangents()  # What is missing should be said now and not after training.
+        dj.ntk.neural_tangents()  # Say now, and not after training, if it is not installed.
     setting = common.setting(query_size=max(sizes))
-    return common.over_seeds(
+    return common.repeat_over_seeds(
         sys.modules[__name__],
         lambda seed: run_seed(setting, seed, sizes),
         lambda rows: summarize(rows, sizes),
@@ -55,7 +57,7 @@ def run(argv: list[str]) -> list[str]:
 
 
 def summarize(rows: list[dict[str, Any]], sizes: list[int]) -> tuple[Any, ...]:
-    """Returns the numbers, the finding, and who draws it."""
+    """Returns the numbers, the finding, and the function that draws them."""
     shares = {
         scale: [row["mmd"] / row["bound"] for row in rows if row["scale"] == scale]
         for scale in SCALES
@@ -103,7 +105,7 @@ def run_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[
 
 
 def draw(rows: list[dict[str, Any]], sizes: list[int], figure: Any) -> None:
-    """Bars of ℬ and MMD for each b, with standard deviations over seeds, for both scales of Θ."""
+    """Draws bars of ℬ and MMD for each b and scale of Θ, with standard deviations over seeds."""
     for axes, scale in zip(figure.subplots(1, 2), SCALES, strict=True):
         for shift, value, name in ((-0.2, "bound", "ℬ(S ∪ Q)"), (0.2, "mmd", "MMD(S, S ∪ Q)")):
             values = np.array(

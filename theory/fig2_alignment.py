@@ -1,12 +1,13 @@
 """Figure 2: does alignment grow with training dynamics?
 
-S is fixed and Q drawn at random, again and again. G_MSE(S ∪ Q) against 𝒜(X ∪ X_Q, Y ∪ Y_Q), and
-Kendall's τ; with f and Θ at initialisation, and after training on S by the cross-entropy. And:
+S is fixed, and Q is drawn at random many times. Plots G_MSE(S ∪ Q) against 𝒜(X ∪ X_Q, Y ∪ Y_Q) and
+computes Kendall's τ, with f and Θ at initialisation and after training on S by the cross-entropy.
+Also computes τ of
 
-- G(S ∪ Q) of the cross-entropy, at the true labels, against 𝒜;
-- as a control, G_MSE against 𝒜 with the labels permuted over all images. Were f = 0, as theory has
-  it at initialisation, G_MSE would be 𝒜; where f is large G_MSE is mostly Tr(fᵀΘf), and the two may
-  go together because Θ is larger on some Q than on others, whatever the labels.
+- G(S ∪ Q) of the cross-entropy, at the true labels, and 𝒜;
+- as a control, G_MSE and 𝒜 with the labels permuted over all images. If f were 0, as the theory
+  assumes at initialisation, G_MSE would equal 𝒜. Where f is large, G_MSE is mostly Tr(fᵀΘf), and
+  the two may be correlated only because Θ is larger on some Q than on others, whatever the labels.
 
   python -m theory.fig2_alignment --dataset=cifar10 --num_labeled=500 --query_size=250
       --draws=150
@@ -29,13 +30,13 @@ from dynamical_jax.programs import binary
 from experiments import common as experiment
 from theory import common
 
-QUERY_SIZE = flags.DEFINE_integer("query_size", 25, "|Q|.", lower_bound=1)
-DRAWS = flags.DEFINE_integer("draws", 150, "How many Q.", lower_bound=8)
+QUERY_SIZE = flags.DEFINE_integer("query_size", 25, "Size of each query, |Q|.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", 150, "How many Q are drawn.", lower_bound=8)
 for _name in (*common.KEY_FLAGS, "num_labeled", "epochs", "training_rate"):
     flags.declare_key_flag(_name)
 
 RESAMPLES = 2000
-# τ of which two quantities.
+# Name of a correlation → the two quantities whose τ it is.
 PAIRS = {
     "squared_error": ("squared_error", "alignment"),
     "cross_entropy": ("cross_entropy", "alignment"),
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Draws every Q, then writes the correlations; returns what failed: nothing."""
+    """Draws every Q, then writes the correlations; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting(QUERY_SIZE.value)
     common.directory()
@@ -67,23 +68,23 @@ def run(argv: list[str]) -> list[str]:
         accuracy = dj.training.evaluate(setting.model.apply, variables, labeled).accuracy
         results[when] = {"points": points, "train_accuracy": accuracy, **taus}
         finished = len(results) == len(states)
-        sentence = finding(results)
+        sentence = describe_correlations(results)
         path = common.save(sys.modules[__name__], results, sentence, draw_results, finished)
     experiment.print_finding(sentence, path)
     return []
 
 
-def finding(results: dict[str, Any]) -> str:
-    """Returns a sentence on the correlations."""
+def describe_correlations(results: dict[str, Any]) -> str:
+    """Returns a sentence about the correlations."""
     parts = []
     for when, result in results.items():
-        of_mse, permuted, of_entropy = (
+        tau_mse, permuted, tau_entropy = (
             f"{result[name]['tau']:.2f} ({result[name]['low']:.2f} to {result[name]['high']:.2f})"
             for name in ("squared_error", "permuted", "cross_entropy")
         )
         parts.append(
-            f"{when} {of_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
-            f"permuted {permuted}, of the cross-entropy's G and alignment {of_entropy}"
+            f"{when} {tau_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
+            f"permuted {permuted}, of the cross-entropy's G and alignment {tau_entropy}"
         )
     return (
         f"Kendall's τ of G_MSE and alignment over {DRAWS.value} draws, with 95 % bootstrap "
@@ -98,14 +99,14 @@ def quantities(
     seed: int,
     when: str = "",
 ) -> dict[str, list[float]]:
-    """Returns for each Q what is correlated, of S ∪ Q."""
+    """Returns the quantities of S ∪ Q that are correlated, a value for each Q."""
     pool, model = setting.dataset.pool, setting.model
     unlabeled, size = np.setdiff1d(np.arange(len(pool.y)), rows), QUERY_SIZE.value
     permuted = pool.y[dj.streams.generator(seed, "noise").permutation(len(pool.y))]
     apply = jax.jit(model.apply)
 
-    def of(which: np.ndarray) -> tuple[np.ndarray, Any]:
-        """Σ w ∇f for the columns of f, Y and permuted Y; and g of the cross-entropy."""
+    def combine(which: np.ndarray) -> tuple[np.ndarray, Any]:
+        """Returns Σ w ∇f for the columns of f, Y and permuted Y, and g of the cross-entropy."""
         logits = np.asarray(apply(variables, pool.x[which]).logits)
         weights = [logits, setting.targets(pool.y[which]), setting.targets(permuted[which])]
         combined = common.combined_gradients(
@@ -114,11 +115,11 @@ def quantities(
         examples = dj.Examples(pool.x[which], pool.y[which])
         return combined, dj.gradients.set_gradient(model.apply, variables, examples)
 
-    combined_s, grad_s = of(rows)
+    combined_s, grad_s = combine(rows)
     points: dict[str, list[float]] = {}
     for index in common.progress(range(DRAWS.value), f"Q {when}"):
         draw = dj.streams.generator(seed, "draws", index)
-        combined_q, grad_q = of(draw.choice(unlabeled, size, replace=False))
+        combined_q, grad_q = combine(draw.choice(unlabeled, size, replace=False))
         f, y, other_y = np.split(combined_s + combined_q, 3, axis=1)
         quadratic_form = lambda combined: float(np.sum(combined**2)) / len(combined)
         point = {
@@ -163,7 +164,7 @@ def correlation(one: list[float], other: list[float]) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any], figure: Any) -> None:
-    """A scatter of alignment over G_MSE for each state of the network."""
+    """Draws alignment over G_MSE as points, for each state of the network."""
     panels = np.atleast_1d(figure.subplots(1, len(results)))
     for axes, (when, result) in zip(panels, results.items(), strict=True):
         points = result["points"]

@@ -1,7 +1,7 @@
-"""Theorem 2: is the generalization bound what alignment says, and does it go with the test error?
+"""Theorem 2: does alignment bound ℬ, and does ℬ rank networks as their test error does?
 
-With more and more of the labels drawn at random: (n/2) ℬ² between its two bounds by alignment, and
-ℬ against the error on the test set of the network trained on these labels.
+Computes, with more and more of the labels drawn at random, (n/2) ℬ² and its two bounds by
+alignment, and compares ℬ with the test error of the network trained on these labels.
 
   python -m theory.theorem2_generalization --dataset=cifar10 --num_labeled=500 --num_seeds=2
 
@@ -32,14 +32,16 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Trains with each share of noise, and writes the points; returns what failed."""
+    """Trains with each share of noise, and writes the points; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     setting = common.setting()
-    return common.over_seeds(sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize)
+    return common.repeat_over_seeds(
+        sys.modules[__name__], lambda seed: run_seed(setting, seed), summarize
+    )
 
 
 def summarize(rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-    """Returns the numbers, the finding, and who draws it."""
+    """Returns the numbers, the finding, and the function that draws them."""
     inside = sum(r["lower"] <= r["middle"] <= r["upper"] for r in rows)
     bounds, errors = [r["bound"] for r in rows], [r["test_error"] for r in rows]
     taus = common.tau_within_seeds(rows, bounds, errors)
@@ -60,7 +62,7 @@ def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
     theta = common.kernel(model.apply, variables, data.pool.x[rows])
     result = []
     for noise in common.progress(NOISE, f"seed {seed}, label noise"):
-        labels = common.with_noise(data.pool.y[rows], noise, len(data.class_names), seed)
+        labels = common.add_label_noise(data.pool.y[rows], noise, len(data.class_names), seed)
         targets = setting.targets(labels)
         bound = dj.generalization.generalization_bound(theta, targets, common.JITTER.value)
         lower, upper = dj.generalization.bounds_by_alignment(theta, targets, common.JITTER.value)
@@ -84,7 +86,7 @@ def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], figure: Any) -> None:
-    """The bound between its bounds over noise; then the bound against the test error."""
+    """Draws ℬ and its bounds over noise, and the test error over ℬ."""
     left, right = figure.subplots(1, 2)
     noise = 100 * np.array(NOISE)
     for name, label in (("upper", "upper"), ("middle", "(n/2) ℬ²"), ("lower", "lower")):

@@ -1,8 +1,8 @@
 """Classification data as NumPy arrays: a pool to query from and a test set.
 
-`load(name)` gives one of `DATASETS`, `load(path)` a folder or an .npz file of your own; a `Dataset`
-of your own arrays needs no more than its constructor. Images are uint8 `[n, h, w, c]`, or vectors
-take their place, floats `[n, d]`; both stay what they are until a model standardises them.
+`load(name)` returns one of `DATASETS`, `load(path)` the data of your own folder or .npz file. Your
+own arrays become a `Dataset` by its constructor. Inputs are images, uint8 `[n, h, w, c]`, or
+vectors, floats `[n, d]`; they keep their type and scale until a model standardises them.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
 
-# Caltech-101 has no test set of its own: this many images of each class are held out.
+# Caltech-101 has no test set: this many images of each class are held out.
 TEST_IMAGES_PER_CLASS = 10
 CALTECH101_IMAGE_SIZE = 64
-# To be raised when decoding or resizing changes, so that older caches are not used.
+# Raise it when decoding or resizing changes, so that older caches are not used.
 CACHE_FORMAT = 1
-# Bytes up to which images that are not in memory are copied to the device all the same.
+# Images that are not in memory are copied to the device up to this size in bytes.
 LARGEST_COPY = 2**28
 
 
@@ -38,16 +38,16 @@ class Dataset:
     """A pool, whose labels an oracle knows, and a test set.
 
     Attributes:
-      name: what records call it.
+      name: its name in records.
       pool: x, images `[n, h, w, c]` or vectors `[n, d]` of floats, and labels y `[n]`, NumPy; x
-        may be anything that has a shape and a dtype and gives rows as arrays, such as
+        may be anything that has a shape and a dtype and whose rows are arrays, such as
         `images.OnDisk`, `types.Rows` or a memory map.
       test: the same for the test set.
       class_names: the K classes, in the order of the labels.
       version: of the data, for records.
-      index: `[n]` where each row of the pool stands in the data set it was taken from; its own
-        position by default. Records name examples by it.
-      paths: of image files: `paths[i]` is the file of the image with index i. Otherwise empty.
+      index: `[n]` position of each row of the pool in the data set that it comes from; by default
+        the number of the row. Records name examples by it.
+      paths: for image files: `paths[i]` is the file of the image with index i. Otherwise empty.
 
     Raises:
       UserError: on construction, if shapes or labels do not fit, or an input is not finite.
@@ -79,8 +79,8 @@ class Dataset:
 
     @property
     def kind(self) -> str:
-        """What the inputs are, "images" or "vectors"."""
-        return _kind(self.pool.x)
+        """The kind of inputs, "images" or "vectors"."""
+        return _input_kind(self.pool.x)
 
     @functools.cached_property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -88,25 +88,25 @@ class Dataset:
 
     @functools.cached_property
     def pool_images(self) -> Any:
-        """`pool.x` to compute with: copied to the default device once, whoever asks.
+        """`pool.x`, copied to the default device once.
 
-        What is not in memory and larger than `LARGEST_COPY` stays where it is.
+        Inputs that are not in memory and larger than `LARGEST_COPY` stay where they are.
         """
-        return _at_hand(self.pool.x)
+        return _to_device_unless_large(self.pool.x)
 
     @functools.cached_property
     def test_examples(self) -> Examples:
-        """`test` with its inputs likewise."""
-        return Examples(_at_hand(self.test.x), self.test.y)
+        """`test`, with its inputs copied likewise."""
+        return Examples(_to_device_unless_large(self.test.x), self.test.y)
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each channel, or feature, over the pool, in the inputs' own units."""
+        """Mean of each channel, or feature, over the pool, in the units of the inputs."""
         return tuple(self._statistics[0].tolist())
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of each channel, or feature, over the pool, in their own units."""
+        """Standard deviation of each channel, or feature, over the pool, likewise."""
         return tuple(self._statistics[1].tolist())
 
 
@@ -122,29 +122,29 @@ def load(
     channels: int | None = None,
     unreadable: str = "skip",
 ) -> Dataset:
-    """Returns one of `DATASETS`, or data of your own.
+    """Returns one of `DATASETS`, or your own data.
 
-    Those are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of arrays:
-    image `[n, h, w]` or `[n, h, w, c]`, or embedding `[n, d]`; label `[n]`, whole numbers or
-    strings; and perhaps test_image or test_embedding, test_label, class_names and index.
+    Your own data are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of
+    arrays: image `[n, h, w]` or `[n, h, w, c]`, or embedding `[n, d]`; label `[n]`, whole numbers
+    or strings; and optionally test_image or test_embedding, test_label, class_names and index.
 
     Args:
-      name: its key, or the path of a folder or .npz file.
-      image_size: side to which images are resized; their own size if None. For Caltech-101 and
-        image files that differ in size, or are larger than 256: 64.
+      name: a name of `DATASETS`, or the path of a folder or .npz file.
+      image_size: height and width to which images are resized. If None they keep their size, but
+        Caltech-101, and image files that differ in size or are larger than 256, become 64×64.
       data_dir: where TFDS keeps its data; `TFDS_DATA_DIR` or TFDS's own default if None.
       cache_dir: where decoded arrays are kept between runs; `default_cache_dir()` if None.
       download: whether TFDS may download and prepare what is not in `data_dir`.
       test_dir: folder with images for testing, of the same classes.
-      test_fraction: of each class, to hold out for testing where there is no test set of its own;
-        0.2 if None.
-      channels: of image files, 1 (grey) or 3 (RGB); 1 if None and all are grey.
+      test_fraction: share of each class to hold out for testing if there is no test set; 0.2 if
+        None.
+      channels: of image files, 1 (grey) or 3 (RGB). If None, 1 if all are grey, else 3.
       unreadable: whether image files that cannot be read are left out ("skip"), with a warning, or
         refused ("refuse").
 
     Raises:
       UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared or
-        not as described, an argument has no effect, or a cache file is corrupt.
+        not as described here, an argument has no effect, or a cache file is corrupt.
     """
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     if name not in DATASETS:
@@ -152,8 +152,8 @@ def load(
         return _load_own(path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
     images.check_options(image_size, channels, unreadable)
     own = {"test_dir": test_dir, "test_fraction": test_fraction, "channels": channels}
-    if given := [option for option, value in own.items() if value is not None]:
-        raise UserError(f"{given[0]} has no effect on {name}, only on data of your own")
+    if unused := [option for option, value in own.items() if value is not None]:
+        raise UserError(f"{unused[0]} has no effect on {name}, only on data of your own")
     if name == "digits":
         return _load_digits(image_size)
     return _load_tfds(name, image_size, data_dir, cache_dir, download)
@@ -168,13 +168,13 @@ def default_cache_dir() -> str:
 def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of the last axis of x: channels, or features.
 
-    Guaranteed: where all are equal, the deviation is 0.
+    Guaranteed: if all values are equal, the deviation is 0.
 
     Args:
       x: images `[n, h, w, c]` or vectors `[n, d]`.
     """
     # Summed over blocks, which needs no float copy of the pool, and counted from the first value:
-    # else the deviation of what is constant would be a rounding error, and noise divided by it.
+    # else the deviation of a constant would be a rounding error, and noise would be divided by it.
     origin, count, total, squares = None, 0, 0.0, 0.0
     for block in images.blocks(x):
         block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
@@ -186,7 +186,7 @@ def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
     return origin[0] + mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
-def _kind(x: Any) -> str:
+def _input_kind(x: Any) -> str:
     return "vectors" if len(x.shape) == 2 else "images"
 
 
@@ -196,7 +196,7 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
         raise UserError(
             f"{what}: images must be [n, height, width, channels], vectors [n, d], got {x.shape}"
         )
-    kind = _kind(x)
+    kind = _input_kind(x)
     if kind == "vectors" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"{what}: vectors must be of floating-point numbers, got {x.dtype}")
     if len(x) == 0 or y.shape != (len(x),):
@@ -206,8 +206,8 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
     folders.check_finite(what, kind, x)
 
 
-def _at_hand(x: Any) -> Any:
-    """The array on the device, unless it is large and not in memory."""
+def _to_device_unless_large(x: Any) -> Any:
+    """Returns the array on the device, unless it is large and not in memory."""
     in_memory = isinstance(x, np.ndarray | jax.Array) and not isinstance(x, np.memmap)
     small = math.prod(x.shape) * x.dtype.itemsize <= LARGEST_COPY
     return jnp.asarray(x[:]) if in_memory or small else x
@@ -246,7 +246,7 @@ def _load_digits(image_size: int | None) -> Dataset:
     x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     y = digits.target.astype(np.int32)
     if image_size is not None:
-        x = np.stack([images.resized(image, image_size, image_size) for image in x])
+        x = np.stack([images.resize(image, image_size, image_size) for image in x])
     test = np.zeros(len(y), bool)
     for label in range(10):
         test[np.flatnonzero(y == label)[::5]] = True
@@ -262,11 +262,11 @@ def _load_tfds(
     if name == "caltech101":
         image_size = image_size or CALTECH101_IMAGE_SIZE
     key = f"{name}-{builder.info.version}-{image_size or 'original'}"
-    # Two copies of a data set may call themselves by one version: their sizes tell most apart.
+    # Two copies of a data set may have the same version: their sizes tell most apart.
     sizes = [(split.num_examples, split.num_bytes) for split in builder.info.splits.values()]
     source = f"{key} {sizes}, format {CACHE_FORMAT}"
     decode = functools.partial(_decode, builder, image_size)
-    # Each source has a file of its own: one copy is not in the way of another.
+    # Each source has its own file, so that several copies can be used.
     file_name = f"{key}-{zlib.crc32(source.encode()):08x}.npz"
     arrays = cached_arrays(cache_dir / file_name, source, decode)
     train = Examples(arrays["train_x"], arrays["train_y"])
@@ -310,7 +310,7 @@ def _decode(builder: Any, image_size: int | None) -> dict[str, np.ndarray]:
         for example in progress:
             image = example["image"]
             if image_size is not None:
-                image = images.resized(image, image_size, image_size)
+                image = images.resize(image, image_size, image_size)
             x.append(image)
             y.append(example["label"])
         arrays[f"{split}_x"] = np.stack(x)
@@ -323,7 +323,7 @@ def _split_caltech101(
 ) -> Dataset:
     """Joins TFDS's splits, drops the background, holds out 10 images of each class.
 
-    Which ones is drawn once and for all, whatever the seed of a run.
+    The held-out images do not depend on the seed of a run.
     """
     x = np.concatenate([train.x, test.x])
     y = np.concatenate([train.y, test.y])
@@ -374,7 +374,7 @@ def cached_arrays(
             )
         return arrays
     arrays = make()
-    with images.written_whole(path) as partial, partial.open("wb") as file:
+    with images.replacing_cache_file(path) as partial, partial.open("wb") as file:
         np.savez(file, source=np.array(source), **arrays)
     return arrays
 

@@ -1,7 +1,7 @@
-"""Labeled data of one's own: a folder of images for each class, or arrays in an .npz file.
+"""Your own labeled data: a folder of images for each class, or arrays in an .npz file.
 
-Where there is no test set, some examples of each class are held out: which ones is drawn once and
-for all, whatever the seed of a run.
+If there is no test set, some examples of each class are held out. Which ones does not depend on the
+seed of a run.
 """
 
 import os
@@ -23,7 +23,7 @@ INPUT_NAMES = ("image", "embedding")
 
 
 class OwnData(NamedTuple):
-    """What a `datasets.Dataset` is made of, named as there."""
+    """The fields of a `datasets.Dataset`, with its names."""
 
     pool: Examples
     test: Examples
@@ -45,20 +45,20 @@ def from_folder(
     """Returns the images of `<folder>/<class>/**`, and those of `test_dir` for testing.
 
     Raises:
-      UserError: if folders are not so, or see `images.decode`.
+      UserError: if folders are not like this, or as in `images.decode`.
     """
     images.check_options(image_size, channels, unreadable)
     _check_fraction(test_fraction, test_dir)
-    class_names = _classes(folder)
-    _check_several(folder, class_names)
+    class_names = _list_classes(folder)
+    _check_two_classes(folder, class_names)
     paths, y = _labeled_files(folder, class_names, class_names)
     size = len(paths)
     if test_dir is not None:
-        _check_apart(test_dir, folder)
-        of_test = _classes(test_dir)
-        if foreign := [name for name in of_test if name not in class_names]:
+        _check_outside(test_dir, folder)
+        test_classes = _list_classes(test_dir)
+        if foreign := [name for name in test_classes if name not in class_names]:
             raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
-        more, labels = _labeled_files(test_dir, of_test, class_names)
+        more, labels = _labeled_files(test_dir, test_classes, class_names)
         paths, y = paths + more, np.append(y, labels)
     x, readable, checksum = images.decode(paths, cache_dir, image_size, channels, unreadable)
     rows = np.flatnonzero(readable)
@@ -66,7 +66,7 @@ def from_folder(
     if missing := set(range(len(class_names))) - set(np.unique(y[rows[~for_test]]).tolist()):
         raise UserError(f"{folder}: no image of class {class_names[min(missing)]!r} can be read")
     if test_dir is None:
-        for_test = held_out(y[rows], test_fraction, class_names)
+        for_test = choose_held_out(y[rows], test_fraction, class_names)
     elif not for_test.any():
         raise UserError(f"{test_dir}: no image can be read")
     pool, test = rows[~for_test], rows[for_test]
@@ -87,7 +87,7 @@ def from_folder(
 def from_npz(
     path: str, test_fraction: float | None, image_size: int | None, channels: int | None
 ) -> OwnData:
-    """Returns the arrays of a file: image or embedding, and label `[n]`.
+    """Returns the arrays of an .npz file: image or embedding, and label `[n]`.
 
     Images are numbers `[n, h, w]` or `[n, h, w, c]`, embeddings floats `[n, d]`, which become
     float32; labels are whole numbers or strings. There may be test_image or test_embedding and
@@ -98,11 +98,11 @@ def from_npz(
       UserError: if arrays are missing, cannot be read, or do not fit.
     """
     images.check_options(image_size, channels)
-    arrays = _arrays(path)
+    arrays = _read_arrays(path)
     name = next(name for name in INPUT_NAMES if name in arrays)
     _check_fraction(test_fraction, f"test_{name}" if f"test_{name}" in arrays else None)
     values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
-    _check_several(path, class_names)
+    _check_two_classes(path, class_names)
 
     def examples(prefix: str) -> Examples:
         what, x = f"{path}: {prefix}{name}", arrays[prefix + name]
@@ -116,18 +116,20 @@ def from_npz(
     if f"test_{name}" in arrays:
         test = examples("test_")
     else:
-        for_test = held_out(y, test_fraction, class_names)
+        for_test = choose_held_out(y, test_fraction, class_names)
         test = Examples(x[for_test], y[for_test])
         x, y, index = x[~for_test], y[~for_test], index[~for_test]
     facts = (class_names, zlib.crc32(index)) if "index" in arrays else (class_names,)
     return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), *facts), index)
 
 
-def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) -> np.ndarray:
-    """Returns `[n]` which examples are for testing: of each class the fraction, at least one.
+def choose_held_out(
+    y: np.ndarray, fraction: float | None, class_names: Sequence[str]
+) -> np.ndarray:
+    """Returns a mask `[n]` of the examples for testing: a fraction of each class, at least one.
 
     Raises:
-      UserError: if a class has one example only, which cannot be on both sides.
+      UserError: if a class has one example only, which cannot be in pool and test set.
     """
     fraction = TEST_FRACTION if fraction is None else fraction
     generator = np.random.default_rng(101)
@@ -145,7 +147,7 @@ def held_out(y: np.ndarray, fraction: float | None, class_names: Sequence[str]) 
 
 
 def check_finite(what: str, kind: str, x: Any) -> None:
-    """Raises `UserError` that names the rows of x `[n, ...]` that hold NaN or infinity."""
+    """Raises `UserError` if rows of x `[n, ...]` hold NaN or infinity, and names them."""
     if x.dtype.kind in "biu":
         return
     rest = tuple(range(1, len(x.shape)))
@@ -165,25 +167,25 @@ def _check_fraction(fraction: float | None, test_set: str | None) -> None:
         raise UserError(f"the test fraction must be between 0 and 1, got {fraction}")
 
 
-def _check_apart(test_dir: str, folder: str) -> None:
+def _check_outside(test_dir: str, folder: str) -> None:
     inner, outer = os.path.realpath(test_dir), os.path.realpath(folder)
     if os.path.commonpath([inner, outer]) == outer:
         raise UserError(f"{test_dir} is part of {folder}: test images would be in the pool as well")
 
 
-def _check_several(where: str, class_names: Sequence[str]) -> None:
+def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
     if len(class_names) < 2:
         raise UserError(f"{where} has one class only, {class_names[0]!r}; two or more are needed")
 
 
 def _version(arrays: Iterable[np.ndarray], *facts: Any) -> str:
-    """A checksum of arrays and of what is told as a string."""
+    """Returns a checksum of arrays and of the text of other facts."""
     parts = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
 
 
-def _classes(folder: str) -> tuple[str, ...]:
-    """The names of the folders in a folder, sorted."""
+def _list_classes(folder: str) -> tuple[str, ...]:
+    """Returns the names of the folders in a folder, sorted."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
@@ -197,7 +199,7 @@ def _classes(folder: str) -> tuple[str, ...]:
 def _labeled_files(
     folder: str, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
-    """The image files of some classes, and their labels."""
+    """Returns the image files of some classes, and their labels."""
     paths: list[str] = []
     labels: list[int] = []
     for name in names:
@@ -209,8 +211,8 @@ def _labeled_files(
     return paths, np.array(labels, np.int32)
 
 
-def _arrays(path: str) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file, if they are those that there should be."""
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    """Returns all arrays of an .npz file, once their names are checked."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
             arrays = dict(members.items())
@@ -218,17 +220,18 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"there is no file {path}") from error
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} ({error})") from error
-    given = [name for name in INPUT_NAMES if name in arrays]
-    if len(given) != 1:
-        holds = f"both {' and '.join(given)}" if given else ", ".join(arrays) or "nothing"
+    inputs = [name for name in INPUT_NAMES if name in arrays]
+    if len(inputs) != 1:
+        holds = f"both {' and '.join(inputs)}" if inputs else ", ".join(arrays) or "nothing"
         raise UserError(f"{path} must hold an array image or an array embedding; it holds {holds}")
-    (name,) = given
-    known = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
-    if foreign := [other for other in arrays if other not in known]:
+    (name,) = inputs
+    allowed = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
+    if foreign := [other for other in arrays if other not in allowed]:
         raise UserError(
-            f"{path}: unknown array {foreign[0]!r}; known beside {name} are {', '.join(known[1:])}"
+            f"{path}: unknown array {foreign[0]!r}; known beside {name} are "
+            f"{', '.join(allowed[1:])}"
         )
-    needed = known[: 4 if set(known[2:4]) & set(arrays) else 2]
+    needed = allowed[: 4 if set(allowed[2:4]) & set(arrays) else 2]
     if missing := [name for name in needed if name not in arrays]:
         raise UserError(f"{path}: there is no array {missing[0]!r}")
     return arrays
@@ -237,7 +240,7 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
 def _npz_classes(
     path: str, labels: np.ndarray, names: np.ndarray | None
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """The values that labels take, in the order of the classes, and the names of these."""
+    """Returns the values of labels in the order of the classes, and the names of the classes."""
     if labels.dtype.kind not in "iuU" or labels.ndim != 1:
         raise UserError(
             f"{path}: labels must be whole numbers or strings [n], got {labels.dtype} of shape "
@@ -255,7 +258,7 @@ def _npz_classes(
 def _npz_labels(
     what: str, size: int, prefix: str, labels: np.ndarray, values: Sequence[Any]
 ) -> np.ndarray:
-    """The positions of labels in `values`."""
+    """Returns the positions of labels in `values`."""
     if labels.shape != (size,):
         raise UserError(f"{what} has {size} rows, but {prefix}label is of shape {labels.shape}")
     found, inverse = np.unique(labels, return_inverse=True)
@@ -267,7 +270,7 @@ def _npz_labels(
 def _npz_images(
     what: str, x: np.ndarray, image_size: int | None, channels: int | None
 ) -> np.ndarray:
-    """Images `[n, h, w, c]`, resized if they are to be."""
+    """Returns images `[n, h, w, c]`, resized to `image_size` unless that is None."""
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.dtype.kind not in "iuf" or 0 in x.shape:
@@ -281,13 +284,13 @@ def _npz_images(
         return x
     if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
         raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
-    return np.stack([images.resized(image, image_size, image_size) for image in x])
+    return np.stack([images.resize(image, image_size, image_size) for image in x])
 
 
 def _npz_vectors(
     what: str, x: np.ndarray, image_size: int | None, channels: int | None
 ) -> np.ndarray:
-    """Vectors `[n, d]`, as float32: sums of half precision overflow."""
+    """Returns vectors `[n, d]` as float32, since sums in half precision overflow."""
     if x.ndim != 2 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(
             f"{what} must be floating-point numbers [n, d], got {x.dtype} of shape {x.shape}"
@@ -295,14 +298,14 @@ def _npz_vectors(
     for option, value in (("image_size", image_size), ("channels", channels)):
         if value is not None:
             raise UserError(f"{option} has no effect on {what}: these are vectors, not images")
-    with np.errstate(over="ignore"):  # What is too large becomes infinite, and is refused.
+    with np.errstate(over="ignore"):  # Values that are too large become infinite, and are refused.
         x = x.astype(np.float32, copy=False)
     check_finite(what, "vectors", x)
     return x
 
 
 def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
-    """The whole numbers that name the rows."""
+    """Returns the whole numbers that name the rows."""
     if index is None:
         return np.arange(size)
     if index.dtype.kind not in "iu" or index.shape != (size,) or len(np.unique(index)) < size:

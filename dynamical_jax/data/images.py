@@ -1,4 +1,4 @@
-"""Image files to arrays: decoded once, then kept on disk and read from there.
+"""Decodes image files to an array on disk, once, and reads from there.
 
 Memory does not grow with the number of images, neither while they are decoded nor afterwards.
 """
@@ -22,22 +22,22 @@ from PIL import ExifTags, Image, ImageOps
 from dynamical_jax import files
 from dynamical_jax.errors import UserError
 
-# Files that differ in size, or would fill disks and networks at their own, are resized to this.
+# Files that differ in size, or that are larger than the next number, are resized to this.
 DEFAULT_SIZE = 64
 LARGEST_OWN_SIDE = 256
 UNREADABLE = ("skip", "refuse")
-# To be raised when decoding or resizing changes, so that older caches are not used.
+# Raise it when decoding or resizing changes, so that older caches are not used.
 FORMAT = 1
 
 
 class OnDisk:
-    """An array in a .npy file, of which parts are copied into memory as they are asked for.
+    """An array in a .npy file, whose parts are copied into memory when they are read.
 
-    The file is mapped anew for each access: the pages that a lasting memory map has read count as
-    memory of the process, in the end all of them.
+    The file is mapped again for each access: pages read through a lasting memory map count as
+    memory of the process, and in the end that would be the whole file.
 
     Raises:
-      UserError: if the file is no array, or not whole.
+      UserError: if the file is no array, or incomplete.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,7 +63,7 @@ class Decoded(NamedTuple):
 
     Attributes:
       x: `OnDisk` `[n, h, w, c]` uint8, a row for each file.
-      readable: `[n]` bool; the rows of the others are black.
+      readable: `[n]` bool; rows of files that cannot be read are black.
       checksum: of all pixels.
     """
 
@@ -72,7 +72,7 @@ class Decoded(NamedTuple):
     checksum: int
 
 
-class Kind(NamedTuple):
+class ImageShape(NamedTuple):
     """Height, width and channels of images."""
 
     height: int
@@ -98,22 +98,22 @@ def find(folder: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def read(path: str | os.PathLike, kind: Kind) -> np.ndarray:
-    """Returns an image file as uint8 `[h, w, c]`, resized where it is of another size.
+def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
+    """Returns an image file as uint8 `[h, w, c]`, resized if it has another size.
 
-    Turned as its EXIF orientation says, transparency laid over white, the first frame of an
-    animation. Of 16-bit grey the upper 8 bits are taken. Colour becomes grey as in ITU-R 601.
+    It is rotated by its EXIF orientation; transparent pixels are put on white; of an animation the
+    first frame is read, of 16-bit grey the upper 8 bits. Colour becomes grey as in ITU-R 601.
 
     Raises:
-      Exception: of any type, if the file is broken: Pillow's decoders are many.
+      Exception: of any type, if the file is broken, as Pillow's many decoders raise it.
     """
     with Image.open(path) as file:
-        image = _flat(ImageOps.exif_transpose(file), kind.channels)
-    pixels = np.asarray(image).reshape(image.height, image.width, kind.channels)
-    return resized(pixels, kind.height, kind.width)
+        image = _make_opaque(ImageOps.exif_transpose(file), shape.channels)
+    pixels = np.asarray(image).reshape(image.height, image.width, shape.channels)
+    return resize(pixels, shape.height, shape.width)
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes uint8 `[h, w, c]`, bilinear with antialiasing, whatever the aspect ratio."""
     grey = image.shape[-1] == 1
     resized = Image.fromarray(image[..., 0] if grey else image).resize(
@@ -123,14 +123,14 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
-    """Returns an image file as people want to see it: uint8 `[side, side, 3]`, its shape kept."""
+    """Returns an image file for people to look at, uint8 `[side, side, 3]`, not distorted."""
     with Image.open(path) as file:
-        image = _flat(ImageOps.exif_transpose(file), 3)
+        image = _make_opaque(ImageOps.exif_transpose(file), 3)
         return np.asarray(ImageOps.pad(image, (side, side), color="white"))
 
 
 def blocks(x: Any) -> Iterator[np.ndarray]:
-    """Yields the rows of an array `[n, ...]`, some at a time."""
+    """Yields the rows of an array `[n, ...]`, a block at a time."""
     size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
     return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
 
@@ -142,25 +142,29 @@ def first_equal(x: Any) -> np.ndarray:
     return np.array([seen.setdefault(d, position) for position, d in enumerate(digests)], int)
 
 
-def infer(paths: Sequence[str], size: int | None = None, channels: int | None = None) -> Kind:
-    """Returns what kind of images files should become, by their headers alone.
+def infer_shape(
+    paths: Sequence[str], size: int | None = None, channels: int | None = None
+) -> ImageShape:
+    """Returns the shape to which image files should be resized, from their headers alone.
 
     Args:
       paths: the files; those that cannot be read do not count.
-      size: side of the images. By default their own size, if it is the same for all and no side
-        exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
-      channels: 1 or 3. By default 1 if all are grey.
+      size: height and width of the images. By default their own size, if it is the same for all and
+        no side exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
+      channels: 1 or 3. By default 1 if all are grey, else 3.
     """
-    kinds = set()
+    shapes = set()
     if size is None or channels is None:
         with ThreadPool() as threads:
             headers = threads.imap_unordered(_header, paths, chunksize=16)
-            kinds = set(_progress(headers, len(paths), "looking at images")) - {None}
-    sides = {(kind.height, kind.width) for kind in kinds}
+            shapes = set(_progress(headers, len(paths), "looking at images")) - {None}
+    sides = {(shape.height, shape.width) for shape in shapes}
     height = width = size or DEFAULT_SIZE
     if size is None and len(sides) == 1 and max(min(sides)) <= LARGEST_OWN_SIDE:
         ((height, width),) = sides
-    return Kind(height, width, channels or max((kind.channels for kind in kinds), default=3))
+    return ImageShape(
+        height, width, channels or max((shape.channels for shape in shapes), default=3)
+    )
 
 
 def decode(
@@ -170,20 +174,20 @@ def decode(
     channels: int | None = None,
     unreadable: str = "skip",
 ) -> Decoded:
-    """Returns image files as an array on disk, which a second call finds there.
+    """Returns image files as an array on disk, which later calls use again.
 
-    It is found again while files have the same names, sizes and times of change, wherever they are.
+    It is used again while files keep their names, sizes and times of change; they may be moved.
 
     Args:
       paths: the files.
       cache_dir: where the array is kept.
-      size: as in `infer`.
-      channels: as in `infer`.
+      size: as in `infer_shape`.
+      channels: as in `infer_shape`.
       unreadable: "skip" warns of files that cannot be read, "refuse" raises.
 
     Raises:
-      UserError: if none can be read, or "refuse" is given and some cannot; if an argument is out of
-        range, or the cache is corrupt or cannot be written.
+      UserError: if no file can be read, or one cannot and `unreadable` is "refuse"; if an argument
+        is out of range; if the cache is corrupt or cannot be written.
     """
     check_options(size, channels, unreadable)
     description = f"{size} {channels} {FORMAT} {_listing(paths)}"
@@ -191,9 +195,9 @@ def decode(
     array = pathlib.Path(cache_dir) / f"{key}.npy"
     report = array.with_suffix(".json")
     if not (array.exists() and report.exists()):
-        # Renamed in the end, the report first: where there is an array there is its report.
-        with written_whole(array) as partial, written_whole(report) as partial_report:
-            found = _decode_into(partial, paths, infer(paths, size, channels))
+        # The report is renamed first: if there is an array, there is its report.
+        with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
+            found = _decode_into(partial, paths, infer_shape(paths, size, channels))
             partial_report.write_text(json.dumps(found), encoding="utf-8")
     try:
         x, found = OnDisk(array), json.loads(report.read_text(encoding="utf-8"))
@@ -217,11 +221,11 @@ def check_options(size: int | None, channels: int | None, unreadable: str = "ski
 
 
 @contextlib.contextmanager
-def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another path to write to, which in the end becomes a file of the cache.
+def replacing_cache_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path to write to, which becomes `path` after the block, in the cache.
 
     Raises:
-      UserError: if it cannot be written.
+      UserError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,11 +237,11 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         ) from error
 
 
-def _flat(image: Image.Image, channels: int) -> Image.Image:
-    """Opaque, of 8 bits a channel."""
+def _make_opaque(image: Image.Image, channels: int) -> Image.Image:
+    """Returns an opaque image with 8 bits a channel."""
     if image.mode == "F":
         raise ValueError("of floating-point pixels it is not known what is white")
-    if image.mode.startswith("I"):  # Pillow itself would make white of all above 255.
+    if image.mode.startswith("I"):  # Pillow would turn all values above 255 into white.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -245,23 +249,23 @@ def _flat(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _header(path: str) -> Kind | None:
-    """The kind of image in a file, None if it cannot be read."""
+def _header(path: str) -> ImageShape | None:
+    """Returns the shape of the image in a file; None if it cannot be read."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            # To ask a PNG without EXIF for its orientation would be to decode it.
+            # Reading the orientation of a PNG without EXIF would decode it.
             exif = image.getexif() if "exif" in image.info else {}
             if exif.get(ExifTags.Base.Orientation, 1) >= 5:
                 width, height = height, width
             grey = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-            return Kind(height, width, 1 if grey else 3)
+            return ImageShape(height, width, 1 if grey else 3)
     except Exception:  # See `read`.
         return None
 
 
 def _listing(paths: Sequence[str]) -> str:
-    """What is known of files without opening them."""
+    """Returns the names, sizes and times of change of files, as text."""
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
     try:
         facts = [os.stat(path) for path in paths]
@@ -275,19 +279,21 @@ def _listing(paths: Sequence[str]) -> str:
     )
 
 
-def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dict[str, Any]:
-    """Writes the array; returns its checksum and why which files cannot be read."""
-    array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *kind))
+def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> dict[str, Any]:
+    """Writes the array; returns its checksum, and the reasons why files cannot be read."""
+    array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset = array.offset
-    del array  # What is written through a memory map counts as memory; and a full disk kills.
+    del (
+        array
+    )  # Pages written through a memory map count as memory, and a full disk kills the process.
 
     def store(position: int) -> int | str:
         try:
-            image = read(paths[position], kind)
+            image = read(paths[position], shape)
         except Exception as error:  # See `read`.
-            if getattr(error, "errno", None):  # No fault of the file's: not to be remembered.
+            if getattr(error, "errno", None):  # Not the fault of the file, so it is not remembered.
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
-            return _why(paths[position], error)
+            return _reason(paths[position], error)
         with partial.open("r+b") as file:
             file.seek(offset + position * image.nbytes)
             file.write(image.tobytes())
@@ -297,16 +303,16 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], kind: Kind) -> dic
         jobs = threads.imap(store, range(len(paths)))
         done = list(_progress(jobs, len(paths), "decoding images"))
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
-    # Whichever way one version of Pillow or another puts it.
+    # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
-    return {"checksum": zlib.crc32(json.dumps([kind, pixels]).encode()), "unreadable": broken}
+    return {"checksum": zlib.crc32(json.dumps([shape, pixels]).encode()), "unreadable": broken}
 
 
 def _progress(work: Iterable, total: int, what: str) -> Iterable:
     return tqdm.tqdm(work, what, total, disable=None, leave=False)
 
 
-def _why(path: str, error: Exception) -> str:
+def _reason(path: str, error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.partition("\n")[0].replace(f" {path!r}", "")
 

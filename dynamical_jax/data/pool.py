@@ -1,4 +1,4 @@
-"""Which examples are labeled, which are not, and who answers. NumPy only."""
+"""The pool: which examples are labeled, and the oracle that knows labels. NumPy only."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ class Pool(NamedTuple):
     """The rows of a data set's pool, split into labeled S and unlabeled U.
 
     `labeled` is in the order in which labels were asked for; `unlabeled` is sorted. Both hold rows
-    of the pool. A strategy answers with *positions in `unlabeled`*; `reveal` is the one place
-    where positions become rows.
+    of the pool. A strategy returns *positions in `unlabeled`*; only `reveal` turns positions into
+    rows.
     """
 
     labeled: np.ndarray
     unlabeled: np.ndarray
 
     def reveal(self, positions: np.ndarray) -> tuple["Pool", np.ndarray]:
-        """Moves the given positions of `unlabeled` to the end of `labeled`.
+        """Moves positions of `unlabeled` to the end of `labeled`.
 
         Returns:
           The new pool, and the rows that were moved, in the order of `positions`.
@@ -43,7 +43,7 @@ def initial_pool(size: int, initial_size: int, generator: np.random.Generator) -
 
 
 class Oracle:
-    """Knows the labels of the pool and gives those that it is asked for.
+    """Knows the labels of the pool, and returns those that are asked for.
 
     Args:
       labels: `[n]` the label of every row of the pool.
@@ -53,5 +53,5 @@ class Oracle:
         self._labels = np.asarray(labels)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the labels of the given rows of the pool."""
+        """Returns the labels of rows of the pool."""
         return self._labels[rows]

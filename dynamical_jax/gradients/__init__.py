@@ -1,4 +1,4 @@
-"""Gradients of a network as active learning needs them (Eq. 6).
+"""The gradients of a network that active learning needs (Eq. 6).
 
 Each for any set size in bounded memory:
 
@@ -7,7 +7,7 @@ Each for any set size in bounded memory:
 - `gram`, `cross_gram`: g_u·g_v of all pairs, of up to some thousands of examples;
 - `per_example_gradients`: g_u itself, for small sets.
 
-`register` tells the factored engine of a layer of your own, `verify` whether that was right.
+`register` tells the factored engine about your own layer, and `verify` checks that.
 
 Gradients are over all trainable parameters with the model in evaluation mode, where the gradient of
 an example depends on that example alone.

@@ -1,4 +1,4 @@
-"""Sets cut into blocks of one shape, so that one compiled program serves any set size."""
+"""Cuts sets into blocks of one shape, so that one compiled program serves any set size."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ from dynamical_jax.types import OnProgress, ignore_progress
 def block_at(start: int, block_size: int, size: int) -> tuple[np.ndarray, int]:
     """Returns the positions of the block at `start` and how many of them, from the front, count.
 
-    Every block has exactly `block_size` positions; the last of `size` rows is filled up with
-    repetitions of the last position, which callers mask or cut off.
+    Every block has exactly `block_size` positions. The last block is filled up with copies of the
+    last position, which callers mask or cut off.
 
     >>> positions, count = block_at(3, 3, 5)
     >>> positions.tolist(), count
@@ -58,8 +58,8 @@ def map_blocks(
 def bucketed(size: int, limit: int) -> int:
     """Returns a block size for `size` rows: the next power of two, `limit` at most.
 
-    Small sets need not be filled up to `limit`, and sets that grow from round to round meet few
-    shapes to compile for.
+    So small sets are not filled up to `limit`, and sets that grow from round to round need few
+    compiled programs.
 
     >>> bucketed(5, 256), bucketed(200, 256), bucketed(5000, 256)
     (8, 256, 256)

@@ -9,14 +9,14 @@ pass sees the layer's input and the cotangent of its output, which is all that t
 (‖g_u‖², g_u·v) depends on (`shares.py`), and returns that share as the cotangent of the probe. All
 layers have one probe in common, so its cotangent is the sum over layers.
 
-Never silently wrong. What the shares do not cover raises `UnsupportedError`: a layer called twice
-(‖g_u‖² is no sum over calls), parameters used in any other way (tied weights, lifted
-transformations), a layer of a kind not known here that finds more in its scope than `variables`
-hold, normalisation by the statistics of the batch, a layer whose input and output have not the
-examples, and them only, on their first axis, other method interceptors. What cannot be seen from
-outside is required: away from layers, the model treats examples independently and leaves them in
-their order, as any per-example gradient needs it; and a layer of a kind that is not known here does
-not ask for its parent or its path.
+Never silently wrong. Models that the shares do not cover raise `UnsupportedError`: a layer is
+called twice (‖g_u‖² is no sum over calls); parameters are used in any other way (tied weights,
+lifted transformations); a layer of an unregistered type finds more in its scope than `variables`
+hold; a layer normalises by the statistics of the batch; the first axis of a layer's input or output
+is not that of the examples; there are other method interceptors. Two things cannot be checked and
+are required: outside of its layers the model treats examples independently and leaves them in their
+order, as any per-example gradient needs it; and a layer of an unregistered type does not use its
+parent or its path.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
 
 
 class UnsupportedError(NotImplementedError):
-    """This model has no factored form here; the obvious engine does it.
+    """The factored engine does not cover this model; the obvious engine does.
 
     Attributes:
-      module: the path of the layer in question.
-      why: what is the matter with it.
+      module: the path of the layer that it does not cover.
+      why: the reason.
     """
 
     def __init__(self, module: str, why: str):
@@ -56,7 +56,7 @@ def gradient_terms(
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
 
     Args:
-      apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
+      apply: `model.apply`, in evaluation mode, or `jax.jit` of it.
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
@@ -139,10 +139,10 @@ _Jitted = type(jax.jit(lambda: None))
 
 
 def _without_jit(apply: ApplyFn) -> ApplyFn:
-    """The function that `jax.jit` was given, whose layers can be seen; else `apply` itself.
+    """Returns the function that `jax.jit` compiles, whose layers can be seen; else `apply` itself.
 
-    To leave `jax.jit` away changes no value. Of no other wrapper is that known, so `__wrapped__` of
-    a decorated function is none of our business.
+    Without `jax.jit` the values are the same. Other wrappers may change them, so `__wrapped__` of
+    any other decorated function is not used.
     """
     if isinstance(apply, functools.partial):
         return functools.partial(_without_jit(apply.func), *apply.args, **apply.keywords)
@@ -152,7 +152,7 @@ def _without_jit(apply: ApplyFn) -> ApplyFn:
 
 
 class Call(NamedTuple):
-    """A call of a layer with parameters: where, shapes of input and outputs, how many leaves."""
+    """A call of a layer with parameters: its path, shapes of input and outputs, and leaves."""
 
     path: tuple[str, ...]
     shapes: list[tuple[int, ...]]
@@ -170,9 +170,9 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
         calls: list[Call] = []
         batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        def logits(given: Any, batch: Any) -> Array:
-            with _tapped(variables, _no_tap, calls, given):
-                return contract.as_outputs(apply(given, batch), n).logits
+        def logits(model_variables: Any, batch: Any) -> Array:
+            with _tapped(variables, _no_tap, calls, model_variables):
+                return contract.as_outputs(apply(model_variables, batch), n).logits
 
         return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 
@@ -180,8 +180,8 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
     jaxpr, calls = traced(n)
     # Layers have read their parameters from `variables`, so here none may be in use.
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    given = zip(paths, jaxpr.invars, strict=False)
-    own = {variable for path, variable in given if path[0].key == "params"}
+    inputs = zip(paths, jaxpr.invars, strict=False)
+    own = {variable for path, variable in inputs if path[0].key == "params"}
     uses = [(jaxpr.outvars, ""), *((equation.invars, _user(equation)) for equation in jaxpr.eqns)]
     for used, user in uses:
         if own.intersection(variable for variable in used if not hasattr(variable, "val")):
@@ -205,7 +205,7 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
 
 
 def _user(equation: Any) -> str:
-    """Says it where parameters go into a compiled function, whose layers cannot be seen."""
+    """Returns the end of a message if a compiled function, whose layers are hidden, uses them."""
     name = equation.params.get("name")
     return f", in jax.jit of {name}" if equation.primitive.name == "jit" else ""
 
@@ -214,31 +214,31 @@ def _tapped(
     variables: Variables,
     tap: Callable[..., Any],
     calls: list[Call],
-    given: Variables | None = None,
+    model_variables: Variables | None = None,
 ) -> contextlib.AbstractContextManager[Any]:
-    """Within this context each layer with parameters has a tap behind it.
+    """Returns a context in which each layer with parameters has a tap behind it.
 
     `tap(layer, variables, path, inputs, outputs)` returns the outputs, perhaps with more to them.
 
     Layers read their parameters from `variables` and not from those that the model is applied to,
-    so that `check_supported` can see any use besides. It also says what is `given` to the model,
-    to see that each layer would have read its own part of that.
+    so that `check_supported` sees any other use of these. It also passes `model_variables`, those
+    of the model, to check that each layer would have read its own part of them.
     """
     running: list[tuple[str, ...]] = []  # The layer whose own forward pass is being traced.
     outside = extend_core.get_opaque_trace_state(convention="flax")
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, path = context.module, context.module.path
-        own = _at(variables["params"], path)
+        own = _subtree(variables["params"], path)
         names = shares.own_parameters(own)
         name = "/".join(path) or type(module).__name__
         if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
             _check_running_average(module, kwargs, name)
         if running or not names or context.method_name == "setup":
             return call(*args, **kwargs)
-        why = _why_not(module, context.method_name, args, own, names)
-        if given is not None:
-            why = why or _why_not_its_own(module, given)
+        why = _unsupported_reason(module, context.method_name, args, own, names)
+        if model_variables is not None:
+            why = why or _foreign_variables_reason(module, model_variables)
         if any(path == earlier.path for earlier in calls):
             why = "it is called more than once"
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
@@ -249,15 +249,15 @@ def _tapped(
         if why is not None:
             raise UnsupportedError(name, why)
 
-        # Other kinds of layers have been seen to have no more than `variables`; of those known here
-        # BatchNorm alone has more than parameters, constants wherever `apply` takes them from.
+        # Layers of unregistered types were checked to hold no more than `variables`. Of the others
+        # only BatchNorm has more than parameters: constants, wherever `apply` takes them from.
         collections = {**module.variables, "params": own}
         running.append(path)
         try:
             layer = _freestanding(module, kwargs, name)
             try:
                 outputs = layer.apply(collections, args[0])
-            except errors.FlaxError as error:  # It is not all that it uses: a module from outside.
+            except errors.FlaxError as error:  # It uses a module from outside.
                 raise UnsupportedError(name, "it cannot be applied by itself") from error
             leaves = jax.tree.leaves(outputs)
             if not all(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves):
@@ -272,11 +272,11 @@ def _tapped(
     return nn.intercept_methods(intercept)
 
 
-def _why_not_its_own(module: nn.Module, given: Variables) -> str | None:
-    """Why a layer, applied by itself, would not read what it reads in its place, if so."""
+def _foreign_variables_reason(module: nn.Module, model_variables: Variables) -> str | None:
+    """Returns why a layer, applied by itself, would read other variables than in the model."""
     read = core.unfreeze(module.variables)
-    for collection in ("params",) if type(module) in shares.SHARES else {*read, *given}:
-        own = _leaves(_at(given.get(collection, {}), module.path))
+    for collection in ("params",) if type(module) in shares.SHARES else {*read, *model_variables}:
+        own = _leaves(_subtree(model_variables.get(collection, {}), module.path))
         leaves = _leaves(read.get(collection, {}))
         if further := sorted(set(leaves) - set(own)):
             names = ", ".join(f"{collection}/{path}" for path in further)
@@ -287,12 +287,14 @@ def _why_not_its_own(module: nn.Module, given: Variables) -> str | None:
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
+    """Returns the leaves of a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[str]) -> str | None:
+def _unsupported_reason(
+    module: nn.Module, method: str, args: Any, own: Any, names: list[str]
+) -> str | None:
     if method != "__call__":
         return f"it is used through {method}"
     if len(args) != 1 or not hasattr(args[0], "shape"):
@@ -300,7 +302,7 @@ def _why_not(module: nn.Module, method: str, args: Any, own: Any, names: list[st
     if type(module) in shares.SHARES:
         if foreign := set(own) - {"kernel", "bias", "scale", "embedding"}:
             return f"its scope holds further parameters ({', '.join(sorted(foreign))})"
-        return shares.why_not(module, args[0].ndim)
+        return shares.unsupported_reason(module, args[0].ndim)
     if len(names) < len(own):
         return f"{type(module).__name__} owns parameters beside further layers"
     if module.scope.rngs or module.scope.mutable:
@@ -315,12 +317,12 @@ def _check_running_average(module: nn.BatchNorm, kwargs: Any, name: str) -> None
 
 
 def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
-    """A copy of `module` without parent, with the options of the call as attributes."""
+    """Returns a copy of `module` without parent, with the options of the call as attributes."""
     options = dict(kwargs)
     if isinstance(module, nn.BatchNorm):
         options.pop("use_running_average", None)  # Checked before.
         module = module.clone(use_running_average=True, parent=None)
-    # None is the default of every option of the layers known here; of others it may be a value.
+    # None is the default of every option of registered layers; for others it may be a value.
     if any(value is not None or type(module) not in shares.SHARES for value in options.values()):
         raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
     return module.clone(parent=None)
@@ -342,7 +344,7 @@ def _share_tap(
     inputs: Any,
     outputs: Any,
 ) -> Any:
-    """The identity on `outputs`; the cotangent of the probe is the layer's share."""
+    """Returns `outputs`; in the backward pass the cotangent of `probe` is the layer's share."""
     share_of = shares.SHARES.get(type(layer), shares.formed_shares)
     share = functools.partial(share_of, layer)
 
@@ -360,11 +362,11 @@ def _share_tap(
         return cotangent, terms.astype(probe.dtype), None, None, None
 
     tap.defvjp(forward, backward)
-    return tap(outputs, probe, variables, _at(direction, path), inputs)
+    return tap(outputs, probe, variables, _subtree(direction, path), inputs)
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The subtree at `path`; empty where there is none."""
+def _subtree(tree: Any, path: tuple[str, ...]) -> Any:
+    """Returns the subtree at `path`; empty if there is none."""
     for key in path:
         tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
     return tree

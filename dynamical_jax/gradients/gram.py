@@ -127,7 +127,7 @@ def _products(
         if chunk_size is None:
             rows = lambda size: block_at(0, size, len(left.x))[0]
             program = lambda size: _forms.lower(*arguments(left, rows(size)))
-            block_size = scoring.fitting(program, block_size)
+            block_size = scoring.fitting_block_size(program, block_size)
         map_blocks(fill_rows, len(left.x), block_size, on_progress)
     except UserError:
         raise

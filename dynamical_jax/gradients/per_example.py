@@ -1,7 +1,7 @@
 """The obvious engine: `jax.grad` of one example, under `vmap`.
 
-It forms an array of batch × parameters. Slow and large, but nothing can be wrong with it: the
-reference for any faster engine.
+It forms an array of batch × parameters, so it is slow and needs much memory. But it is simple: it
+is the reference for faster engines.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""‖g_u‖² and g_u·v of every example of a pool, block by block, by the engine of choice."""
+"""Computes ‖g_u‖² and g_u·v of every example of a pool, block by block, by a chosen engine."""
 
 import functools
 import warnings
@@ -51,14 +51,14 @@ def norms_and_products(
     Args:
       apply: the model, `apply(variables, x)`.
       variables: its variables.
-      x: `[n, ...]` the inputs; anything that gathers rows as `x[positions]`.
+      x: `[n, ...]` inputs; anything that gathers rows as `x[positions]`.
       direction: v, a pytree of parameters; g_S in dynamicAL.
       labels: `[n]` the labels; pseudo-labels (the arg-max predictions, Eq. 10) if None.
       engine: a key of `ENGINES`; changes memory and speed, not the result. Where a model has no
         factored form, "vmap" takes its place, with a warning that says why.
-      chunk_size: how many examples at a time, likewise. By default as many, up to
-        `LARGEST_CHUNK_SIZE`, as need no more than half of the free memory by the compiler's
-        account. Either is halved where memory runs out all the same.
+      chunk_size: how many examples at a time; changes memory and speed, not the result. By default
+        as many, up to `LARGEST_CHUNK_SIZE`, as need at most half of the free memory, as the
+        compiler estimates it. If memory runs out all the same, it is halved.
       on_progress: called with (done, total) after each block.
 
     Raises:
@@ -68,6 +68,7 @@ def norms_and_products(
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if labels is not None:
         contract.check_labels(apply, variables, x, labels)
+    contract.check_rows(apply, variables, x)
 
     def arguments(positions: np.ndarray) -> tuple[Any, ...]:
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
@@ -88,15 +89,15 @@ def norms_and_products(
     block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
     try:
         if chunk_size is None:
-            # The program that is compiled to be asked is the one that `_score_block` runs then.
+            # The program that is compiled to find out is the one that `_score_block` then runs.
             program = lambda size: _score_block.lower(*arguments(block_at(0, size, len(x))[0]))
-            block_size = fitting(program, block_size)
+            block_size = fitting_block_size(program, block_size)
         map_blocks(score, len(x), block_size, on_progress)
     except UserError:
         raise
     except (factored.UnsupportedError, TypeError, ValueError, LookupError, AttributeError) as error:
         # The factored engine takes models apart in ways that their authors cannot have foreseen.
-        # What is the model's own fault comes up again in the obvious one.
+        # An error of the model itself is raised again by the obvious engine.
         if engine != "factored":
             raise
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
@@ -113,7 +114,7 @@ def norms_and_products(
     return GradientTerms(*columns)
 
 
-def fitting(program: Callable[[int], Any], block_size: int) -> int:
+def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:
     """Returns the largest block, up to `block_size`, that needs at most half of the free memory.
 
     Args:
@@ -134,7 +135,7 @@ def fitting(program: Callable[[int], Any], block_size: int) -> int:
 def free_memory() -> int:
     """Returns the bytes that are free on the first device.
 
-    Of a container's own limit the account of a CPU's memory knows nothing.
+    For a CPU this is the memory of the machine, without regard to the limit of a container.
     """
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:

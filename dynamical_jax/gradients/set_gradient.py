@@ -21,8 +21,8 @@ def set_gradient(
       apply: the model, `apply(variables, x)`.
       variables: its variables.
       examples: the set S.
-      chunk_size: how many examples at a time, halved where memory runs out; changes memory and
-        speed, not the result.
+      chunk_size: how many examples at a time; halved if memory runs out. Changes memory and speed,
+        not the result.
 
     Raises:
       UserError: if a label is no class of the model.
@@ -30,7 +30,7 @@ def set_gradient(
     contract.check_labels(apply, variables, examples.x, examples.y)
     labels = np.asarray(examples.y)
     block_size = bucketed(len(labels), chunk_size)
-    # A sum of many, in float32 at least.
+    # Summed in float32 at least, since there are many terms.
     total = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, leaf)), variables["params"]
     )

@@ -1,4 +1,4 @@
-"""What one layer adds to ‖g_u‖² and g_u·v, from its input and the cotangent of its output.
+"""Computes what one layer adds to ‖g_u‖² and g_u·v, from its input and its output's cotangent.
 
 A kernel's gradient is aᵀe, with a `[T, d]` the patches of one example's input (for a dense layer
 its rows) and e `[T, p]` the cotangents at the T positions of the output. Two forms are exact:
@@ -128,7 +128,7 @@ def normalization_gradients(
     """Returns gradients `[n, features]` in scale and bias, whether or not the layer has them."""
     n, features = inputs.shape[0], inputs.shape[-1]
     off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
-    dtype = accumulated(variables)
+    dtype = accumulation_dtype(variables)
     normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
     e = cotangent.reshape(n, -1, features).astype(dtype)
     return {
@@ -142,8 +142,8 @@ def embedding_shares(
 ) -> Shares:
     """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'.
 
-    A token beyond the table has no row: `nn.Embed` makes NaN of it, which a model that goes on from
-    there has to mask, and it adds nothing to any gradient.
+    A token beyond the table has no row. `nn.Embed` returns NaN for it, which the model has to mask,
+    and it adds nothing to any gradient.
     """
     rows, e = embedding_rows(layer, variables, inputs, cotangent)
     same = (rows[:, :, None] == rows[:, None, :]).astype(e.dtype)
@@ -157,7 +157,7 @@ def embedding_rows(
 ) -> tuple[Array, Array]:
     """Returns the row `[n, T]` of each token, −1 if there is none, and e `[n, T, p]`, then 0."""
     n = inputs.shape[0]
-    e = cotangent.reshape(n, -1, layer.features).astype(accumulated(variables))
+    e = cotangent.reshape(n, -1, layer.features).astype(accumulation_dtype(variables))
     if layer.num_embeddings == 1:  # There `nn.Embed` takes the one row for every token.
         rows = jnp.zeros(e.shape[:2], int)
     else:  # Indexed as `nn.Embed` does: tokens below zero count from the end.
@@ -187,17 +187,19 @@ def formed_shares(
 def _kernel_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, setting: Setting
 ) -> Shares:
-    """The cheaper form."""
+    """Returns shares by the cheaper form."""
     kernel, images, e, window, groups = setting
-    dtype = accumulated(variables)
-    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
+    dtype = accumulation_dtype(variables)
+    if layer.dtype is not None:  # The layer multiplies its rounded input.
         inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
-        parts = {**direction, "kernel": _by_group(kernel, groups)}
+        parts = {**direction, "kernel": _split_into_groups(kernel, groups)}
 
         def share(example: tuple[Array, Array]) -> Shares:
-            return _square_and_product(_formed(*example, parts, window, layer.precision), parts)
+            return _square_and_product(
+                _form_gradient(*example, parts, window, layer.precision), parts
+            )
 
         taps_and_channels = math.prod(window.size) * images.shape[-1]
         size = taps_and_channels * (math.prod(e.shape[1:3]) + e.shape[-1] // groups)
@@ -206,7 +208,7 @@ def _kernel_shares(
     squared_norm = _gram_squared_norm(images, e, window, groups, layer.precision)
     if "bias" in direction:
         squared_norm += jnp.sum(jnp.sum(e, axis=(1, 2)) ** 2, axis=-1)
-    wide = layer.clone(dtype=dtype)  # v may not fit into the numbers that the layer computes in.
+    wide = layer.clone(dtype=dtype)  # v may overflow the type that the layer computes in.
     outputs = wide.apply({**variables, "params": direction}, inputs)
     return squared_norm, jnp.sum(outputs.reshape(e.shape) * e, axis=(1, 2, 3))
 
@@ -217,7 +219,7 @@ def forms_gradient(
     window: convolution.Window,
     groups: int,
 ) -> bool:
-    """Whether forming aᵀe costs less than its norm and its product with v without.
+    """Returns whether forming aᵀe is cheaper than its norm and its product with v without it.
 
     Multiplications per example and group, with d = taps × channels: forming takes T·d·p and the
     writing of d·p elements; the other way takes T·d·p for the product with v, and for the norm
@@ -230,8 +232,8 @@ def forms_gradient(
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
 
-def accumulated(variables: Any) -> Any:
-    """The type in which shares are computed: that of the parameters, float32 at least."""
+def accumulation_dtype(variables: Any) -> Any:
+    """Returns the type in which shares are computed: the parameters', at least float32."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
 
 
@@ -246,17 +248,17 @@ def _square_and_product(gradient: Any, direction: Any) -> Shares:
     return sum(jnp.sum(g * g) for g, _ in pairs), sum(jnp.sum(g * v) for g, v in pairs)
 
 
-def _by_group(kernel: Array, groups: int) -> Array:
+def _split_into_groups(kernel: Array, groups: int) -> Array:
     """Reorders a kernel `[kh, kw, c/groups, p]` to `[groups, p/groups, taps, c/groups]`."""
     *taps, channels, features = kernel.shape
     kernel = kernel.reshape(math.prod(taps), channels, groups, features // groups)
     return kernel.transpose(2, 3, 0, 1)
 
 
-def _formed(
+def _form_gradient(
     image: Array, e: Array, direction: Any, window: convolution.Window, precision: Any
 ) -> dict[str, Array]:
-    """The gradient of one example, image `[h, w, c]` and e `[oh, ow, p]`, kernel by group."""
+    """Returns the gradient of one example, with image `[h, w, c]` and e `[oh, ow, p]`."""
     groups, _, taps, channels = direction["kernel"].shape
     patches = convolution.image_patches(image[None], window).reshape(-1, taps, groups, channels)
     e = e.reshape(len(patches), groups, -1)
@@ -309,7 +311,7 @@ SHARES: dict[type[nn.Module], Callable[..., Shares]] = {
     nn.GroupNorm: normalization_shares,
     nn.Embed: embedding_shares,
 }
-"""Layers of exactly these types; others that own parameters and no further layers are formed."""
+"""Type of layer → function. Gradients of other layers without inner layers are formed."""
 
 
 def register(
@@ -318,33 +320,33 @@ def register(
     like: type[nn.Module] | None = None,
     shares: Callable[..., Shares] | None = None,
 ) -> None:
-    """Tells the factored engine how a layer of your own adds to ‖g_u‖² and g_u·v.
+    """Tells the factored engine how your own layer adds to ‖g_u‖² and g_u·v.
 
-    A layer that is not registered is exact, too: its gradients are formed, example by example,
+    Scores are exact without registration, too, but then gradients are formed example by example,
     which takes longer. A wrong registration gives wrong scores: `gradients.verify` finds it.
 
     Args:
       layer: a class of Flax Linen modules that own parameters.
-      like: a registered layer from which it differs in nothing that matters in evaluation mode:
-        same parameters under the same names, same output.
-      shares: or a function like those of this file.
+      like: a registered type that has, in evaluation mode, the same parameters under the same names
+        and the same output.
+      shares: a function like those of this file, instead of `like`.
 
     Raises:
-      UserError: unless exactly one of `like` and `shares` is given, and `like` is known.
+      UserError: unless exactly one of `like` and `shares` is given, and `like` is registered.
     """
     if (like is None) == (shares is None):
         raise UserError("register(layer, like=…) or register(layer, shares=…): give one of the two")
     if like is not None and like not in SHARES:
-        known = ", ".join(kind.__name__ for kind in SHARES)
-        raise UserError(f"{like.__name__} is not registered itself; registered are {known}")
+        registered = ", ".join(known.__name__ for known in SHARES)
+        raise UserError(f"{like.__name__} is not registered itself; registered are {registered}")
     SHARES[layer] = SHARES[like] if shares is None else shares
 
 
 CONVOLUTIONS = (None, lax.conv_general_dilated, convolution.conv_general_dilated)
 
 
-def why_not(layer: nn.Module, ndim: int) -> str | None:
-    """Returns why the form for this layer's type does not hold with its options, if it does not."""
+def unsupported_reason(layer: nn.Module, ndim: int) -> str | None:
+    """Returns why the shares of this layer's type do not hold with its options; None if they do."""
     if getattr(layer, "promote_dtype", nn.dtypes.promote_dtype) is not nn.dtypes.promote_dtype:
         return "its promote_dtype may do anything"
     if isinstance(layer, nn.Dense) and (layer.dot_general or layer.dot_general_cls):

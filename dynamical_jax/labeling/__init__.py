@@ -1,9 +1,9 @@
 """A person in the loop: which images to label next, round after round.
 
-- `tables`: labels so far, and images that are asked for, in CSV files that a person edits;
-- `folder`: the images, what is labeled and what there is to choose from;
+- `tables`: labels so far, and images to label next, in CSV files that a person edits;
+- `folder`: the images, which of them are labeled, and which can be chosen;
 - `learner`: the model, trained further in each round;
-- `proposal`: what the model and a strategy ask for next.
+- `proposal`: the images that a strategy chooses to be labeled next.
 """
 
 from dynamical_jax.labeling import folder as folder
@@ -16,6 +16,6 @@ from dynamical_jax.labeling.learner import Learner as Learner
 from dynamical_jax.labeling.tables import Labels as Labels
 from dynamical_jax.labeling.tables import Proposed as Proposed
 from dynamical_jax.labeling.tables import add_labels as add_labels
-from dynamical_jax.labeling.tables import joined as joined
+from dynamical_jax.labeling.tables import join_labels as join_labels
 from dynamical_jax.labeling.tables import read_labels as read_labels
 from dynamical_jax.labeling.tables import write_proposal as write_proposal

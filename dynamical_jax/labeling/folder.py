@@ -1,4 +1,4 @@
-"""A folder of images, of which a table labels some: what is labeled, what there is to choose from.
+"""A folder of images: which of them a table labels, and which can be chosen.
 
 Images are known by their paths relative to the folder, with slashes.
 """
@@ -48,12 +48,12 @@ class Folder(NamedTuple):
 
     @property
     def labels_checksum(self) -> int:
-        """Tells whether labels have changed."""
+        """A checksum, which differs if labels have changed."""
         return zlib.crc32(repr(list(self.labels.items())).encode())
 
 
 class Update(NamedTuple):
-    """What is labeled, once a proposal that a person has filled in is taken over.
+    """All labels, after those of a proposal that a person has filled in are added.
 
     Attributes:
       labels: path → class name, all in the order in which they came.
@@ -100,16 +100,17 @@ def take_over(
       UserError: if tables cannot be read or contradict each other, or label what is not in the
         folder. Then nothing was written.
     """
-    known = tables.read_labels(table, folder).of_path
-    filled = tables.read_labels(proposal, folder)
-    labels = tables.joined(known, filled.of_path, proposal)
-    if missing := sorted(set(labels) - set(paths)):
-        raise UserError(
-            f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
-        )
-    if new := {path: label for path, label in labels.items() if path not in known}:
-        tables.add_labels(table, new)
+    with tables.locked(table):  # Another process may add labels, too.
+        known = tables.read_labels(table, folder).by_path
+        filled = tables.read_labels(proposal, folder)
+        labels = tables.join_labels(known, filled.by_path, proposal)
+        if missing := sorted(set(labels) - set(paths)):
+            raise UserError(
+                f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
+                f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
+            )
+        if new := {path: label for path, label in labels.items() if path not in known}:
+            tables.add_labels(table, new)
     return Update(labels, len(new), filled.num_right, filled.num_predicted)
 
 

@@ -1,19 +1,20 @@
-"""The model that learns what a person labels, round after round, from where it stood."""
+"""The model that learns from a person's labels, trained further in each round."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
+import msgspec
 import numpy as np
 
-from dynamical_jax import models, streams, training
+from dynamical_jax import files, models, streams, training
 from dynamical_jax.data import datasets
 from dynamical_jax.labeling.folder import Folder
-from dynamical_jax.store import Store, unflattened
+from dynamical_jax.store import Store, unflatten
 from dynamical_jax.types import Examples, Rows
 
 
 class Config(NamedTuple):
-    """What a model is, and how it is trained.
+    """The configuration of a model and its training.
 
     Attributes:
       model: a key of `models.MODELS`.
@@ -27,9 +28,38 @@ class Config(NamedTuple):
     training: training.TrainingConfig
     seed: int
 
-    def kind(self, folder: Folder) -> dict[str, Any]:
-        """Returns what must be the same for a model to be trained further, as flags name it."""
+    def model_description(self, folder: Folder) -> dict[str, Any]:
+        """Returns what must stay the same for a model to be trained further, named as flags are."""
         return {"model": self.model, **self.options, "image_size": list(folder.x.shape[1:])}
+
+
+class Facts(TypedDict):
+    """How a fit went: epochs of training, and the share of S that is right, in [0, 1]."""
+
+    epochs: files.Count
+    train_accuracy: files.Share
+
+
+class Description(msgspec.Struct):
+    """The values of a model that is kept from round to round, beside its arrays.
+
+    Attributes:
+      model_description: `Config.model_description`.
+      class_names: of its outputs.
+      mean: of the images' channels, which it subtracts.
+      std: likewise, by which it divides.
+      labels: checksum of those that it was trained on.
+      round: in which it was trained.
+      fit: how that went.
+    """
+
+    model_description: dict[str, Any]
+    class_names: Annotated[list[str], msgspec.Meta(min_length=2)]
+    mean: list[float]
+    std: list[Annotated[float, msgspec.Meta(gt=0)]]
+    labels: files.Count
+    round: files.Count
+    fit: Facts
 
 
 class Learner(NamedTuple):
@@ -46,21 +76,21 @@ class Learner(NamedTuple):
 
 
 class Start(NamedTuple):
-    """From where a round goes on.
+    """The state from which a round continues.
 
     Attributes:
       learner: to be trained, unless `fit` says that it was.
       round_index: of this round.
       fit: what `train` returned when it was trained on just these labels; None if it was not.
-      former_kind: `Config.kind` of the last round's model, if that was of another kind, so that
-        this one starts anew; None else.
+      former_description: `Config.model_description` of the last round's model, if it differs, so
+        that this one starts anew; None otherwise.
       new_classes: that the last round's model did not know.
     """
 
     learner: Learner
     round_index: int
-    fit: dict[str, Any] | None = None
-    former_kind: dict[str, Any] | None = None
+    fit: Facts | None = None
+    former_description: dict[str, Any] | None = None
     new_classes: tuple[str, ...] = ()
 
 
@@ -72,25 +102,26 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
       config: of the learner.
       store: where `train` kept it.
     """
-    kind, names = config.kind(folder), folder.class_names
-    kept = store.restore(lambda description, leaves: (description, leaves))
-    if kept is None:
-        return Start(_fresh(folder, config, names), 0)
-    description, leaves = kept
-    round_index = description["round"] + 1
-    former = {name: description.get(name) for name in kind}
-    if former != kind:
-        return Start(_fresh(folder, config, names), round_index, former_kind=former)
-    mean, std, known = (description[name] for name in ("mean", "std", "class_names"))
-    old = _learner(folder, config, known, mean, std)
-    old = old._replace(variables=unflattened(old.variables, leaves))
-    new = [name for name in names if name not in known]
-    if not new:
-        same = description["labels"] == folder.labels_checksum
-        return Start(old, round_index, fit=description["fit"] if same else None)
-    larger = _learner(folder, config, known + new, mean, std)
-    grown = models.grown(old.variables, larger.variables)
-    return Start(larger._replace(variables=grown), round_index, new_classes=tuple(new))
+    model_description, names = config.model_description(folder), folder.class_names
+
+    def resume(description: Description, leaves: list[np.ndarray]) -> Start:
+        round_index = description.round + 1
+        if description.model_description != model_description:
+            former = description.model_description
+            return Start(_fresh(folder, config, names), round_index, former_description=former)
+        mean, std, known = description.mean, description.std, description.class_names
+        old = _learner(folder, config, known, mean, std)
+        old = old._replace(variables=unflatten(old.variables, leaves))
+        new = [name for name in names if name not in known]
+        if not new:
+            same = description.labels == folder.labels_checksum
+            return Start(old, round_index, fit=description.fit if same else None)
+        larger = _learner(folder, config, known + new, mean, std)
+        grown = models.grow(old.variables, larger.variables)
+        return Start(larger._replace(variables=grown), round_index, new_classes=tuple(new))
+
+    resumed = store.restore(Description, resume)
+    return resumed or Start(_fresh(folder, config, names), 0)
 
 
 def train(
@@ -99,7 +130,7 @@ def train(
     config: Config,
     store: Store,
     on_epoch: training.OnEpoch = lambda progress, labeled: None,
-) -> tuple[Learner, dict[str, Any]]:
+) -> tuple[Learner, Facts]:
     """Trains a learner on all labels and keeps it for the next round.
 
     Args:
@@ -125,17 +156,18 @@ def train(
         capacity=1 << (count - 1).bit_length(),  # So that few programs are compiled.
         on_epoch=on_epoch,
     )
-    facts = {"epochs": fit.epochs, "train_accuracy": fit.labeled.accuracy}
-    description = {
-        **config.kind(folder),
-        "class_names": learner.class_names,
-        "mean": learner.model.mean,
-        "std": learner.model.std,
-        "labels": folder.labels_checksum,
-        "round": start.round_index,
-        "fit": facts,
-    }
-    store.save(f"round-{start.round_index:05d}", fit.variables, description)
+    facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy)
+    description = Description(
+        config.model_description(folder),
+        learner.class_names,
+        list(learner.model.mean),
+        list(learner.model.std),
+        folder.labels_checksum,
+        start.round_index,
+        facts,
+    )
+    name = f"round-{start.round_index:05d}"
+    store.save(name, fit.variables, msgspec.structs.asdict(description))
     return learner._replace(variables=fit.variables), facts
 
 

@@ -1,4 +1,4 @@
-"""Which images a person should label next, and the table and the contact sheet that ask for it."""
+"""Chooses the images to label next, and writes them to a table and a contact sheet."""
 
 import dataclasses
 import pathlib
@@ -35,7 +35,7 @@ def choose(
     seed: int,
     on_progress: OnProgress = ignore_progress,
 ) -> list[tables.Proposed]:
-    """Returns the images that a strategy wants labeled next, the most wanted first.
+    """Returns the images that a strategy chooses to be labeled next, the best first.
 
     Args:
       strategy: one without a state.
@@ -62,7 +62,7 @@ def predict(
     rows: np.ndarray,
     on_progress: OnProgress = ignore_progress,
 ) -> list[tables.Proposed]:
-    """Returns for images what the model takes them for.
+    """Returns images with the class that the model predicts for each.
 
     Args:
       folder: of the images.
@@ -128,6 +128,6 @@ def contact_sheet(
 
 
 def _view(folder: Folder, learner: Learner, rows: np.ndarray) -> LearnerView:
-    """What a strategy may see, with these rows for the unlabeled images."""
+    """Returns the view of a strategy, with these rows as the unlabeled images."""
     labeled = Examples(Rows(folder.x, folder.labeled), learner.targets(folder))
     return LearnerView(learner.model.apply, learner.variables, labeled, Rows(folder.x, rows))

@@ -1,22 +1,41 @@
-"""Tables that a person labels images in: labels so far, and those that are asked for.
+"""Tables in which a person labels images: labels so far, and images to label next.
 
 Both are CSV files with the columns `path`, relative to the folder of images, and `label`, a class
 name. A proposal is a table of images to label whose labels are empty, with columns that may help:
 when they are filled in, `add_labels` takes them over.
+
+What is written can be read back, whatever a file is called. A path that a table cannot hold as it
+is (spaces at its ends, control characters, bytes that are no UTF-8) is written as `bytes:` and its
+bytes, quoted as in a URL. A cell that a spreadsheet would take for a formula begins with `./` if it
+is a path, else with an apostrophe.
 """
 
 import codecs
+import contextlib
 import csv
 import io
 import os
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+import filelock
 
 from dynamical_jax import files
 from dynamical_jax.errors import UserError
 
 COLUMNS = ("path", "label")
+BYTES = "bytes:"
+FORMULA = re.compile(r"'*[=+\-@]")
+"""What a spreadsheet would run, or what `_cell` made of that."""
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and line breaks; a space of any width is none."""
+
+LOCK_TIMEOUT = 60
+"""Seconds to wait for another process, which holds a table for a moment only."""
 
 
 class Proposed(NamedTuple):
@@ -36,24 +55,38 @@ class Proposed(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a person has written into a table.
+    """The labels that a person has written into a table.
 
     Attributes:
-      of_path: path → class name, of the rows with a label, in their order.
+      by_path: path → class name, of the rows with a label, in their order.
       num_right: rows whose prediction is the label, in a proposal.
       num_predicted: rows with a label and a prediction.
     """
 
-    of_path: dict[str, str]
+    by_path: dict[str, str]
     num_right: int
     num_predicted: int
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Lets no other process read or write a table meanwhile that asks for this, too.
+
+    Raises:
+      UserError: if another one holds it for `LOCK_TIMEOUT` seconds.
+    """
+    try:
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
+            yield
+    except filelock.Timeout as error:
+        raise UserError(f"{path} is in use by another process: wait for it") from error
 
 
 def read_labels(path: pathlib.Path, folder: str) -> Labels:
     """Returns the labels of a table, or of what has been filled in of a proposal.
 
-    None if there is no file. Columns that are not ours are nobody's business; rows without a label,
-    and rows that stand there twice, are harmless.
+    If there is no file, there are no labels. Other columns, rows without a label, and rows that are
+    there twice are ignored.
 
     Args:
       path: the table.
@@ -65,22 +98,24 @@ def read_labels(path: pathlib.Path, folder: str) -> Labels:
     labels: dict[str, str] = {}
     right = predicted = 0
     for line, row in _rows(path):
-        name, label = _relative(row["path"], folder), row["label"]
+        label = row["label"]
         if not label:
             continue
+        name = _relative(_path(row["path"]), folder)
         if labels.setdefault(name, label) != label:
             raise UserError(
                 f"line {line} of {path} labels {name} {label!r}, a line before it {labels[name]!r}"
             )
-        predicted += bool(row.get("predicted"))
-        right += row.get("predicted") == label
+        guess = row.get("predicted", "")
+        predicted += bool(guess)
+        right += guess == label
     return Labels(labels, right, predicted)
 
 
-def joined(
+def join_labels(
     labels: Mapping[str, str], more: Mapping[str, str], path: pathlib.Path
 ) -> dict[str, str]:
-    """Returns two tables' labels in one.
+    """Returns the labels of two tables together.
 
     Args:
       labels: path → class name.
@@ -115,7 +150,7 @@ def write_proposal(
     writer.writerow([*COLUMNS, "predicted", "confidence", "score", "rank"])
     for rank, image in enumerate(proposed, start=1):
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
-        writer.writerow([image.path, "", image.predicted, *numbers, rank])
+        writer.writerow([_path_cell(image.path), "", _cell(image.predicted), *numbers, rank])
     files.write(path, _mark(like) + table.getvalue())
 
 
@@ -125,14 +160,16 @@ def add_labels(path: pathlib.Path, labels: Mapping[str, str]) -> None:
     It is made if it is not there. Other columns stay as they are, and are empty in the new rows.
     """
     text, delimiter = _text(path)
-    header = next(csv.reader(io.StringIO(text), delimiter=delimiter), COLUMNS)
+    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), COLUMNS)
     columns = [_column(name) for name in header]
     end = "\r\n" if "\r\n" in text else "\n"
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, columns, delimiter=delimiter, lineterminator=end)
     if not text:
         writer.writeheader()
-    writer.writerows({"path": name, "label": label} for name, label in labels.items())
+    writer.writerows(
+        {"path": _path_cell(name), "label": _cell(label)} for name, label in labels.items()
+    )
     between = end if text and not text.endswith("\n") else ""
     files.write(path, f"{_mark(path)}{text}{between}{table.getvalue()}")
 
@@ -142,19 +179,65 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
     text, delimiter = _text(path)
     if not text:
         return
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-    columns = [_column(name) for name in reader.fieldnames or ()]
-    if not set(COLUMNS) <= set(columns):
-        raise UserError(f"{path} has the columns {', '.join(columns)}; it needs path and label")
-    reader.fieldnames = columns
-    for row in reader:
-        if None in row:
-            raise UserError(f"line {reader.line_num} of {path} has more cells than the header")
-        row = {name: cell.strip() for name, cell in row.items()}
-        if row["path"]:
-            yield reader.line_num, row
-        elif row["label"]:
-            raise UserError(f"line {reader.line_num} of {path} has a label but no path")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = [_column(name) for name in next(lines)]
+        if not set(COLUMNS) <= set(columns):
+            raise UserError(f"{path} has the columns {', '.join(columns)}; it needs path and label")
+        if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
+            raise UserError(f"line 1 of {path} names the column {twice[0]} twice")
+        for cells in lines:
+            if len(cells) > len(columns):
+                raise UserError(f"line {lines.line_num} of {path} has more cells than the header")
+            cells += [""] * (len(columns) - len(cells))
+            row = dict(zip(columns, (cell.strip() for cell in cells), strict=True))
+            for name in COLUMNS:
+                if CONTROL.search(row[name]):
+                    raise UserError(
+                        f"line {lines.line_num} of {path} has a line break or a control character "
+                        f"in its {name}: {row[name]!r}"
+                    )
+            for name in ("label", "predicted"):
+                row[name] = _plain(row.get(name, ""))
+            if row["path"]:
+                yield lines.line_num, row
+            elif row["label"]:
+                raise UserError(f"line {lines.line_num} of {path} has a label but no path")
+    except csv.Error as error:
+        raise UserError(f"line {lines.line_num} of {path} is no CSV: {error}") from error
+
+
+def _path_cell(path: str) -> str:
+    """A path as it stands in a table."""
+    is_text = not any("\ud800" <= character <= "\udfff" for character in path)
+    if path != path.strip() or CONTROL.search(path) or not is_text or path.startswith(BYTES):
+        return BYTES + urllib.parse.quote(os.fsencode(path))
+    return f"./{path}" if path.startswith(("=", "+", "-", "@", "'")) else path
+
+
+def _path(cell: str) -> str:
+    """The path that a cell stands for."""
+    if cell.startswith(BYTES):
+        return os.fsdecode(urllib.parse.unquote_to_bytes(cell.removeprefix(BYTES)))
+    return cell
+
+
+def _cell(text: str) -> str:
+    """A label as it stands in a table."""
+    return f"'{text}" if FORMULA.match(text) and not _is_number(text) else text
+
+
+def _plain(cell: str) -> str:
+    """The label that a cell stands for."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _column(name: str) -> str:

@@ -1,7 +1,7 @@
 """Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
 
-`MODELS` holds those of the paper, `ntk_cnn` that of its theory, and `linear` for vectors. Any Flax
-module works in their place (docs/extend.md).
+`MODELS` holds the networks of the paper's experiments, `ntk_cnn` of its theory, and `linear` for
+vectors. Your own Flax modules work as well (docs/extend.md).
 """
 
 import functools
@@ -35,16 +35,16 @@ FOR_VECTORS = ("linear",)
 """The models that take vectors; all take images."""
 
 DEFAULTS: Mapping[str, str] = {"images": "cnn", "vectors": "linear"}
-"""By `Dataset.kind`, the model where none is named."""
+"""`Dataset.kind` → the default model."""
 
 LEARNING_RATE = 1e-3
-"""Of Adam, where a model has none of its own in `LEARNING_RATES`; the paper's (App. C.1)."""
+"""Learning rate of Adam for models that are not in `LEARNING_RATES`; the paper's (App. C.1)."""
 
 LEARNING_RATES: Mapping[str, float] = {"linear": 1e-2}
-"""name → learning rate of Adam, for models that take ten times as many epochs with the usual."""
+"""name → learning rate of Adam, for models that need ten times the epochs with the usual."""
 
 FEATURE_SCALES = ("shared", "each")
-"""How vectors are scaled: by one deviation that all features share, or each by its own."""
+"""Ways to scale vectors: by one deviation for all features, or each feature by its own."""
 
 
 class Standardized(nn.Module):
@@ -55,7 +55,7 @@ class Standardized(nn.Module):
     Attributes:
       model: a module of standardised images or vectors.
       mean: mean of each channel of images, of each feature of vectors, in units of the raw inputs.
-      std: standard deviation of each; 0, of what is constant, counts as 1.
+      std: standard deviation of each; 0, of a constant, counts as 1.
     """
 
     model: nn.Module
@@ -68,7 +68,7 @@ class Standardized(nn.Module):
 
     @nn.nowrap
     def standardize(self, x: Any) -> Array:
-        """Returns what `model` is given for raw images `[n, h, w, c]` or vectors `[n, d]`."""
+        """Returns the standardised input of `model`, from raw images or vectors `[n, d]`."""
         dtype = jnp.result_type(jnp.float32, x.dtype)
         # Of as many axes as x, so that nothing is broadcast by rank.
         shape = (1,) * (x.ndim - 1) + (-1,)
@@ -81,16 +81,16 @@ def create(
 ) -> Standardized:
     """Returns the model called `name` for the classes and statistics of `dataset`.
 
-    Images are standardised by channel. Of vectors each feature is centred, and all are divided by
-    one number, the root of their mean variance: in embeddings the features that vary little carry
-    little, and to divide each by its own deviation makes them as loud as the rest (it costs 4 to 9
-    points of accuracy on two data sets; results/README.md).
+    Images are standardised by channel. For vectors each feature is centred, and all are divided by
+    one number, the root of their mean variance. In embeddings, features that vary little carry
+    little information; dividing each by its own deviation gives them the same weight as the rest
+    (this costs 4 to 9 points of accuracy on two data sets; results/README.md).
 
     Args:
       name: a key of `MODELS`.
       dataset: a `datasets.Dataset`.
-      feature_scale: "each" divides each feature of vectors by its own deviation: for numbers that
-        were measured in different units.
+      feature_scale: "each" divides each feature of vectors by its own deviation, for features
+        measured in different units.
       **options: further attributes of the module, such as `stem="cifar"`.
 
     Raises:
@@ -120,7 +120,7 @@ def check_name(name: str) -> None:
 
 
 def init(model: nn.Module, key: Array, x: Any) -> Variables:
-    """Returns freshly drawn variables of `model` for inputs shaped as `x[:1]`.
+    """Returns random initial variables of `model` for inputs shaped like `x[:1]`.
 
     Raises:
       UserError: if the model cannot take images of this size.
@@ -128,14 +128,14 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     return _init(model, key, jnp.asarray(x[:1]))
 
 
-def grown(variables: Variables, larger: Variables) -> Variables:
-    """Returns the variables of a model that has learned more classes than it knew.
+def grow(variables: Variables, larger: Variables) -> Variables:
+    """Returns the variables of a model to which classes are added.
 
-    Guaranteed: of the classes that it knew the logits are what they were.
+    Guaranteed: the logits of the former classes do not change.
 
     Args:
-      variables: of the model with fewer classes.
-      larger: freshly drawn ones of the model with more, the new ones last.
+      variables: variables of the model with fewer classes.
+      larger: initial variables of the model with more classes, the new ones last.
     """
 
     def put(old: AnyArray, new: Array) -> Array:

@@ -10,8 +10,8 @@ from dynamical_jax.types import AnyArray, Outputs
 class CNN(nn.Module):
     """Two 5×5 convolutions (6 and 16 channels) with max-pooling, then dense layers 120, 84, K.
 
-    As in the tutorial the convolutions have no padding. On images smaller than 16×16, which these
-    would shrink to nothing, they keep the size of the map instead (padding "SAME").
+    As in the tutorial the convolutions have no padding. On images smaller than 16×16, of which
+    nothing would be left, they keep the size of the map instead (padding "SAME").
 
     Attributes:
       num_classes: K.

@@ -1,7 +1,6 @@
-"""Layers with PyTorch's conventions, so that our models are the official ones.
+"""Layers with PyTorch's conventions, so that the models here equal PyTorch's official ones.
 
-Initialisations are those that `torch.nn` and `torchvision` use; fan_in and fan_out are counted as
-there.
+Initialisations are those of `torch.nn` and `torchvision`, with the same fan_in and fan_out.
 """
 
 import functools
@@ -32,7 +31,7 @@ def default_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 conv = functools.partial(nn.Conv, conv_general_dilated=convolution.conv_general_dilated)
-"""`nn.Conv`, lowered on CPU to what is fast there."""
+"""`nn.Conv` by the convolution of this package, which is fast on CPU."""
 
 
 def dense(features: int, x: Array, name: str) -> Array:
@@ -79,7 +78,7 @@ class BatchNorm(nn.BatchNorm):
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
     ) -> Array:
-        """Normalises x `[n, h, w, c]`; examples where `mask` is False count in no statistic."""
+        """Normalises x `[n, h, w, c]`; statistics leave out examples where `mask` is False."""
         averages = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

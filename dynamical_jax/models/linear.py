@@ -1,4 +1,4 @@
-"""Logistic regression: one dense layer, for vectors that a pretrained network gave."""
+"""Logistic regression: one dense layer, for vectors such as embeddings."""
 
 from flax import linen as nn
 
@@ -8,10 +8,10 @@ from dynamical_jax.types import AnyArray, Outputs
 class Linear(nn.Module):
     """A dense layer on vectors, or on images as one vector of all pixels each.
 
-    It starts from zero, unlike the other models. With fewer labels than features, training leaves
-    the part of the weights that is orthogonal to all labeled examples what it was: drawn at random,
-    it would be noise in every prediction, for good. The loss is convex, so that there is no
-    symmetry to break.
+    It starts from zero, unlike the other models: the loss is convex, so that there is no symmetry
+    to break, and weights drawn at random would be noise in the predictions. With fewer labels than
+    features gradient descent never changes the part of the weights that is orthogonal to all
+    labeled examples; Adam, which scales each weight by itself, does not forget it either.
 
     Attributes:
       num_classes: K.

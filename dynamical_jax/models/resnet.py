@@ -48,8 +48,8 @@ class ResNet18(nn.Module):
 
     Attributes:
       num_classes: K.
-      stem: "imagenet", a 7×7 convolution of stride 2 and a max-pooling, as in torchvision and named
-        in the paper; or "cifar", a 3×3 convolution, as in the authors' program.
+      stem: "imagenet", a 7×7 convolution of stride 2 and a max-pooling, as in torchvision and in
+        the text of the paper; or "cifar", a 3×3 convolution, as in the authors' program.
     """
 
     num_classes: int

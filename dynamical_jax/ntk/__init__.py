@@ -1,9 +1,9 @@
-"""The neural tangent kernel of any Flax model, and what follows from it (§2.2, Eq. 1–3).
+"""The neural tangent kernel of any Flax model, and its theory (§2.2, Eq. 1–3).
 
-- `empirical_ntk`: Θ or 𝒦 of thousands of examples; `combined_gradients`: Tr(Wᵀ Θ W) without Θ. They
-  need nothing but JAX;
+- `empirical_ntk`: Θ or 𝒦 of thousands of examples; `combined_gradients`: Tr(Wᵀ Θ W) without Θ. Both
+  need JAX alone;
 - `reference_ntk`, `infinite_width_ntk`, `kernel_regression`: by neural-tangents, which the extra
-  `theory` installs and `neural_tangents()` makes work on today's JAX.
+  `theory` installs and `neural_tangents()` makes work on current JAX.
 """
 
 from dynamical_jax.ntk import alignment as alignment

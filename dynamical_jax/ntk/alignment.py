@@ -1,8 +1,8 @@
-"""Alignment, and how fast gradient descent converges by it (§4.1).
+"""Alignment, and its bounds on how fast gradient descent converges (§4.1).
 
-Functions of a matrix Θ, whatever it comes from: an empirical NTK, an infinite-width one, any
-positive semidefinite matrix. They compute on the host in float64, since the condition numbers of
-NTKs are beyond float32.
+These are functions of a matrix Θ: an empirical NTK, an infinite-width one, or any positive
+semidefinite matrix. They compute on the host in float64, since the condition numbers of NTKs are
+too large for float32.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from dynamical_jax.errors import UserError
 from dynamical_jax.types import AnyArray
 
 ASYMMETRY = 1e-3
-"""Relative to the largest entry; more is no rounding."""
+"""Largest asymmetry that may be rounding, relative to the largest entry."""
 
 
 class Spectrum(NamedTuple):
@@ -48,29 +48,31 @@ def spectrum(ntk: Float[AnyArray, "n n"]) -> Spectrum:
 
 
 def squared_convergence_term(
-    of_ntk: Spectrum,
+    ntk_spectrum: Spectrum,
     targets: Float[AnyArray, "n k"],
     learning_rate: float,
     steps: Float[AnyArray, "t"],
 ) -> Float[np.ndarray, "t"]:
     """Returns ℰ_t² = Σ_k Σ_i (1 − ηλ_i)^{2t} (v_iᵀ Y^k)² at each t, Eq. 16.
 
-    It is ‖Y − f(X; θ(t))‖² of a network as wide as the theory wants it, from f = 0, after t steps
-    of gradient descent on ½‖f − Y‖². For that η must be below 2/λ_max.
+    This is ‖Y − f(X; θ(t))‖² of an infinitely wide network that starts from f = 0, after t steps of
+    gradient descent on ½‖f − Y‖². η must be below 2/λ_max.
 
     Args:
-      of_ntk: spectrum of Θ.
+      ntk_spectrum: spectrum of Θ.
       targets: Y.
       learning_rate: η.
       steps: the values of t, not negative.
     """
-    projected = _squared_projections(of_ntk, targets)
-    factors = (1 - learning_rate * of_ntk.eigenvalues)[None, :] ** (2 * np.asarray(steps)[:, None])
+    projected = _squared_projections(ntk_spectrum, targets)
+    factors = (1 - learning_rate * ntk_spectrum.eigenvalues)[None, :] ** (
+        2 * np.asarray(steps)[:, None]
+    )
     return factors @ projected
 
 
 def convergence_bounds(
-    of_ntk: Spectrum,
+    ntk_spectrum: Spectrum,
     targets: Float[AnyArray, "n k"],
     learning_rate: float,
     steps: Float[AnyArray, "t"],
@@ -78,7 +80,7 @@ def convergence_bounds(
     """Returns Tr[YᵀY] − 2tη𝒜 and Tr[YᵀY] − η𝒜, between which ℰ_t² lies, Theorem 1.
 
     Args:
-      of_ntk: spectrum of Θ.
+      ntk_spectrum: spectrum of Θ.
       targets: Y.
       learning_rate: η.
       steps: the values of t.
@@ -87,9 +89,9 @@ def convergence_bounds(
       UserError: unless 0 ≤ ηλ_i ≤ 1 for all i and t ≥ 1, which the theorem needs.
     """
     steps = np.asarray(steps, np.float64)
-    least, most = of_ntk.eigenvalues[[0, -1]]
-    # Eigenvalues of a singular matrix come out a little below zero.
-    if least < -most * len(of_ntk.eigenvalues) * np.finfo(np.float32).eps:
+    least, most = ntk_spectrum.eigenvalues[[0, -1]]
+    # By rounding, eigenvalues of a singular matrix are a little below zero.
+    if least < -most * len(ntk_spectrum.eigenvalues) * np.finfo(np.float32).eps:
         raise UserError(f"Theorem 1 needs eigenvalues of at least 0; the smallest is {least:.3g}")
     if not 0 <= learning_rate * most <= 1 + 1e-12:
         raise UserError(
@@ -98,24 +100,24 @@ def convergence_bounds(
         )
     if np.any(steps < 1):
         raise UserError(f"Theorem 1 needs t of at least 1, got {steps.min():g}")
-    projected = _squared_projections(of_ntk, targets)
-    aligned = float(of_ntk.eigenvalues @ projected)
+    projected = _squared_projections(ntk_spectrum, targets)
+    aligned = float(ntk_spectrum.eigenvalues @ projected)
     total = float(np.sum(np.asarray(targets, np.float64) ** 2))
     lower = total - 2 * steps * learning_rate * aligned
     return Interval(lower, np.full_like(lower, total - learning_rate * aligned))
 
 
 def normalized(ntk: Float[AnyArray, "n n"]) -> Float[np.ndarray, "n n"]:
-    """Returns Θ divided by its mean diagonal: what is left when its scale is taken away."""
+    """Returns Θ divided by the mean of its diagonal, so that its scale does not matter."""
     ntk = symmetric(ntk)
     return ntk / np.mean(np.diag(ntk))
 
 
 def symmetric(ntk: Float[AnyArray, "n n"]) -> Float[np.ndarray, "n n"]:
-    """Returns Θ in float64, symmetric to the last digit.
+    """Returns Θ in float64, made exactly symmetric.
 
     Raises:
-      UserError: if it is not finite, or not symmetric to begin with.
+      UserError: if it is not finite, or its asymmetry is more than rounding.
     """
     ntk = np.asarray(ntk, np.float64)
     if not np.all(np.isfinite(ntk)):
@@ -126,7 +128,7 @@ def symmetric(ntk: Float[AnyArray, "n n"]) -> Float[np.ndarray, "n n"]:
 
 
 def _squared_projections(
-    of_ntk: Spectrum, targets: Float[AnyArray, "n k"]
+    ntk_spectrum: Spectrum, targets: Float[AnyArray, "n k"]
 ) -> Float[np.ndarray, "n"]:
-    """Σ_k (v_iᵀ Y^k)² of each i."""
-    return np.sum((of_ntk.eigenvectors.T @ np.asarray(targets, np.float64)) ** 2, axis=1)
+    """Returns Σ_k (v_iᵀ Y^k)² of each i."""
+    return np.sum((ntk_spectrum.eigenvectors.T @ np.asarray(targets, np.float64)) ** 2, axis=1)

@@ -1,8 +1,8 @@
-"""neural-tangents on a JAX that it does not know.
+"""Makes neural-tangents work on newer versions of JAX.
 
-The newest neural-tangents, 0.6.5 of 2023, imports names that JAX has since moved. They are put back
-here, when neural-tangents is first asked for and not before, and each only where it is missing.
-TensorFlow, which `neural_tangents.experimental` would import, is left out with that module.
+The newest neural-tangents, 0.6.5 of 2023, imports names that JAX has since moved. This module puts
+the missing names back when neural-tangents is first used, and not before. TensorFlow, which
+`neural_tangents.experimental` would import, is left out with that module.
 """
 
 import functools
@@ -16,18 +16,18 @@ import jax
 from dynamical_jax.errors import UserError
 
 TESTED = ((0, 10), (0, 13))
-"""The versions of JAX, from … to before …, on which the tests of this package have passed."""
+"""First version of JAX on which this was tested, and first version on which it was not."""
 
-OF_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Var", "Primitive", "ClosedJaxpr")
-OF_CORE = ("ShapedArray", "Value", "AbstractValue", "eval_context")
+NAMES_IN_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Var", "Primitive", "ClosedJaxpr")
+NAMES_IN_CORE = ("ShapedArray", "Value", "AbstractValue", "eval_context")
 
 
 @functools.cache
 def neural_tangents() -> Any:
     """Returns the module `neural_tangents`.
 
-    Its `empirical_ntk_fn` works here with implementations 1 and 2, its `stax`, `predict`, `batch`
-    and `monte_carlo_kernel_fn` as they are.
+    Its `empirical_ntk_fn` works with implementations 1 and 2; `stax`, `predict`, `batch` and
+    `monte_carlo_kernel_fn` work without limits.
 
     Raises:
       UserError: if it is not installed, or JAX is of a version that was not tested.
@@ -48,7 +48,7 @@ def neural_tangents() -> Any:
 
 
 def is_installed() -> bool:
-    """Whether neural-tangents is there."""
+    """Returns whether neural-tangents is installed."""
     return importlib.util.find_spec("neural_tangents") is not None
 
 
@@ -59,7 +59,7 @@ def _restore_names() -> None:
     from jax.extend import core as extend_core
     from jax.interpreters import ad
 
-    for names, source in ((OF_EXTEND, extend_core), (OF_CORE, source_core)):
+    for names, source in ((NAMES_IN_EXTEND, extend_core), (NAMES_IN_CORE, source_core)):
         for name in names:
             _put_back(jax.core, name, getattr(source, name, None))
     for name in dir(source_ad):

@@ -1,13 +1,14 @@
-"""The empirical NTK of thousands of examples: each Jacobian once, then matrix products.
+"""The empirical NTK of thousands of examples: Jacobians once, then matrix products.
 
 𝒦[x, x', i, j] = ∇f^i(x) · ∇f^j(x'), and Θ its mean over the diagonal i = j: in the limit of
-infinite width 𝒦 = Θ ⊗ I_K. neural-tangents computes it block by block of examples and forms the
-Jacobians of both sides anew for each of them; here the Jacobian J of all examples is formed once,
-for as many parameters at a time as memory allows, and Θ is the sum of J Jᵀ over these parts.
+infinite width 𝒦 = Θ ⊗ I_K. neural-tangents computes it for one pair of blocks of examples after
+another, and the Jacobians of both blocks again for each pair. Here the Jacobian J of all examples
+is computed once, for as many parameters at a time as memory allows, and Θ is the sum of J Jᵀ over
+these parts.
 
-J is of the parameters' type, the products and their sum are of float64: λ_max / λ_min of an NTK is
-beyond float32, in which Θ⁻¹ would be noise. The rounding of J itself moves singular values of J by
-its own size, and with it λ_min by far less than λ_max · 1e-7.
+J has the type of the parameters; the products and their sum are in float64, because λ_max / λ_min
+of an NTK is too large for float32, in which Θ⁻¹ would be noise. Rounding J changes its singular
+values by no more than the rounding error, and so λ_min by far less than λ_max · 1e-7.
 """
 
 import functools
@@ -55,8 +56,8 @@ def empirical_ntk(
       x1: `[n, ...]` inputs.
       x2: `[m, ...]` inputs; by default x1.
       trace: whether to return Θ `[n, m]`, else 𝒦 `[n, m, K, K]`.
-      memory_bytes: for the part of the Jacobian that is held at a time; by default half of what is
-        free.
+      memory_bytes: for the part of the Jacobian that is held at a time; by default half of the free
+        memory.
       chunk_size: examples whose Jacobians are computed together; changes no result.
       on_progress: called with (done, total), counted in examples × parts.
 
@@ -76,7 +77,7 @@ def empirical_ntk(
             f"{_gib(free)} are free: take fewer examples"
         )
     limit = free // 2 if memory_bytes is None else memory_bytes
-    # Beside the part there is its copy in float64.
+    # Each part is held together with its copy in float64.
     parts = _parts(leaves, max(1, limit // (rows * (size + 8))))
     done, total = 0, len(parts) * sum(map(len, sides))
     kernel = np.zeros(shape)
@@ -104,8 +105,8 @@ def combined_gradients(
 ) -> Float[np.ndarray, "k c p"]:
     """Returns Σ_i w_i ∇f^k(x_i) for each column w of the weights, in float64.
 
-    Tr(Wᵀ Θ W) is its squared norm over K: alignment (Eq. 16) and G_MSE without Θ, and of S ∪ Q
-    from the sums of S and of Q.
+    Tr(Wᵀ Θ W) is the squared norm of the result, divided by K. This gives alignment (Eq. 16) and
+    G_MSE without Θ; the result for S ∪ Q is the sum of those for S and for Q.
 
     Args:
       apply: the model, `apply(variables, x)`, in evaluation mode.
@@ -125,7 +126,7 @@ def combined_gradients(
         counted = np.arange(len(positions)) < count
         with jax.enable_x64(True):
             more = _add_combination(total, rows, np.where(counted[:, None], weights[positions], 0))
-        # Should memory run out, then before it is added: the block is tried again in halves.
+        # If memory runs out, it must be before the sum changes: the block is tried again in halves.
         total = jax.block_until_ready(more)
 
     map_blocks(add, len(x), min(chunk_size, len(x)))
@@ -133,10 +134,10 @@ def combined_gradients(
 
 
 def _parts(leaves: list[AnyArray], limit: int) -> list[tuple[tuple[int, ...], int, int]]:
-    """Cuts the parameters into parts of at most `limit`: (leaves, from, to) in their row.
+    """Cuts the parameters into parts of at most `limit` numbers: (leaves, start, stop).
 
-    Whole leaves go together, so that Jacobians in the others need not be computed; one that is
-    larger than a part is cut, and its Jacobian computed for each piece.
+    A part holds whole leaves, so that only their Jacobian is computed for it. A leaf larger than a
+    part is cut, and its Jacobian is computed for each piece.
     """
     parts, together, count = [], [], 0
     for index, leaf in enumerate(leaves):
@@ -161,13 +162,13 @@ def _jacobian(
     chunk_size: int,
     on_progress: OnProgress,
 ) -> Float[Array, "n k p"]:
-    """∂f/∂θ of all examples: of the given leaves, flattened one after the other, a piece."""
+    """Returns a piece of ∂f/∂θ of all examples, θ being these leaves, flattened and joined."""
     buffer = None
 
     def fill(positions: np.ndarray, count: int) -> Array:
         nonlocal buffer
         start, stop = piece
-        # By default GPUs multiply in TensorFloat-32, whose rounding λ_min would feel.
+        # By default GPUs multiply in TensorFloat-32, whose rounding would change λ_min.
         with jax.default_matmul_precision("highest"):
             rows = _block_jacobian(apply, variables, x[positions], indices, start, stop - start)
         if buffer is None:

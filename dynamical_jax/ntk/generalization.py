@@ -1,4 +1,4 @@
-"""The generalization bound of ultra-wide networks, and its bounds by alignment (§4.1)."""
+"""The generalization bound of ultra-wide networks, and bounds of it by alignment (§4.1)."""
 
 import numpy as np
 import scipy.linalg
@@ -17,8 +17,8 @@ def generalization_bound(
     Args:
       ntk: Θ.
       targets: Y.
-      jitter: added to the diagonal of Θ, in units of its mean diagonal. Say so where you report the
-        bound: with jitter it is smaller than that of Θ.
+      jitter: added to the diagonal of Θ, in units of its mean diagonal. Report it together with the
+        bound, which is smaller with jitter than without.
 
     Raises:
       UserError: if Θ is not positive definite, naming its smallest eigenvalue.
@@ -59,8 +59,8 @@ def positive_definite(ntk: Float[AnyArray, "n n"], jitter: float = 0.0) -> Float
     """Returns Θ, with jitter, in float64.
 
     Raises:
-      UserError: if its smallest eigenvalue is not positive beyond the rounding of the type in which
-        Θ is given.
+      UserError: if its smallest eigenvalue is not larger than the rounding error of the type in
+        which Θ is given.
     """
     if not jitter >= 0:
         raise UserError(f"the jitter must not be negative, got {jitter}")

@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy between a set and a larger one that holds it (App. D.1)."""
+"""Maximum mean discrepancy between a set and a larger set that contains it (App. D.1)."""
 
 import math
 
@@ -13,7 +13,7 @@ from dynamical_jax.types import AnyArray
 def squared_mmd(kernel: Float[AnyArray, "n n"], size: int) -> float:
     """Returns the unbiased estimate of MMD²(S, S ∪ Q), Eq. 32.
 
-    Pairs of a sample with itself are left out of all three sums. The estimate may be negative.
+    All three sums leave out pairs of a sample with itself. The estimate may be negative.
 
     Args:
       kernel: Θ on S ∪ Q, with S first.

@@ -15,7 +15,7 @@ from dynamical_jax.ntk.compatibility import neural_tangents
 from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
 
 PAIRS_HELD = 16
-"""Covariances of all pixels with all, per pair of images, that neural-tangents holds at a time."""
+"""Arrays of h·w × h·w that neural-tangents holds at a time for each pair of images."""
 
 
 def reference_ntk(
@@ -28,7 +28,7 @@ def reference_ntk(
     implementation: int = 1,
     batch_size: int = 0,
 ) -> Float[np.ndarray, "..."]:
-    """Returns what `empirical_ntk` returns, computed by neural-tangents.
+    """Computes the same kernel as `empirical_ntk`, by neural-tangents.
 
     Args:
       apply: the model, `apply(variables, x)`, in evaluation mode.
@@ -37,7 +37,7 @@ def reference_ntk(
       x2: `[m, ...]` inputs; by default x1.
       trace: whether to return Θ `[n, m]`, else 𝒦 `[n, m, K, K]`.
       implementation: 1, Jacobian contraction, or 2, NTK-vector products.
-      batch_size: examples of a block, which divides n and m; 0 for all at once.
+      batch_size: examples in a block, a divisor of n and m; 0 for all at once.
 
     Raises:
       UserError: if neural-tangents cannot be used here.
@@ -48,13 +48,13 @@ def reference_ntk(
     def logits(params: Params, x: Any) -> Array:
         return contract.as_outputs(apply({"params": params, **rest}, x), len(x)).logits
 
-    # Evaluation mode: examples do not see each other, which vmap_axes=0 takes for granted.
+    # vmap_axes=0 requires that examples do not depend on each other, as in evaluation mode.
     kernel = nt.empirical_ntk_fn(
         logits, trace_axes=(-1,) if trace else (), vmap_axes=0, implementation=implementation
     )
     if batch_size:
         kernel = nt.batch(kernel, batch_size=batch_size, device_count=0)
-    return np.asarray(kernel(jnp.asarray(x1), _device(x2), variables["params"]))
+    return np.asarray(kernel(jnp.asarray(x1), _to_device(x2), variables["params"]))
 
 
 def infinite_width_ntk(
@@ -73,8 +73,8 @@ def infinite_width_ntk(
       x1: images as the network sees them, standardised.
       x2: likewise; by default x1.
       depth: number of convolutions.
-      memory_bytes: for the pairs that are worked on at a time; by default a quarter of what is
-        free; changes no result.
+      memory_bytes: for the pairs of images computed together; by default a quarter of the free
+        memory; changes no result.
 
     Raises:
       UserError: if neural-tangents cannot be used here, or a single pair needs more memory.
@@ -95,8 +95,8 @@ def infinite_width_ntk(
     sides = [np.asarray(x) for x in (x1, x2) if x is not None]
     block = min(math.isqrt(limit // needed), max(map(len, sides)))
     with jax.enable_x64(True):
-        # It takes whole blocks only: filled up with the last image, which is then cut off.
-        filled = [jnp.asarray(_filled_up(x, block), jnp.float64) for x in sides]
+        # It takes whole blocks only: filled up with copies of the last image, which are cut off.
+        filled = [jnp.asarray(_pad_to_blocks(x, block), jnp.float64) for x in sides]
         other = filled[1] if len(sides) == 2 else None
         ntk = nt.batch(kernel, batch_size=block, device_count=0)(filled[0], other, "ntk")
     return np.asarray(ntk)[: len(sides[0]), : len(sides[-1])]
@@ -111,9 +111,8 @@ def kernel_regression(
 ) -> Float[np.ndarray, "m k"]:
     """Returns f(x; θ(t)) = Θ(x, X) Θ⁻¹ (I − e^{−ηΘt}) Y, the trained network's outputs, Eq. 3.
 
-    In float64.
-
-    From f = 0 at t = 0, for the loss ½‖f − Y‖² summed over examples and classes.
+    Training starts from f = 0 at t = 0, with the loss ½‖f − Y‖² summed over examples and classes.
+    The result is in float64.
 
     Args:
       ntk: Θ(X, X).
@@ -130,7 +129,7 @@ def kernel_regression(
         ntk, targets, ntk_to_training = (
             jnp.asarray(part, jnp.float64) for part in (ntk, targets, ntk_to_training)
         )
-        # Its loss is the mean over all entries of Y, so its time runs slower by their number.
+        # Its loss is the mean over all entries of Y, so its learning rate counts for less.
         predict = nt.predict.gradient_descent_mse(
             ntk, targets, learning_rate=learning_rate * targets.size
         )
@@ -142,9 +141,9 @@ def kernel_regression(
     return np.asarray(outputs)
 
 
-def _filled_up(x: np.ndarray, block: int) -> np.ndarray:
+def _pad_to_blocks(x: np.ndarray, block: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
 
 
-def _device(x: Any) -> Any:
+def _to_device(x: Any) -> Any:
     return None if x is None else jnp.asarray(x)

@@ -1,4 +1,4 @@
-"""What every program does, whatever its flags: those of the package, and the checkout's."""
+"""Starts programs, checks their command lines, and reports errors in one line."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ from absl import app, flags, logging
 from dynamical_jax.errors import UserError
 
 OURS = ("dynamical_jax.", "experiments.", "theory.")
-"""Where flags are defined that a program should not be given in vain."""
+"""Modules whose flags are refused by programs that do not read them."""
 
 
 def start(program: types.ModuleType) -> None:
-    """Runs a program as the command line asks, and exits with its status.
+    """Runs a program with the flags of the command line, and exits with its status.
 
-    A console script, or a file that only calls this, is then as good as the program itself: --help
-    shows the program's docstring and its key flags.
+    For console scripts and files that only call this: --help shows the docstring and the key flags
+    of the program.
 
     Args:
       program: its `main` takes the command line without flags and returns the exit status.
@@ -33,11 +33,11 @@ def start(program: types.ModuleType) -> None:
 
 
 def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
-    """Runs a binary; returns the exit status. What can be explained is one line, no traceback.
+    """Runs a program; returns the exit status. A `UserError` is one line without a traceback.
 
     Args:
       run: does the work; returns a line for each part that failed.
-      interrupted: is printed where the user stops it.
+      interrupted: is printed if the user stops the program.
     """
     try:
         with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # Who reads our output has had enough, as `head` does.
+    except BrokenPipeError:  # The reader of our output has stopped reading, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     for failure in failures:
@@ -58,17 +58,17 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
 
 
 def _show_warning(message: Any, category: type, *where: Any) -> None:
-    """Prints what the user should know in one line; where it was found is for other programs."""
+    """Prints a warning in one line, without the place in the code that it comes from."""
     text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
     print(f"warning: {text}", file=sys.stderr)
 
 
 def check_command_line(argv: list[str], module: Any) -> None:
-    """Raises `UserError` if something is given that would have no effect.
+    """Raises `UserError` if an argument or a flag of the command line would have no effect.
 
     Args:
-      argv: what is left of the command line after the flags.
-      module: the binary; its key flags are those that it reads.
+      argv: the command line without its flags.
+      module: the program; its key flags are those that it reads.
     """
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
@@ -80,7 +80,7 @@ def check_command_line(argv: list[str], module: Any) -> None:
 
 
 def keep_compiled_programs(cache_dir: str) -> None:
-    """Lets JAX keep compiled programs between processes."""
+    """Makes JAX keep compiled programs in `cache_dir` between processes."""
     compiled = os.path.join(cache_dir, "compiled")
     try:
         os.makedirs(compiled, exist_ok=True)
@@ -90,11 +90,11 @@ def keep_compiled_programs(cache_dir: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def positive(flag: str, values: Sequence[str]) -> list[int]:
-    """Returns the numbers that a list flag holds.
+def parse_positive(flag: str, values: Sequence[str]) -> list[int]:
+    """Returns the values of a list flag as positive integers.
 
     Raises:
-      UserError: if there are none, or others than positive whole ones.
+      UserError: if there are none, or one is no positive integer.
     """
     if not values or not all(value.isdecimal() and int(value) for value in values):
         raise UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")

@@ -1,6 +1,7 @@
-"""Flags that programs for people and experiments share, and what they name.
+"""Flags that `dynamical-select` and the experiments share, and the objects they describe.
 
-How images are read, which model learns from them, how it is trained and how they are scored.
+They say how images are read, which model learns from them, how it is trained, and how images are
+scored.
 """
 
 from typing import Any
@@ -19,27 +20,37 @@ MODEL = flags.DEFINE_string(
     f"{models.DEFAULTS['vectors']}. Vectors need {' or '.join(models.FOR_VECTORS)}.",
 )
 STEM = flags.DEFINE_enum(
-    "stem", "imagenet", models.STEMS, "resnet18: torchvision's stem or CIFAR's."
+    "stem",
+    "imagenet",
+    models.STEMS,
+    "For resnet18: the first layers as in torchvision, or as usual for CIFAR.",
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
 ENGINE = flags.DEFINE_enum(
-    "engine", "factored", list(gradients.ENGINES), "dynamical: how gradients are computed."
+    "engine", "factored", list(gradients.ENGINES), "For dynamical: how gradients are computed."
 )
 CHUNK_SIZE = flags.DEFINE_integer(
-    "chunk_size", None, "dynamical: images scored at a time; by default what memory allows."
+    "chunk_size",
+    None,
+    "For dynamical: how many images are scored at a time; by default as many as memory allows.",
 )
 
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size",
     None,
-    "Resize images to this side; by default their own (caltech101, and image files that differ in "
-    "size or are larger than 256: 64).",
+    "Height and width to which images are resized. By default they keep their size, but caltech101 "
+    "and image files that differ in size or are larger than 256 become 64×64.",
 )
 CHANNELS = flags.DEFINE_integer(
-    "channels", None, "Of image files of your own, 1 or 3; by default 1 if all are grey."
+    "channels",
+    None,
+    "Channels of your own image files, 1 or 3; by default 1 if all are grey, else 3.",
 )
 UNREADABLE = flags.DEFINE_enum(
-    "unreadable", "skip", images.UNREADABLE, "What to do with broken image files of your own."
+    "unreadable",
+    "skip",
+    images.UNREADABLE,
+    "Whether your own image files that cannot be read are skipped or stop the program.",
 )
 CACHE_DIR = flags.DEFINE_string(
     "cache_dir",
@@ -49,7 +60,10 @@ CACHE_DIR = flags.DEFINE_string(
 )
 
 OPTIMIZER = flags.DEFINE_enum(
-    "optimizer", "adam", list(training.OPTIMIZERS), "Made afresh in every round."
+    "optimizer",
+    "adam",
+    list(training.OPTIMIZERS),
+    "The optimizer; its state starts anew in every round.",
 )
 LEARNING_RATE = flags.DEFINE_float(
     "learning_rate",
@@ -59,30 +73,48 @@ LEARNING_RATE = flags.DEFINE_float(
     + ".",
 )
 SCHEDULE = flags.DEFINE_enum(
-    "schedule", "constant", training.SCHEDULES, "Of the learning rate, over --max_epochs."
+    "schedule", "constant", training.SCHEDULES, "Schedule of the learning rate over --max_epochs."
 )
 TRAIN_BATCH_SIZE = flags.DEFINE_integer("train_batch_size", 128, "Images per training step.")
 WEIGHT_DECAY = flags.DEFINE_float(
-    "weight_decay", 0.0, "Decoupled for adam (AdamW), in the gradient for sgd."
+    "weight_decay", 0.0, "Weight decay; decoupled for adam (AdamW), a term of the gradient for sgd."
 )
 TARGET_ACCURACY = flags.DEFINE_float(
-    "target_accuracy", 0.99, "Training goes on until this share of the labeled set S is right,"
+    "target_accuracy",
+    0.99,
+    "Training does not stop before it classifies this share of the labeled set correctly.",
 )
 TARGET_LOSS = flags.DEFINE_float(
-    "target_loss", None, "until the mean cross-entropy on S is at most this (by default: any),"
+    "target_loss",
+    None,
+    "Training does not stop before the mean cross-entropy over the labeled set is at most this. By "
+    "default the mean does not matter.",
 )
 TARGET_TOTAL_LOSS = flags.DEFINE_float(
-    "target_total_loss", 1.0, "until its sum over S is at most this (inf: any; why: docs),"
+    "target_total_loss",
+    1.0,
+    "Training does not stop before the cross-entropy summed over the labeled set is at most this; "
+    "inf: the sum does not matter. docs/convergence.md says why the sum.",
 )
-MIN_EPOCHS = flags.DEFINE_integer("min_epochs", 0, "and for at least so many epochs; but")
+MIN_EPOCHS = flags.DEFINE_integer(
+    "min_epochs", 0, "Training does not stop before this many epochs."
+)
 MAX_EPOCHS = flags.DEFINE_integer(
-    "max_epochs", 500, "training stops after so many epochs in any case."
+    "max_epochs", 500, "Training stops after this many epochs, even if it has not met its targets."
 )
-LOOK_EVERY = flags.DEFINE_integer("look_every", 5, "Epochs of training between looks at S.")
+LOOK_EVERY = flags.DEFINE_integer(
+    "look_every",
+    5,
+    "How many epochs apart the model is evaluated on the labeled set, to see whether training may "
+    "stop.",
+)
 
 
 def training_config() -> training.TrainingConfig:
-    """Returns how the flags want a model fitted; to be called once the model is settled."""
+    """Returns the configuration of training that the flags describe.
+
+    Call `set_model_defaults` first: the default learning rate depends on the model.
+    """
     rate = LEARNING_RATE.value
     return training.TrainingConfig(
         optimizer=OPTIMIZER.value,
@@ -99,8 +131,8 @@ def training_config() -> training.TrainingConfig:
     )
 
 
-def settle_model(kind: str = "images") -> dict[str, Any]:
-    """Gives --model and --learning_rate values where they have none; returns the model's options.
+def set_model_defaults(kind: str = "images") -> dict[str, Any]:
+    """Sets --model and --learning_rate where they are not given; returns the model's options.
 
     Args:
       kind: of the data, "images" or "vectors".
@@ -128,8 +160,8 @@ def model_options() -> dict[str, Any]:
     return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
 
 
-def prepared_cache_dir() -> str:
-    """Returns where decoded data are kept, and keeps compiled programs beside them."""
+def prepare_cache_dir() -> str:
+    """Returns the folder for decoded data, and makes JAX keep compiled programs there, too."""
     cache_dir = CACHE_DIR.value or datasets.default_cache_dir()
     binary.keep_compiled_programs(cache_dir)
     return cache_dir

@@ -3,18 +3,18 @@
   dynamical-select --images=path/to/images --labels=labels.csv --batch_size=50
       --output=to_label.csv
 
-Trains a model on the images that labels.csv labels (columns path, relative to --images, and label),
-scores all others, and writes the 50 that the strategy wants most to to_label.csv, with a contact
-sheet of them in to_label.png. Fill in the column label of to_label.csv and give the same command
-again: the labels are added to labels.csv, the model is trained on from where it stood, and
-to_label.csv holds the next 50. Rows that are left empty stay in the pool.
+Trains a model on the images that labels.csv labels (its columns are path, relative to --images, and
+label), scores all other images, and writes the 50 that the strategy ranks highest to to_label.csv,
+with a contact sheet of them in to_label.png. Fill in the column label of to_label.csv and give the
+same command again: it adds the labels to labels.csv, trains the model further, and writes the next
+50 to to_label.csv. Rows without a label stay in the pool.
 
-Without labels, or with those of one class only, there is nothing to train on, and images are drawn
-at random: at such sizes that is hard to beat, and labels so drawn show what classes there are.
+Without labels, or with labels of one class only, there is nothing to train on. Then images are
+drawn at random: with so few labels that is hard to beat, and it shows which classes there are.
 
-Beside to_label.csv and to_label.png there are to_label.jsonl, a line for each round, and
-to_label.checkpoint, the model; remove it to train from the start. When you have had enough,
---predictions=rest.csv writes what the model takes all the others for.
+Beside to_label.csv and to_label.png are to_label.jsonl, with a line for each round, and
+to_label.checkpoint, the model; remove it to train from the start. To finish,
+--predictions=rest.csv writes the class that the model predicts for each image without a label.
 """
 
 import contextlib
@@ -39,11 +39,13 @@ IMAGES = flags.DEFINE_string("images", None, "Folder of images; folders in it ar
 LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 PREDICTIONS = flags.DEFINE_string(
-    "predictions", None, "Also write a table of what the model takes each unlabeled image for."
+    "predictions",
+    None,
+    "File for a table of the class that the model predicts for each unlabeled image.",
 )
 NAMES = [name for name, kind in strategies.STRATEGIES.items() if kind().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
-SEED = flags.DEFINE_integer("seed", 0, "Of all randomness.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 flags.adopt_module_key_flags(options)
 flags.adopt_module_key_flags(strategy)
 
@@ -61,9 +63,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(argv: list[str]) -> list[str]:
-    """Takes up the new labels, trains, chooses, and writes; returns what failed: nothing."""
+    """Adds the new labels, trains, chooses images and writes them; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
-    chosen, config, output = checked()
+    chosen, config, output = check_flags()
     table = pathlib.Path(LABELS.value)
     try:
         for path in filter(None, (OUTPUT.value, LABELS.value, PREDICTIONS.value)):
@@ -96,8 +98,8 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def checked() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
-    """Returns what the flags name, all of which is looked at before any work."""
+def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
+    """Checks the flags; returns the strategy, the learner's configuration and the output."""
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
         raise UserError(f"--images must be a folder of images, got {IMAGES.value}")
     output = pathlib.Path(OUTPUT.value)
@@ -108,7 +110,7 @@ def checked() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
         raise UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.settle_model()
+    attributes = options.set_model_defaults()
     chosen = strategy.make(STRATEGY.value)
     if STRATEGY.value not in NAMES:
         raise UserError(
@@ -123,7 +125,7 @@ def checked() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
 def read_folder(
     table: pathlib.Path, output: pathlib.Path
 ) -> tuple[labeling.Folder, dict[str, Any]]:
-    """Returns the images, and how well the model had predicted the labels that have come."""
+    """Returns the images, and how many of the new labels the model had predicted."""
     paths = labeling.folder.find(IMAGES.value, output.with_suffix(".png"))
     update = labeling.folder.take_over(table, output, IMAGES.value, paths)
     if update.num_new:
@@ -134,7 +136,7 @@ def read_folder(
         IMAGES.value,
         paths,
         update.labels,
-        cache_dir=options.prepared_cache_dir(),
+        cache_dir=options.prepare_cache_dir(),
         size=options.IMAGE_SIZE.value,
         channels=options.CHANNELS.value,
         unreadable=options.UNREADABLE.value,
@@ -159,13 +161,15 @@ def read_folder(
 def train(
     folder: labeling.Folder, config: labeling.Config, store: Store
 ) -> tuple[labeling.Learner, dict[str, Any]]:
-    """Returns the learner, trained on all labels, and for the log how that went."""
+    """Returns the learner, trained on all labels, and facts about its training for the log."""
     start = labeling.learner.warm_start(folder, config, store)
     if start.fit is not None:
         print("no labels that the model was not trained on: it stays as it is")
         return start.learner, start.fit
-    if start.former_kind is not None:
-        difference = run_directory.differing(config.kind(folder), start.former_kind)
+    if start.former_description is not None:
+        difference = run_directory.describe_difference(
+            config.model_description(folder), start.former_description
+        )
         print(f"the model is trained from the start: that of the last round had {difference}")
     if start.new_classes:
         grown = f"the model grows to {len(start.learner.class_names)} outputs"
@@ -191,7 +195,7 @@ def choose(
 
 
 def write_predictions(folder: labeling.Folder, learner: labeling.Learner) -> None:
-    """Writes what the model takes all images for that have no label."""
+    """Writes the class that the model predicts for each image without a label."""
     with working_bar() as bar:
         rows = np.setdiff1d(folder.readable, folder.labeled)
         rest = labeling.proposal.predict(folder, learner, rows, bar.scored)
@@ -217,7 +221,7 @@ def record(
 
 @contextlib.contextmanager
 def working_bar(max_epochs: int = 1) -> Iterator[progress.Bar]:
-    """Gives a bar that shows what of a round's work is done."""
+    """Yields a progress bar for the work of one round."""
     with progress.Bar() as bar:
         bar.start("select", 1, max_epochs)
         bar.begin(1)

@@ -1,4 +1,4 @@
-"""What records say: tables, tests of significance, and pictures."""
+"""Reports from records: tables, tests of significance, and pictures."""
 
 from dynamical_jax.reports import markdown as markdown
 from dynamical_jax.reports import plotting as plotting

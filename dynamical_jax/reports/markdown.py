@@ -1,4 +1,4 @@
-"""Markdown made from records: accuracies beside published ones, and what differences are worth."""
+"""Reports in Markdown: accuracies beside published ones, and tests of their differences."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ class Published(NamedTuple):
     """Published accuracies of one setting, in percent.
 
     Attributes:
-      source: where they stand.
-      cells: for (strategy, labels), mean and standard deviation; NaN where none is given.
+      source: where they are published.
+      cells: (strategy, labels) → mean and standard deviation; NaN if none is published.
     """
 
     source: str
@@ -25,16 +25,16 @@ class Published(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A value of the runs that can be compared.
+    """A value of those runs that can be compared.
 
     Attributes:
       strategies: names.
-      seeds: those that every strategy has.
+      seeds: the seeds that all strategies have.
       num_labeled: `[rounds]` the numbers of labels that all runs have.
-      values: `[strategies, seeds, rounds]` the value there.
-      area: `[strategies, seeds]` the area under the curve; None where runs differ in the numbers
-        of labels at which they were looked at, so that their areas cannot be compared.
-      left_out: a sentence about runs that are not finished; "" if all are.
+      values: `[strategies, seeds, rounds]` the value at these numbers.
+      area: `[strategies, seeds]` the area under the curve; None if runs have different numbers of
+        labels, so that their areas cannot be compared.
+      left_out: a sentence about unfinished runs; "" if there are none.
     """
 
     strategies: list[str]
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
 
 def accuracy(rounds: Sequence[records.Record], published: Published | None = None) -> str:
-    """Returns tables of test accuracy by strategy and labels, beside published ones if given."""
+    """Returns tables of test accuracy by strategy and labels, with published ones if given."""
     first, left_out = rounds[0], unfinished(rounds)
     seeds = sorted({record["seed"] for record in rounds})
     lines = [
@@ -54,63 +54,65 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
         "",
         "Mean ± sample standard deviation over seeds, after the last epoch of each round.",
         "",
-        *_accuracies(records.curves(rounds, "test_accuracy"), len(seeds)),
+        *_accuracy_table(records.curves(rounds, "test_accuracy"), len(seeds)),
     ]
     if _has_best(rounds):
         lines += [
             "",
             "The best over those epochs of each round at which the test set was looked at:",
             "",
-            *_accuracies(records.curves(rounds, "best_test_accuracy"), len(seeds)),
+            *_accuracy_table(records.curves(rounds, "best_test_accuracy"), len(seeds)),
         ]
     if left_out:
         lines += ["", left_out + " Means over different seeds are not to be compared."]
     if published is not None:
-        lines += ["", *_beside(rounds, published)]
-    lines += ["", *_convergence(rounds)]
+        lines += ["", *_published_section(rounds, published)]
+    lines += ["", *_convergence_section(rounds)]
     lines += [
         f"Seeds: {', '.join(map(str, seeds))}. "
-        f"Device: {_all(record['device'] for record in rounds)}. "
-        f"Commit: {_all(record['git_commit'] for record in rounds)}. "
-        f"JAX: {_all(record['versions']['jax'] for record in rounds)}.",
+        f"Device: {_join_distinct(record['device'] for record in rounds)}. "
+        f"Commit: {_join_distinct(record['git_commit'] for record in rounds)}. "
+        f"JAX: {_join_distinct(record['versions']['jax'] for record in rounds)}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def significance(rounds: Sequence[records.Record], references: Iterable[str]) -> str:
-    """Returns what the differences between strategies are worth.
+    """Returns tests of the differences between strategies.
 
     Args:
       rounds: the records of one setting.
-      references: strategies against which the others are tested, those of them that are there.
+      references: strategies against which the others are tested; those not recorded are ignored.
     """
     scores = common_scores(rounds)
-    # Of the seeds that all share: a mean over others is not to be compared with these.
+    # Only the seeds that all strategies have: means over other seeds are not comparable.
     curves = records.curves(record for record in rounds if record["seed"] in scores.seeds)
     lines = [f"# What the differences are worth: {rounds[0]['dataset']}, {rounds[0]['model']}", ""]
     lines += _summary(curves, scores)
     if len(scores.seeds) < 2:
-        return "\n".join([*lines, "", _too_few(len(scores.seeds))]) + "\n"
+        return "\n".join([*lines, "", _too_few_seeds_note(len(scores.seeds))]) + "\n"
     if len(scores.strategies) > 1:
-        sections = [_against(name, scores) for name in references if name in scores.strategies]
-        num_tables = len(sections) * len(_tested(scores))
+        sections = [
+            _reference_section(name, scores) for name in references if name in scores.strategies
+        ]
+        num_tables = len(sections) * len(_compared_values(scores))
         if sections:
-            lines += ["", _families(len(scores.strategies) - 1, num_tables)]
+            lines += ["", _holm_note(len(scores.strategies) - 1, num_tables)]
         for section in sections:
             lines += ["", *section]
     if len(scores.strategies) > 1 and len(scores.num_labeled) > 1:
-        lines += ["", *_penalties(scores)]
+        lines += ["", *_penalty_section(scores)]
     return "\n".join(lines) + "\n"
 
 
 def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy") -> Scores:
-    """Returns `value` of the runs that got as far as any did, for the seeds that all then share.
+    """Returns `value` of the finished runs, for the seeds that all strategies have.
 
     Raises:
-      UserError: if there are none.
+      UserError: if there are no such seeds.
     """
     rounds = list(rounds)
-    found = _by_run(rounds, value)
+    found = _group_by_run(rounds, value)
     most = max(max(run) for seeds in found.values() for run in seeds.values())
     ended = {
         name: {seed: run for seed, run in seeds.items() if max(run) == most}
@@ -134,8 +136,8 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
 
 
 def unfinished(rounds: Iterable[records.Record]) -> str:
-    """Returns a sentence about runs that did not get as far as others; "" if there are none."""
-    found = _by_run(rounds, "num_labeled")
+    """Returns a sentence about runs with fewer rounds than others; "" if there are none."""
+    found = _group_by_run(rounds, "num_labeled")
     most = max(max(run) for seeds in found.values() for run in seeds.values())
     missing = [
         f"{name}, seed {seed}"
@@ -146,8 +148,10 @@ def unfinished(rounds: Iterable[records.Record]) -> str:
     return f"Not finished and left out of tests: {'; '.join(missing)}." if missing else ""
 
 
-def _by_run(rounds: Iterable[records.Record], value: str) -> dict[str, dict[int, dict[int, Any]]]:
-    """Strategy → seed → labels → value."""
+def _group_by_run(
+    rounds: Iterable[records.Record], value: str
+) -> dict[str, dict[int, dict[int, Any]]]:
+    """Returns strategy → seed → labels → value."""
     found: dict[str, dict[int, dict[int, Any]]] = {}
     for record in rounds:
         seeds = found.setdefault(record["strategy"], {})
@@ -161,24 +165,24 @@ def _area(run: Mapping[int, float]) -> float:
 
 
 def _has_best(rounds: Sequence[records.Record]) -> bool:
-    """Whether the test set was looked at before the last epoch, too (--evaluate_every)."""
+    """Returns whether models were tested before the last epoch, too (--evaluate_every)."""
     return any(record["best_test_accuracy"] != record["test_accuracy"] for record in rounds)
 
 
-def _accuracies(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str]:
+def _accuracy_table(curves: Mapping[str, records.Curve], num_seeds: int) -> list[str]:
     labels = sorted({int(count) for curve in curves.values() for count in curve.num_labeled})
     rows = []
     for name, curve in curves.items():
         points = zip(curve.num_labeled, curve.mean, curve.std, strict=True)
-        cells = {int(n): records.percent(mean, std) for n, mean, std in points}
+        cells = {int(n): records.format_percent(mean, std) for n, mean, std in points}
         if curve.num_seeds < num_seeds:
-            name = f"{name} ({_seeds(curve.num_seeds)})"
+            name = f"{name} ({_count_seeds(curve.num_seeds)})"
         rows.append([name, *(cells.get(n, "") for n in labels)])
-    return _markdown(["labels", *map(str, labels)], rows)
+    return _table_lines(["labels", *map(str, labels)], rows)
 
 
-def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]:
-    """The published numbers, and how many of ours lie within one of their standard deviations."""
+def _published_section(rounds: Sequence[records.Record], published: Published) -> list[str]:
+    """Returns published numbers, and how many of ours are within their standard deviations."""
     lines = [f"## Beside {published.source}", ""]
     counts = []
     measures = {"test_accuracy": "after the last epoch"}
@@ -201,14 +205,14 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
                     row.append("")
                     continue
                 mean, std = published.cells[name, n]
-                theirs = records.percent(mean / 100, std / 100)
-                row.append(f"{records.percent(means[name, n])} ({theirs})")
+                theirs = records.format_percent(mean / 100, std / 100)
+                row.append(f"{records.format_percent(means[name, n])} ({theirs})")
             if any(row[1:]):
                 rows.append(row)
         lines += [
             f"Ours {title} (theirs):",
             "",
-            *_markdown(["labels", *map(str, labels)], rows),
+            *_table_lines(["labels", *map(str, labels)], rows),
             "",
         ]
         within: dict[Any, list[bool]] = {}
@@ -230,22 +234,22 @@ def _beside(rounds: Sequence[records.Record], published: Published) -> list[str]
     return lines
 
 
-def _convergence(rounds: Sequence[records.Record]) -> list[str]:
-    """How long training took, and what strategies said of their queries, where that is recorded."""
+def _convergence_section(rounds: Sequence[records.Record]) -> list[str]:
+    """Returns tables of epochs and of facts about queries, as far as they are recorded."""
     lines = ["## Convergence"]
     for name, (title, cell) in FACTS.items():
-        told = [record for record in rounds if record.get(name) is not None]
-        if told:
-            lines += ["", title, "", *_by_labels(told, name, cell)]
+        recorded = [record for record in rounds if record.get(name) is not None]
+        if recorded:
+            lines += ["", title, "", *_table_by_labels(recorded, name, cell)]
     return [*lines, ""] if len(lines) > 1 else []
 
 
-def _by_labels(
+def _table_by_labels(
     rounds: Sequence[records.Record],
     value: str,
     cell: Callable[[Sequence[Any], Sequence[records.Record]], str],
 ) -> list[str]:
-    """A table of `cell` of the values over seeds: strategies in rows, labels in columns."""
+    """Returns a table of `cell` of the values over seeds: strategies × labels."""
     found: dict[str, dict[int, list[records.Record]]] = {}
     for record in rounds:
         labels = found.setdefault(record["strategy"], {})
@@ -261,15 +265,15 @@ def _by_labels(
         ]
         for name, labels in found.items()
     ]
-    return _markdown(["labels", *map(str, header)], rows)
+    return _table_lines(["labels", *map(str, header)], rows)
 
 
-def _epochs(values: Sequence[int], of: Sequence[records.Record]) -> str:
+def _format_epochs(values: Sequence[int], of: Sequence[records.Record]) -> str:
     ended = sum(not record.get("converged", True) for record in of)
     return f"{np.mean(values):.0f}" + (f" ({ended})" if ended else "")
 
 
-def _mean_and_range(values: Sequence[float], of: Sequence[records.Record]) -> str:
+def _format_mean_and_range(values: Sequence[float], of: Sequence[records.Record]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
@@ -278,13 +282,13 @@ def _mean_and_range(values: Sequence[float], of: Sequence[records.Record]) -> st
 def _same_by_construction(
     rounds: Iterable[records.Record], value: str
 ) -> dict[tuple[str, int], Any]:
-    """(strategy, labels) → what the mean there is made of, for the round before any query.
+    """Returns, for round 0, (strategy, labels) → the runs of which its mean is made.
 
-    Until a strategy asks for labels it is not in play: the seed alone determines the initial set
-    and weights, so in round 0 the runs of all strategies with one seed are the same run, and their
-    means over the same seeds one number, not as many as there are strategies. Cells are the same by
-    construction where round 0 has the same seeds, with the same initial sets and values: strategies
-    with other seeds, or trained on a device that rounds otherwise, have means of their own.
+    Before the first query the strategy does not matter: initial set and weights depend on the seed
+    alone, so in round 0 the runs of all strategies with one seed are the same run. Their means over
+    the same seeds are one number, not one for each strategy. Cells are the same by construction if
+    their round 0 has the same seeds, with the same initial sets and values: strategies with other
+    seeds, or trained on a device that rounds differently, have their own means.
     """
     runs: dict[tuple[str, int], list[Any]] = {}
     for record in rounds:
@@ -298,23 +302,23 @@ FACTS = {
     "epochs": (
         "Epochs of training, mean over seeds; in brackets how many seeds ended at `--max_epochs` "
         "before they met their targets:",
-        _epochs,
+        _format_epochs,
     ),
     "query_inner_product_share": (
         "The inner product's share of the chosen Δ, mean (least to greatest) over seeds: near 0 "
         "where S is fitted, near 1 where its gradient g_S decides:",
-        _mean_and_range,
+        _format_mean_and_range,
     ),
     "query_approximation_ratio": (
         "R of the query (Eq. 14), mean (least to greatest) over seeds: below 1 where its gradients "
         "agree, above where they cancel out:",
-        _mean_and_range,
+        _format_mean_and_range,
     ),
 }
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
-    header, text = ["strategy"], [f"{_seeds(len(scores.seeds))}."]
+    header, text = ["strategy"], [f"{_count_seeds(len(scores.seeds))}."]
     random = curves["random"] if "random" in scores.strategies else None
     if scores.area is not None:
         header.append("area under the curve")
@@ -335,35 +339,35 @@ def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
         if scores.area is not None:
             area = scores.area[index]
             spread = area.std(ddof=1) if len(area) > 1 else float("nan")
-            row.append(records.percent(area.mean(), spread))
+            row.append(records.format_percent(area.mean(), spread))
         if random is not None:
             needed = statistics.labels_to_reach(
                 random.mean[-1], curve.num_labeled.astype(float), curve.mean
             )
             share = random.num_labeled[-1] / needed
-            reached = records.rounded(needed, digits=0), records.rounded(share)
+            reached = records.format_number(needed, digits=0), records.format_number(share)
             row += ["never"] * 2 if np.isnan(needed) else reached
         rows.append(row)
     lines = [" ".join(text), *filter(None, [scores.left_out])]
-    return [*lines, "", *_markdown(header, rows)] if len(header) > 1 else lines
+    return [*lines, "", *_table_lines(header, rows)] if len(header) > 1 else lines
 
 
-def _against(reference: str, scores: Scores) -> list[str]:
-    """Paired differences to one strategy, of the last accuracy and of the area under the curve."""
+def _reference_section(reference: str, scores: Scores) -> list[str]:
+    """Returns paired differences to one strategy: last accuracy, area under the curve."""
     at = scores.strategies.index(reference)
     others = [i for i in range(len(scores.strategies)) if i != at]
     lines = [f"## Against {reference}", ""]
-    for title, values in _tested(scores).items():
+    for title, values in _compared_values(scores).items():
         differences = [statistics.paired_difference(values[i], values[at]) for i in others]
         t_pvalues = statistics.holm(np.array([d.t_pvalue for d in differences]))
         ranked = statistics.holm(np.array([d.wilcoxon_pvalue for d in differences]))
         rows = [
             [
                 scores.strategies[i],
-                _points(d.mean),
-                f"{_points(d.low)} to {_points(d.high)}",
+                _format_points(d.mean),
+                f"{_format_points(d.low)} to {_format_points(d.high)}",
                 *(
-                    records.rounded(pvalue, digits=4)
+                    records.format_number(pvalue, digits=4)
                     for pvalue in (d.t_pvalue, t_pvalue, d.wilcoxon_pvalue, rank)
                 ),
             ]
@@ -387,24 +391,24 @@ def _against(reference: str, scores: Scores) -> list[str]:
         lines += [
             f"{title}, paired by seed:",
             "",
-            *_markdown(header, rows),
+            *_table_lines(header, rows),
             "",
             f"By the t-test with Holm's correction over this table, at 5 %: {verdict}.",
             "",
         ]
-    return [*lines, _limits(len(scores.seeds), len(others))]
+    return [*lines, _wilcoxon_note(len(scores.seeds), len(others))]
 
 
-def _tested(scores: Scores) -> dict[str, np.ndarray]:
-    """What strategies are compared by, in a table each: title → `[strategies, seeds]`."""
+def _compared_values(scores: Scores) -> dict[str, np.ndarray]:
+    """Returns the values by which strategies are compared: title → `[strategies, seeds]`."""
     tested = {f"Test accuracy at {scores.num_labeled[-1]:.0f} labels": scores.values[..., -1]}
     if scores.area is not None:
         tested["Area under the curve"] = scores.area
     return tested
 
 
-def _families(num_tests: int, num_tables: int) -> str:
-    """Says over which tests Holm's correction is, and what it does not cover."""
+def _holm_note(num_tests: int, num_tables: int) -> str:
+    """Returns which tests Holm's correction covers, and which it does not."""
     comparisons = "comparison" if num_tests == 1 else f"{num_tests} comparisons"
     sentence = (
         f"Holm: p-values corrected for the {comparisons} of their own table, for each kind of test "
@@ -420,7 +424,7 @@ def _families(num_tests: int, num_tables: int) -> str:
     )
 
 
-def _limits(num_seeds: int, num_tests: int) -> str:
+def _wilcoxon_note(num_seeds: int, num_tests: int) -> str:
     smallest = statistics.smallest_wilcoxon_pvalue(num_seeds)
     corrected = min(1.0, num_tests * smallest)
     sentence = (
@@ -437,20 +441,20 @@ def _limits(num_seeds: int, num_tests: int) -> str:
     return f"{sentence}."
 
 
-def _too_few(num_seeds: int) -> str:
+def _too_few_seeds_note(num_seeds: int) -> str:
     return (
-        f"{_seeds(num_seeds)} in common: no difference between strategies can be told from chance. "
-        "Repeat with more seeds (--num_seeds)."
+        f"{_count_seeds(num_seeds)} in common: no difference between strategies can be told from "
+        "chance. Repeat with more seeds (--num_seeds)."
     )
 
 
-def _penalties(scores: Scores) -> list[str]:
+def _penalty_section(scores: Scores) -> list[str]:
     matrix = statistics.penalty_matrix(scores.values[..., 1:])
     rows = [
-        [name, *map(records.rounded, row), records.rounded(row.sum())]
+        [name, *map(records.format_number, row), records.format_number(row.sum())]
         for name, row in zip(scores.strategies, matrix, strict=True)
     ]
-    rows.append(["beaten", *map(records.rounded, matrix.sum(axis=0)), ""])
+    rows.append(["beaten", *map(records.format_number, matrix.sum(axis=0)), ""])
     return [
         "## Penalty matrix",
         "",
@@ -458,21 +462,21 @@ def _penalties(scores: Scores) -> list[str]:
         "of the row beats that of the column (two-sided paired t-test at 5 %, uncorrected, as in "
         "Ash et al., 2020). Good: a large sum in the last column, a small one in the last row.",
         "",
-        *_markdown(["beats", *scores.strategies, "sum"], rows),
+        *_table_lines(["beats", *scores.strategies, "sum"], rows),
     ]
 
 
-def _seeds(count: int) -> str:
+def _count_seeds(count: int) -> str:
     return f"{count} seed" + ("" if count == 1 else "s")
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def _points(difference: float) -> str:
-    return records.rounded(100 * difference, sign="+").replace("-", MINUS)
+def _format_points(difference: float) -> str:
+    return records.format_number(100 * difference, sign="+").replace("-", MINUS)
 
 
-def _all(values: Iterable[str | None]) -> str:
+def _join_distinct(values: Iterable[str | None]) -> str:
     return ", ".join(sorted({str(value) for value in values}))

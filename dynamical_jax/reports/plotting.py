@@ -1,4 +1,4 @@
-"""Figures, from records only."""
+"""Draws figures from records."""
 
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +12,9 @@ MOST_BANDS = 4
 
 
 def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
-    """Draws test accuracy against labels: mean over seeds, and one standard deviation each way.
+    """Draws test accuracy against labels: mean over seeds ± one standard deviation.
 
-    More than `MOST_BANDS` strategies are drawn without deviations, which would hide each other.
+    With more than `MOST_BANDS` strategies deviations are left out: they would hide each other.
     """
     rounds, picture = list(rounds), figure(6.0, 4.0)
     axes = picture.subplots()
@@ -41,11 +41,11 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
 
 def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws R over the loss on S for each b: mean over draws, and one standard deviation each way.
+    """Draws R over the loss on S for each b: mean over draws ± one standard deviation.
 
     Args:
-      points: for each epoch looked at "train_loss" and "ratios", R of each draw by b.
-      path: of the picture.
+      points: for each epoch "train_loss", and "ratios": b → R of each draw.
+      path: path of the picture.
     """
     picture = figure(6.0, 4.0)
     axes = picture.subplots()
@@ -56,7 +56,7 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
         (line,) = axes.plot(losses, mean, marker="o", markersize=3, label=f"b = {size}")
         axes.fill_between(losses, mean - std, mean + std, color=line.get_color(), alpha=0.15)
     axes.axhline(1, color="gray", linewidth=0.8)
-    # Before S is fitted the denominator of R changes sign, and R is anything.
+    # Before S is fitted the denominator of R changes sign, and R can be any number.
     axes.set_ylim(-1, 3)
     axes.set_xscale("log")
     axes.invert_xaxis()
@@ -67,7 +67,7 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
 
 
 def figure(width: float, height: float) -> Any:
-    """Returns an empty matplotlib figure, to be saved; pyplot and its backend are left alone."""
+    """Returns an empty matplotlib figure to save, without pyplot and its backend."""
     from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a difference between strategies is worth: paired over seeds, and never overstated."""
+"""Statistics of differences between strategies, paired over seeds."""
 
 from typing import NamedTuple
 
@@ -68,8 +68,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Returns the difference of two strategies over at least two common seeds.
 
-    Where all differences are equal the tests have nothing to go by: then p = 1, and the interval
-    is what it is, of no width.
+    If all differences are equal, the tests are not defined: then p is 1, and the interval has no
+    width.
     """
     differences = np.round(a - b, DECIMALS)
     mean = float(np.mean(differences))
@@ -116,11 +116,11 @@ def smallest_wilcoxon_pvalue(num_seeds: int) -> float:
 def penalty_matrix(
     accuracy: Float[np.ndarray, "strategies seeds rounds"], significance: float = 0.05
 ) -> Float[np.ndarray, "strategies strategies"]:
-    """Returns in how large a share of the rounds strategy i (row) beats strategy j (column).
+    """Returns the share of the rounds in which strategy i (row) beats strategy j (column).
 
     It beats it where its mean is higher and the two-sided paired t-test rejects at `significance`
-    (Ash et al., 2020, who add up such matrices over experiments). Round 0, where all strategies of
-    a seed are the same, belongs to the caller to leave out.
+    (Ash et al., 2020, who add up such matrices over experiments). Callers leave out round 0, in
+    which all strategies with one seed are the same.
     """
     beats = np.array([[_beats(i, j, significance) for j in accuracy] for i in accuracy])
     return beats.mean(axis=-1)

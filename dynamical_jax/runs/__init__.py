@@ -1,4 +1,4 @@
-"""Many runs: their directory, their records, and how they survive being killed."""
+"""Many runs: their directory, their records, and checkpoints to continue from."""
 
 from dynamical_jax.runs import checkpoints as checkpoints
 from dynamical_jax.runs import comparison as comparison

@@ -7,11 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
-from dynamical_jax import store, training
+from dynamical_jax import files, store, training
 from dynamical_jax.active_learning import Experiment, State, Underway
 from dynamical_jax.data.pool import Pool
+
+
+class Description(msgspec.Struct):
+    """The values of a state beside its arrays.
+
+    Attributes:
+      round_index: of the round that is played next.
+      epoch: that it is in; 0 before its training.
+      best_test_accuracy: in this round so far.
+      seconds: that its parts took so far.
+    """
+
+    round_index: files.Count
+    epoch: files.Count
+    best_test_accuracy: files.Share | None
+    seconds: dict[str, float]
 
 
 class Checkpoints:
@@ -23,21 +40,19 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Writes a state."""
         underway = state.underway or Underway(0, None, 0.0, {})
-        description = {
-            "round_index": state.round_index,
-            "epoch": underway.epoch,
-            "best_test_accuracy": underway.best_test_accuracy,
-            "seconds": underway.seconds,
-        }
+        description = Description(
+            state.round_index, underway.epoch, underway.best_test_accuracy, underway.seconds
+        )
         # Sorts as states follow each other.
         name = f"round-{state.round_index:05d}-epoch-{underway.epoch:07d}"
-        self._store.save(name, _tree(state), description)
+        self._store.save(name, _tree(state), msgspec.structs.asdict(description))
 
     def restore(self, experiment: Experiment) -> State | None:
-        """Returns the newest state that is whole, or None; removes those that are torn."""
+        """Returns the newest state that is whole, or None; sets aside the others."""
         like = functools.cache(experiment.init)  # Not made where there is nothing to restore.
         return self._store.restore(
-            lambda description, leaves: _state(experiment, like(), description, leaves)
+            Description,
+            lambda description, leaves: _state(experiment, like(), description, leaves),
         )
 
     def remove(self) -> None:
@@ -52,23 +67,23 @@ def _tree(state: State) -> Any:
 
 
 def _state(
-    experiment: Experiment, like: State, description: dict[str, Any], leaves: list[np.ndarray]
+    experiment: Experiment, like: State, description: Description, leaves: list[np.ndarray]
 ) -> State:
     """Puts arrays back into the tree that the experiment's states have, such as `like`."""
-    if description["epoch"]:
+    if description.epoch:
         progress = training.begin(like.variables, experiment.training_config)
         like = like._replace(underway=Underway(0, progress.optimizer_state, 0.0, {}))
     # Of the shapes all but the first's, the labeled set's, which grows.
-    labeled, strategy_state, *rest = store.unflattened(_tree(like), leaves, growing=1)
+    labeled, strategy_state, *rest = store.unflatten(_tree(like), leaves, growing=1)
     variables, optimizer_state = jax.tree.map(jnp.asarray, rest)
     underway = None
-    if description["epoch"]:
+    if description.epoch:
         underway = Underway(
-            description["epoch"],
+            description.epoch,
             optimizer_state,
-            description["best_test_accuracy"],
-            description["seconds"],
+            description.best_test_accuracy,
+            description.seconds,
         )
     unlabeled = np.setdiff1d(np.arange(len(experiment.dataset.pool.y)), labeled)
     pool = Pool(labeled, unlabeled)
-    return State(description["round_index"], pool, variables, strategy_state, underway)
+    return State(description.round_index, pool, variables, strategy_state, underway)

@@ -1,4 +1,4 @@
-"""Many runs, one after the other: continued where they stopped, and none stopped by another."""
+"""Runs many experiments one by one; continues stopped ones; a failure does not stop the others."""
 
 import dataclasses
 import time
@@ -17,11 +17,11 @@ from dynamical_jax.runs.run_directory import RunDirectory
 
 ERRORS_NAME = "errors.log"
 
-# A round is not worth a checkpoint if it can be played again in less than these seconds.
+# A round gets no checkpoint if it can be repeated in fewer seconds than this.
 WORTH_SAVING = 2.0
 
-# What may differ when a round is played again, and does not make it another round.
-CIRCUMSTANCES = {"seconds", "flags", "versions", "device", "git_commit"}
+# Fields of a record that may differ when a round is repeated.
+NEUTRAL_FIELDS = {"seconds", "flags", "versions", "device", "git_commit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Run:
 
     Attributes:
       strategy: the name under which it is recorded.
-      experiment: what is played.
-      identity: goes into each of its records beside the strategy and the seed.
+      experiment: the experiment to run.
+      identity: fields of each of its records, beside the strategy and the seed.
     """
 
     strategy: str
@@ -43,20 +43,20 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """How often the model is trained."""
+        """Number of rounds, in each of which the model is trained."""
         return self.experiment.budget.num_rounds + 1
 
 
 def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) -> list[str]:
-    """Plays what is left of each run; records each round and prints a line about it.
+    """Runs the rounds of each run that are not recorded yet; records and prints each round.
 
-    A run that fails is left where it is, and the next one is played. The traceback of an error
-    that is no `UserError` goes to `errors.log`.
+    If a run fails, the next one follows. The traceback of an error that is no `UserError` is
+    written to `errors.log`.
 
     Args:
-      runs: in the order in which they are played.
-      directory: holds what was done of them.
-      checkpoint_every: epochs of training between checkpoints.
+      runs: in the order in which they are run.
+      directory: holds the rounds so far.
+      checkpoint_every: number of epochs of training between checkpoints.
 
     Returns:
       A line for each run that failed.
@@ -94,16 +94,16 @@ def _done(run: Run, directory: RunDirectory) -> list[records.Record]:
 
 
 def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) -> Iterator[Round]:
-    """Yields each round that was not recorded before, once it is."""
+    """Yields each round that was not recorded before, after it is recorded."""
     checkpoints = Checkpoints(directory.checkpoints(run.strategy, run.experiment.seed), bar.write)
     done = _done(run, directory)
     if len(done) == run.num_rounds:
-        checkpoints.remove()  # Should the process have been killed just before it would have.
+        checkpoints.remove()  # The process may have been killed before it did this.
         return
     state = checkpoints.restore(run.experiment)
     # A record is written before the checkpoint that follows it.
     if state is None or state.round_index > len(done):
-        checkpoints.remove()  # None of an earlier life may be taken for one of this.
+        checkpoints.remove()  # Checkpoints that do not fit the records must not be used later.
         state = run.experiment.init()
     else:
         epoch = f", epoch {state.underway.epoch}" if state.underway else ""
@@ -132,9 +132,9 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
 
 
 def _check_same(again: records.Record, before: records.Record) -> None:
-    again = records.as_read(again)
+    again = records.json_round_trip(again)
     names = [name for name in again if again[name] != before.get(name)]
-    if differing := [name for name in names if name not in CIRCUMSTANCES]:
+    if differing := [name for name in names if name not in NEUTRAL_FIELDS]:
         raise UserError(
             f"round {again['round']} came out differently when it was played again "
             f"({', '.join(differing)}): the rounds of one run need one machine and one version of "
@@ -143,7 +143,7 @@ def _check_same(again: records.Record, before: records.Record) -> None:
 
 
 class _TimeLeft:
-    """How long the rounds that are left will take if they take as long as those before."""
+    """Estimates the time left: the rounds left take as long as those before."""
 
     def __init__(self, rounds: int):
         self.rounds = self._at_first = rounds

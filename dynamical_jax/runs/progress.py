@@ -1,4 +1,4 @@
-"""One bar on the terminal for the work of a round; nothing where there is no terminal."""
+"""A progress bar for the work of a round, if there is a terminal."""
 
 import tqdm
 
@@ -7,10 +7,10 @@ from dynamical_jax.training import Evaluation
 
 
 class Bar(Reporter):
-    """A reporter for `active_learning.Experiment`.
+    """Shows the progress of `active_learning.Experiment`.
 
     Attributes:
-      status: shown at the end of the bar; of the comparison as a whole.
+      status: text at the end of the bar, about the whole comparison.
     """
 
     def __init__(self):
@@ -28,9 +28,9 @@ class Bar(Reporter):
         """Starts the bar of a run.
 
         Args:
-          name: what runs.
-          num_rounds: how many queries there will be.
-          max_epochs: after how many epochs training stops at the latest.
+          name: name of the run.
+          num_rounds: number of queries.
+          max_epochs: largest number of epochs of training.
         """
         self._name, self._num_rounds, self._max_epochs = name, num_rounds, max_epochs
         self._total, self._seen = None, ""
@@ -41,9 +41,9 @@ class Bar(Reporter):
         self._total, self._seen = None, ""
 
     def epoch(self, epoch: int, labeled: Evaluation | None, target: float | None) -> None:
-        """Shows the epochs, and the loss on the labeled set beside the one that ends training.
+        """Shows the epochs, and the loss on the labeled set with the loss at which training stops.
 
-        How many epochs that will take nobody knows: no end is shown where the loss decides.
+        If the loss decides, nobody knows the number of epochs, so the bar shows no end.
         """
         if labeled is not None:
             goal = "" if target is None else f" → {target:.2g}"
@@ -52,7 +52,7 @@ class Bar(Reporter):
         self._show("training", epoch, total, "epochs", self._seen)
 
     def scored(self, done: int, total: int) -> None:
-        """Shows how much of the pool is scored."""
+        """Shows how many examples of the pool are scored."""
         self._show("scoring", done, total, "examples")
 
     def write(self, line: str) -> None:

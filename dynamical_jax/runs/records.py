@@ -1,4 +1,4 @@
-"""What happened in a run, as JSON lines that carry all that is needed to trace them.
+"""Records of rounds, as JSON lines with all that is needed to reproduce them.
 
 One line for each round of each seed and strategy, in `<output_dir>/rounds.jsonl`, written as the
 round ends. Tables and figures are made from these lines and nothing else.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from dynamical_jax import files
@@ -28,6 +29,38 @@ FILE_NAME = "rounds.jsonl"
 PACKAGES = ("dynamical-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 Record = dict[str, Any]
+
+
+class Form(msgspec.Struct):
+    """The fields of a record that tables, pictures and a run that goes on are made from.
+
+    `make` says what they are. Records of before may lack those with a default.
+    """
+
+    strategy: str
+    seed: files.Count
+    round: files.Count
+    num_labeled: files.Count
+    test_accuracy: files.Share
+    dataset: str = ""
+    model: str = ""
+    best_test_accuracy: files.Share = 0.0
+    train_accuracy: files.Share = 0.0
+    test_loss: files.Number = 0.0
+    train_loss: files.Number = 0.0
+    epochs: files.Count = 0
+    converged: bool = True
+    initial: list[files.Count] = []
+    query: list[files.Count] = []
+    query_score_mean: files.Number | None = None
+    query_score_max: files.Number | None = None
+    query_inner_product_share: files.Number | None = None
+    query_approximation_ratio: files.Number | None = None
+    flags: dict[str, Any] = {}
+    seconds: dict[str, files.Number] = {}
+    versions: dict[str, str | None] = {}
+    device: str = ""
+    git_commit: str | None = None
 
 
 class Curve(NamedTuple):
@@ -44,7 +77,7 @@ def make(round_result: Round, identity: Mapping[str, Any]) -> Record:
 
     Args:
       round_result: the round.
-      identity: what it belongs to: dataset, model, strategy, seed, flags, …
+      identity: other fields: dataset, model, strategy, seed, flags, …
     """
     scores = round_result.query_scores
     return {
@@ -84,30 +117,20 @@ def read(path: pathlib.Path) -> list[Record]:
     """Returns the records of a file; a last line without an end is no record.
 
     Raises:
-      UserError: if there is no such file, or a line of it is not a record.
+      UserError: if there is no such file, or a line of it is not a record; the message names the
+        line and the field.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    result = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            result.append(json.loads(line))
-            if not isinstance(result[-1], dict):
-                raise ValueError("it is no JSON object")
-        except ValueError as error:
-            raise UserError(f"line {number} of {path} is not a record ({error})") from error
-    return result
+    files.read_lines(path, Form)
+    return files.read_lines(path, Record)
 
 
-def as_read(record: Record) -> Record:
-    """Returns a record as `read` will give it."""
+def json_round_trip(record: Record) -> Record:
+    """Returns a record as `read` will return it."""
     return json.loads(json.dumps(files.finite(record)))
 
 
-def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
-    """Removes a last line that was not written to its end; returns the records."""
+def repair(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]:
+    """Removes the last line if it is incomplete; returns the records."""
     text = path.read_bytes()
     whole = text.rfind(b"\n") + 1
     if whole < len(text):
@@ -117,20 +140,20 @@ def mend(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Record]
 
 
 def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
-    """Returns for each strategy, in order of appearance, its `value` in the rounds of all seeds.
+    """Returns the curve of `value` of each strategy, over seeds, in order of appearance.
 
-    Rounds that not every seed of the strategy has reached are left out.
+    Rounds that some seed of the strategy has not reached are left out.
 
     Raises:
-      UserError: if a round stands there twice, or seeds differ in their labels: such records are
-        of different settings and have no common curve.
+      UserError: if a round is recorded twice, or seeds differ in their numbers of labels: then the
+        records are of different settings and have no common curve.
     """
     by_strategy: dict[str, dict[int, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     labels: dict[str, dict[int, int]] = defaultdict(dict)
     for record in records:
         strategy, seed, index = record["strategy"], record["seed"], record["round"]
-        known = labels[strategy].setdefault(index, record["num_labeled"])
-        if index in by_strategy[strategy][seed] or known != record["num_labeled"]:
+        expected = labels[strategy].setdefault(index, record["num_labeled"])
+        if index in by_strategy[strategy][seed] or expected != record["num_labeled"]:
             raise UserError(
                 f"records of {strategy}, seed {seed}, round {index} are of more than one setting"
             )
@@ -154,53 +177,55 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
         cells = []
         for curve in columns.values():
             at = np.flatnonzero(curve.num_labeled == count)
-            cells.append(percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
+            cells.append(format_percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
         lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
-def percent(mean: float, std: float = math.nan) -> str:
-    """Returns a cell of a table: a mean in percent, with its deviation unless that is NaN.
+def format_percent(mean: float, std: float = math.nan) -> str:
+    """Returns a mean in percent, with its standard deviation unless that is NaN, as text.
 
-    >>> percent(0.37125), percent(0.37125, 0.01)
+    >>> format_percent(0.37125), format_percent(0.37125, 0.01)
     ('37.13', '37.13 ± 1.00')
     """
-    return rounded(100 * mean) + ("" if math.isnan(std) else f" ± {rounded(100 * std)}")
+    return format_number(100 * mean) + ("" if math.isnan(std) else f" ± {format_number(100 * std)}")
 
 
-def rounded(value: float, digits: int = 2, sign: str = "") -> str:
-    """Returns a number as all tables print it, halves away from zero.
+def format_number(value: float, digits: int = 2, sign: str = "") -> str:
+    """Returns a number as text for tables; halves are rounded away from zero.
 
-    Accuracies are fractions k/n, and their means, too, but binary numbers are not: `f"{x:.2f}"`
-    rounds means half-way between two others up or down by what happened in their last bit. So the
-    number is first rounded to ten decimals, which restores the fraction.
+    Accuracies and their means are fractions k/n, which binary numbers approximate: `f"{x:.2f}"`
+    rounds a mean half-way between two decimals up or down depending on its last bit. So the number
+    is first rounded to ten decimals, which restores the fraction.
 
     Args:
       value: the number.
       digits: decimals.
-      sign: "+" to print that of positive numbers, too.
+      sign: "+" to print the sign of positive numbers, too.
 
     >>> f"{37.115:.2f}, {37.125:.2f}, {37.135:.2f}"
     '37.12, 37.12, 37.13'
-    >>> rounded(37.115), rounded(37.125), rounded(-37.135), rounded(0.1, digits=0, sign="+")
-    ('37.12', '37.13', '-37.14', '+0')
+    >>> [format_number(value) for value in (37.115, 37.125, -37.135)]
+    ['37.12', '37.13', '-37.14']
+    >>> format_number(0.1, digits=0, sign="+")
+    '+0'
     """
     if not math.isfinite(value):
         return str(value)
-    exact = decimal.Decimal(f"{value:.10f}") + 0  # No minus before a zero.
     last = decimal.Decimal(1).scaleb(-digits)
-    return f"{exact.quantize(last, decimal.ROUND_HALF_UP):{sign}f}"
+    exact = decimal.Decimal(f"{value:.10f}").quantize(last, decimal.ROUND_HALF_UP)
+    return f"{exact + 0:{sign}f}"  # No minus before a zero.
 
 
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # Run from a checkout that is not installed.
+        return None  # The checkout is not installed.
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this file is in, marked where files differ from it."""
+    """Returns the commit of this file's checkout, marked "-dirty" if files differ from it."""
     checkout = pathlib.Path(__file__).parent.parent.parent
 
     def git(*arguments: str) -> str:
@@ -210,7 +235,7 @@ def _git_commit() -> str | None:
 
     try:
         if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != checkout.resolve():
-            return None  # Installed somewhere below another project's checkout.
+            return None  # It is installed in a folder of another project's checkout.
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

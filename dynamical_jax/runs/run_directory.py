@@ -1,4 +1,4 @@
-"""The directory of a comparison: who writes to it, with which flags, what is done already."""
+"""The directory of a comparison: its lock, its flags, and the records so far."""
 
 import contextlib
 import json
@@ -20,12 +20,12 @@ CHECKPOINTS_NAME = "checkpoints"
 class RunDirectory:
     """Records and checkpoints of a comparison.
 
-    Made by `opened`, which holds the lock.
+    Made by `open_locked`, which holds the lock.
 
     Attributes:
       path: the directory.
       rounds: the path of the records.
-      done: for (strategy, seed), the records of its rounds so far.
+      done: (strategy, seed) → the records of its rounds so far.
     """
 
     def __init__(self, path: pathlib.Path, done: Mapping[tuple[str, int], list[records.Record]]):
@@ -39,23 +39,23 @@ class RunDirectory:
         self.done[record["strategy"], record["seed"]].append(record)
 
     def checkpoints(self, strategy: str, seed: int) -> pathlib.Path:
-        """Returns where the checkpoints of one run are."""
+        """Returns the directory for the checkpoints of one run."""
         return self.path / CHECKPOINTS_NAME / f"{strategy}-seed-{seed}"
 
 
 @contextlib.contextmanager
-def opened(
+def open_locked(
     output_dir: str, flags: Mapping[str, Any], say: Callable[[str], None] = print
 ) -> Iterator[RunDirectory]:
-    """Gives a new directory, or one that a run with the same flags has begun.
+    """Yields a new directory, or one that was made with the same flags, locked.
 
-    A last line of the records that was not written to its end is removed. If nothing has been
-    done when the block ends, nothing is left that would stand in the way of other flags.
+    If the last line of the records is incomplete, it is removed. If there are no records when the
+    block ends, the flags are removed, so that the directory can be used with other flags.
 
     Args:
       output_dir: the directory.
-      flags: what decides the results, by name; JSON values.
-      say: called with a line about what was mended.
+      flags: name → value of the flags that decide the results; JSON values.
+      say: called with a line about each repair.
 
     Raises:
       UserError: if it was made with other flags, is in use, or cannot be written to.
@@ -75,10 +75,10 @@ def opened(
     try:
         _check_flags(path, flags)
         done = defaultdict(list)
-        for record in records.mend(rounds, say):
+        for record in records.repair(rounds, say):
             done[record["strategy"], record["seed"]].append(record)
-        for (strategy, seed), of_run in done.items():
-            if [record["round"] for record in of_run] != list(range(len(of_run))):
+        for (strategy, seed), run_records in done.items():
+            if [record["round"] for record in run_records] != list(range(len(run_records))):
                 raise UserError(
                     f"{rounds} lacks a round of {strategy}, seed {seed}, or has one twice: remove "
                     "the lines of this run, which is then played again"
@@ -91,11 +91,11 @@ def opened(
         lock.release()
 
 
-def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Returns the flags that differ, as in "--b=2 there and 3 here"; "" if none does."""
     names = sorted({*ours, *theirs})
     return ", ".join(
-        f"--{name}={_shown(theirs.get(name))} there and {_shown(ours.get(name))} here"
+        f"--{name}={_format_value(theirs.get(name))} there and {_format_value(ours.get(name))} here"
         for name in names
         if ours.get(name) != theirs.get(name)
     )
@@ -107,13 +107,13 @@ def _check_flags(path: pathlib.Path, flags: Mapping[str, Any]) -> None:
     file = path / FLAGS_NAME
     if _holds_work(path):
         try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            theirs = files.read_json(file, dict[str, Any])
+        except UserError as error:
             raise UserError(
                 f"{path} holds records, but no readable {FLAGS_NAME} that says how they were "
                 "made: give another --output_dir"
             ) from error
-        if difference := differing(ours, theirs):
+        if difference := describe_difference(ours, theirs):
             raise UserError(
                 f"{path} was made with other flags ({difference}): give these, or another "
                 "--output_dir"
@@ -128,5 +128,5 @@ def _holds_work(path: pathlib.Path) -> bool:
     return (rounds.exists() and rounds.stat().st_size > 0) or any(checkpoints.glob("*/*.json"))
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

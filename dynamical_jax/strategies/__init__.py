@@ -1,7 +1,7 @@
 """Strategies: which unlabeled examples to label next.
 
-Adding one is a file with a class like those here and a line in `STRATEGIES`; the contract test
-finds it there.
+To add a strategy, write a file with a class like those here and add a line to `STRATEGIES`; the
+contract test finds it there.
 """
 
 import inspect

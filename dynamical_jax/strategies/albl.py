@@ -1,4 +1,4 @@
-"""ALBL: a bandit that learns which strategy to listen to (Hsu & Lin, 2015)."""
+"""ALBL: a bandit that learns which strategy to use (Hsu & Lin, 2015)."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from dynamical_jax.types import Array, Examples
 
 
 class BanditState(NamedTuple):
-    """What ALBL carries from query to query.
+    """The state that ALBL keeps from query to query.
 
     Attributes:
       weights: `[arms]` log-weights of the arms, 0 at first.
@@ -33,7 +33,7 @@ class BanditState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ALBL(Strategy):
-    """Draws one of several strategies for each query, those that paid more often.
+    """Draws one of several strategies for each query, more often those that were rewarded.
 
     Exp4.P (Beygelzimer et al., 2011) over the arms, in batch mode: all of a query comes from one
     arm. At the next query the arm is rewarded by the importance-weighted accuracy on what it had
@@ -41,9 +41,8 @@ class ALBL(Strategy):
     others. Each arm's weight is then multiplied by exp(½ p_min (r̂ + √(ln(K/δ)/K) / p)) with K arms,
     where the second term rewards arms that are seldom drawn. Exp4.P divides K by the number of
     queries as well, which is not known here; it is taken for 1, so the second term weighs more. A
-    model trained to 99 % is nearly
-    always right on its own training set, whoever chose it: expect the reward to tell arms apart
-    only weakly.
+    model trained until it fits its training set is nearly always right on it, whichever arm chose
+    it: expect the reward to tell arms apart only weakly.
 
     Attributes:
       arms: the strategies by name; none may keep a state of its own.
@@ -72,7 +71,7 @@ class ALBL(Strategy):
 
     @property
     def needs_embedding(self) -> bool:
-        """Whether any arm needs one: whichever is drawn first, it is asked for from the start."""
+        """Whether any arm needs an embedding; it is checked before the first arm is drawn."""
         return any(arm.needs_embedding for arm in self.arms.values())
 
     @property
@@ -91,7 +90,7 @@ class ALBL(Strategy):
         least = self._minimum_probability
         return (1 - len(weights) * least) * weights / weights.sum() + least
 
-    def rewarded(self, state: BanditState, accuracy: float) -> BanditState:
+    def reward_last_arm(self, state: BanditState, accuracy: float) -> BanditState:
         """Returns the state after the last query's arm earned an accuracy in [0, 1]."""
         probabilities = self.probabilities(state)
         reward = np.zeros(len(probabilities))
@@ -101,9 +100,9 @@ class ALBL(Strategy):
         return state._replace(weights=state.weights + gain)
 
     def score(self, key: Array, view: LearnerView, state: BanditState) -> tuple[BanditState, Any]:
-        """Rewards the last arm, draws the next; returns the new state and what the arm scored."""
+        """Rewards the last arm and draws the next; returns the new state and the arm's scores."""
         if state.arm >= 0:
-            state = self.rewarded(state, _accuracy(view, int(state.batch_size)))
+            state = self.reward_last_arm(state, _accuracy(view, int(state.batch_size)))
         probabilities = self.probabilities(state)
         key_arm, key_score = jax.random.split(key)
         arm = int(jax.random.choice(key_arm, len(probabilities), p=jnp.asarray(probabilities)))
@@ -114,8 +113,8 @@ class ALBL(Strategy):
         self, key: Array, scored: tuple[BanditState, Any], batch_size: int, state: BanditState
     ) -> Query:
         """Returns the query of the arm that was drawn."""
-        state, of_arm = scored
-        query = self._arm(state).select(key, of_arm, batch_size, None)
+        state, arm_scores = scored
+        query = self._arm(state).select(key, arm_scores, batch_size, None)
         return query._replace(state=state._replace(batch_size=np.array(batch_size)))
 
     def _arm(self, state: BanditState) -> Strategy:
@@ -123,7 +122,7 @@ class ALBL(Strategy):
 
 
 def _accuracy(view: LearnerView, count: int) -> float:
-    """Accuracy on the `count` examples labeled last."""
+    """Returns the accuracy on the `count` examples labeled last."""
     size = len(view.labeled.y)
     last = np.arange(size - count, size)
     queried = Examples(view.labeled.x[last], view.labeled.y[last])

@@ -22,8 +22,8 @@ class Factors(NamedTuple):
 class Badge(Strategy):
     """Chooses examples of large and diverse gradients of the last layer at their pseudo-labels.
 
-    The K·d numbers of a gradient are never formed, so memory is n (K + d): a hundred classes are as
-    good as ten.
+    The K·d numbers of a gradient are never formed, so memory is n (K + d), small also for a hundred
+    classes.
     """
 
     needs_embedding = True
@@ -34,6 +34,6 @@ class Badge(Strategy):
         return Factors(losses.residual(logits, jnp.argmax(logits, axis=-1)), embedding)
 
     def select(self, key: Array, scored: Factors, batch_size: int, state: Any) -> Query:
-        """Returns the seeding; scores are distances to the nearest when chosen."""
+        """Returns the seeding; a score is the distance to the nearest point chosen before."""
         positions, distances = selection.k_means_plus_plus(key, *scored, batch_size)
         return Query(np.asarray(positions), np.asarray(distances), state)

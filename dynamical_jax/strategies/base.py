@@ -26,7 +26,7 @@ from dynamical_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class LearnerView:
-    """All that a strategy may see. There is no field for the labels of the pool.
+    """All that a strategy may see; it has no field for the labels of the pool.
 
     Attributes:
       apply: the model, `apply(variables, x)` in evaluation mode, which returns logits `[n, K]`, a
@@ -53,29 +53,29 @@ class LearnerView:
 
 
 class Query(NamedTuple):
-    """What a strategy chose.
+    """The examples that a strategy chose.
 
     Attributes:
       positions: `[b]` distinct positions in `view.unlabeled`.
-      scores: `[b]` the strategy's score of each, the larger the rather chosen.
+      scores: `[b]` the strategy's score of each; higher scores are chosen first.
       state: the strategy's state, for its next query.
-      seconds: spent on "score", "select" and "describe".
-      facts: what the strategy has to say of this query, by name, for the records.
+      seconds: time spent on "score", "select" and "describe".
+      facts: name → number, facts about this query for the records.
     """
 
     positions: np.ndarray
     scores: np.ndarray
     state: Any = None
     seconds: Mapping[str, float] = types.MappingProxyType({})
-    facts: Mapping[str, float] = types.MappingProxyType({})
+    facts: Mapping[str, float | None] = types.MappingProxyType({})
 
 
 class Strategy(abc.ABC):
     """Chooses which unlabeled examples to label next.
 
-    Most strategies define `score` alone, and the highest scores are chosen. One that chooses
-    otherwise overrides `select`; one that carries something from round to round also `init`; one
-    that knows how far its query is to be trusted, `describe`.
+    Most strategies define `score` alone, and the highest scores are chosen. To choose in another
+    way, override `select`; to keep a state from round to round, override `init`; to record facts
+    about a query, override `describe`.
 
     Attributes:
       needs_embedding: whether the model has to return an embedding beside its logits.
@@ -89,17 +89,17 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def score(self, key: Array, view: LearnerView, state: Any) -> Any:
-        """Returns what selection needs to know of each unlabeled example; here, scores `[n]`."""
+        """Returns what `select` needs for each unlabeled example; by default scores `[n]`."""
 
     def select(self, key: Array, scored: Any, batch_size: int, state: Any) -> Query:
-        """Returns the query, given what `score` returned; here, the highest scores."""
+        """Returns the query from what `score` returned; by default the highest scores."""
         scores = np.asarray(scored)
         check_finite(scores)
         positions = np.asarray(selection.top_b(scores, batch_size))
         return Query(positions, scores[positions], state)
 
-    def describe(self, view: LearnerView, scored: Any, query: Query) -> Mapping[str, float]:
-        """Returns facts about a query, for the records; here, none."""
+    def describe(self, view: LearnerView, scored: Any, query: Query) -> Mapping[str, float | None]:
+        """Returns facts about a query, for the records; by default none."""
         return {}
 
     def query(
@@ -109,7 +109,7 @@ class Strategy(abc.ABC):
 
         Args:
           key: the only source of randomness; the same key gives the same query.
-          view: the learner.
+          view: what the strategy may see.
           batch_size: b.
           state: what `init` or the last query returned; `init()` if None.
 

@@ -16,7 +16,7 @@ class Confidence(Strategy):
     def score(self, key: Array, view: LearnerView, state: Any) -> Array:
         """Returns −log max_k p_k of each unlabeled example."""
         logits = predict(view, view.unlabeled, view.on_progress).logits
-        # log Σ_k exp(f_k − max f) without the term that is 1, beside which small ones would vanish.
+        # log Σ_k exp(f_k − max f) without the term that is 1: added to it, small ones would vanish.
         behind = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
         first = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
         return jnp.log1p(jnp.sum(behind, axis=-1, where=~first))

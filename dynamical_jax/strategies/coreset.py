@@ -18,7 +18,7 @@ class Embeddings(NamedTuple):
 
 
 class Coreset(Strategy):
-    """Chooses, one after the other, the example farthest from all that are labeled or chosen."""
+    """Chooses one by one the example farthest from all that are labeled or chosen already."""
 
     needs_embedding = True
 
@@ -30,6 +30,6 @@ class Coreset(Strategy):
         return Embeddings(unlabeled, predict(view, view.labeled.x).embedding)
 
     def select(self, key: Array, scored: Embeddings, batch_size: int, state: Any) -> Query:
-        """Returns the farthest-first traversal; scores are distances when chosen."""
+        """Returns the farthest-first traversal; a score is the distance at the time of choice."""
         positions, distances = selection.farthest_first(*scored, batch_size)
         return Query(np.asarray(positions), np.asarray(distances), state)

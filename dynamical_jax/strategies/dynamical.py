@@ -1,4 +1,4 @@
-"""dynamicAL: query what increases the training dynamics most (§3.2)."""
+"""dynamicAL: queries the examples that increase the training dynamics most (§3.2)."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class Dynamical(Strategy):
             raise UserError(f"the chunk size must be at least 1, got {self.chunk_size}")
 
     def score(self, key: Array, view: LearnerView, state: Any) -> "Changes":
-        """Returns Δ({u}|S) of each unlabeled example u, and what it is made of."""
+        """Returns Δ({u}|S) of each unlabeled example u, and its terms."""
         grad_s = self._set_gradient(view, view.labeled)
         terms = gradients.norms_and_products(
             view.apply,
@@ -60,30 +60,34 @@ class Dynamical(Strategy):
         """Returns the examples of largest Δ({u}|S)."""
         return super().select(key, scored.change, batch_size, state)
 
-    def describe(self, view: LearnerView, scored: "Changes", query: Query) -> dict[str, float]:
-        """Returns how much the inner product weighs in Δ over the query, and R of the query.
+    def describe(
+        self, view: LearnerView, scored: "Changes", query: Query
+    ) -> dict[str, float | None]:
+        """Returns the inner product's share of Δ over the query, and R of the query.
 
-        Warns where the inner product rules: then S is not fitted, and the query is of images that
-        are like its few examples with a large gradient.
+        Warns if the inner product dominates: then S is not fitted, and the query consists of images
+        like the few examples of S with a large gradient.
 
         Returns:
           "inner_product_share": `dynamics.inner_product_share` of the query; "approximation_ratio":
-          R(Q|S), Eq. 14, exactly, from the gradient of the whole query.
+          R(Q|S), Eq. 14, exactly, from the gradient of the whole query; None where it is 0/0.
         """
+        # Both are defined with γ = 2, whatever γ chose the query.
         terms = jax.tree.map(lambda term: np.asarray(term)[query.positions], scored.terms)
         squared_norm, inner_product = terms.squared_norm, terms.inner_product
-        share = float(dynamics.inner_product_share(squared_norm, inner_product, self.gamma))
-        if share > 0.5 and self.gamma != math.inf:
+        share = float(dynamics.inner_product_share(squared_norm, inner_product))
+        if share > 0.5 and 0 < self.gamma < math.inf:
             warnings.warn(
                 f"the labeled set is not fitted: the inner product with its gradient makes up "
                 f"{share:.0%} of the chosen Δ; train longer (a lower target loss, more epochs)",
                 stacklevel=3,
             )
-        # R is of the method itself, whatever γ was taken to choose.
         change = dynamics.change_of_training_dynamics(squared_norm, inner_product)
         chosen = Examples(view.unlabeled[query.positions], terms.label)
         grad_q = self._set_gradient(view, chosen)
         ratio = float(dynamics.approximation_ratio(change, grad_q, scored.grad_s))
+        # 0/0 where no gradient is left, as of a network that is saturated.
+        ratio = ratio if math.isfinite(ratio) else None
         return {"inner_product_share": share, "approximation_ratio": ratio}
 
     def _set_gradient(self, view: LearnerView, examples: Examples) -> Any:
@@ -97,7 +101,7 @@ class Changes(NamedTuple):
 
     Attributes:
       change: `[n]` Δ({u}|S).
-      terms: what it is made of.
+      terms: the terms of Δ.
       grad_s: the gradient of the loss summed over S.
       view: the learner, for those who select by more than Δ.
     """

@@ -1,4 +1,4 @@
-"""Logits and embeddings of a set, for strategies that need no gradients."""
+"""Computes logits and embeddings of a set, for strategies that need no gradients."""
 
 import functools
 from typing import Any
@@ -35,9 +35,9 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
     size = len(x)
     parts = map_blocks(run, size, bucketed(size, CHUNK_SIZE), on_progress)
     outputs = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *parts)
-    # A NaN would win or lose every comparison without a word.
-    of_each = [jnp.all(jnp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
-    finite = np.logical_and.reduce(of_each)
+    # A NaN would silently win or lose every comparison.
+    finite_by_part = [jnp.all(jnp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
+    finite = np.logical_and.reduce(finite_by_part)
     if not finite.all():
         raise UserError(
             f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "

@@ -1,4 +1,4 @@
-"""Random sampling, the baseline that a strategy has to beat."""
+"""Random sampling, the baseline for all strategies."""
 
 from typing import Any
 

@@ -12,7 +12,7 @@ from dynamical_jax.types import AnyArray
 
 CENTERS_AT_A_TIME = 64
 
-# Squared distances of fewer roundings of the squared norms are 0: those of a point to its copies.
+# Squared distances below so many roundings of the squared norms count as 0: copies of a point.
 ROUNDING = 16
 
 
@@ -80,11 +80,11 @@ def greedy(
 def farthest_first(
     points: Float[AnyArray, "n d"], centers: Float[AnyArray, "m d"], batch_size: int
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-    """Returns a farthest-first traversal (k-center greedy) and the distance of each when chosen.
+    """Returns a farthest-first traversal (k-center greedy), and distances at the time of choice.
 
-    One after the other, the point farthest from all centers and all points chosen before (Sener &
-    Savarese, 2018). Without centers it starts from the point nearest the mean, whose distance is
-    reported as 0. The distance to the nearest is all that is kept: memory is O((n + m) d).
+    Each next point is the one farthest from all centers and all points chosen before (Sener &
+    Savarese, 2018). Without centers the first is the point nearest the mean, whose distance is
+    reported as 0. Only distances to the nearest are kept: memory is O((n + m) d).
 
     Guaranteed: no position twice, and of equal distances the lower position first.
 
@@ -100,7 +100,7 @@ def farthest_first(
     mean = jnp.mean(points, axis=0, keepdims=True)
     points, centers = points - mean, centers - mean
     if len(centers):
-        return _farthest_first(points, _to_nearest(points, centers), batch_size)
+        return _farthest_first(points, _squared_distances_to_nearest(points, centers), batch_size)
     first = jnp.argmin(jnp.sum(points**2, axis=-1))
     nearest = _squared_distances(points, points[first][None])[:, 0].at[first].set(-1)
     chosen, distances = _farthest_first(points, nearest, batch_size - 1)
@@ -117,8 +117,8 @@ def k_means_plus_plus(
 
     The first is the point of largest norm (Ash et al., 2020); each next one is drawn with
     probability proportional to D², the squared distance to the nearest chosen one, uniformly among
-    the rest where every D² is 0. The products are never formed: memory is O(n (k + d)). Distances
-    are to the nearest chosen before, and of the first its norm.
+    the rest if every D² is 0. The products are never formed: memory is O(n (k + d)). The distance
+    of a point is to the nearest chosen before; that of the first is its norm.
 
     Guaranteed: no position twice.
 
@@ -160,15 +160,17 @@ def _check_batch_size(batch_size: int, size: int) -> None:
         raise ValueError(f"cannot choose {batch_size} of {size}")
 
 
-def _from_products(own: Array, others: Array, products: Array) -> Array:
-    """‖x − y‖² from ‖x‖², ‖y‖² and x·y; exactly 0 where it is not above what rounding makes."""
+def _squared_distances_from_products(own: Array, others: Array, products: Array) -> Array:
+    """Returns ‖x − y‖² from ‖x‖², ‖y‖² and x·y; exactly 0 where it is within rounding."""
     squared = own + others - 2 * products
     return jnp.where(squared <= ROUNDING * jnp.finfo(squared).eps * (own + others), 0, squared)
 
 
 def _squared_distances(points: Array, centers: Array) -> Array:
     norms = [jnp.sum(part**2, axis=-1) for part in (points, centers)]
-    return _from_products(norms[0][:, None], norms[1][None], _product(points, centers.T))
+    return _squared_distances_from_products(
+        norms[0][:, None], norms[1][None], _product(points, centers.T)
+    )
 
 
 def _product(left: Array, right: Array) -> Array:
@@ -177,8 +179,8 @@ def _product(left: Array, right: Array) -> Array:
 
 
 @jax.jit
-def _to_nearest(points: Array, centers: Array) -> Array:
-    """The squared distance of each point to the nearest center, a few centers at a time."""
+def _squared_distances_to_nearest(points: Array, centers: Array) -> Array:
+    """Returns squared distances to the nearest center, computed a few centers at a time."""
     size = min(len(centers), CENTERS_AT_A_TIME)
     filled = jnp.broadcast_to(centers[:1], (-len(centers) % size, centers.shape[1]))
     blocks = jnp.concatenate([centers, filled]).reshape(-1, size, centers.shape[1])
@@ -192,7 +194,7 @@ def _to_nearest(points: Array, centers: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Array, Array]:
-    """Goes on from squared distances to the nearest, which are −1 at points already chosen."""
+    """Continues from squared distances to the nearest, which are −1 at chosen points."""
     norms = jnp.sum(points**2, axis=-1)
 
     def step(nearest: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
@@ -200,7 +202,9 @@ def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Arr
         squared = nearest[chosen]
         product = _product(points, points[chosen])
         # The minimum leaves −1 as it is: no point is chosen again.
-        nearest = jnp.minimum(nearest, _from_products(norms, norms[chosen], product))
+        nearest = jnp.minimum(
+            nearest, _squared_distances_from_products(norms, norms[chosen], product)
+        )
         return nearest.at[chosen].set(-1), (chosen, squared)
 
     _, (chosen, squared) = jax.lax.scan(step, nearest, length=batch_size)
@@ -225,7 +229,7 @@ def _k_means_plus_plus(
 
     def to_chosen(chosen: Array) -> Array:
         product = _product(left, left[chosen]) * _product(right, right[chosen])
-        return _from_products(norms, norms[chosen], product)
+        return _squared_distances_from_products(norms, norms[chosen], product)
 
     return _seeding(key, norms, norms, jnp.ones_like(norms), to_chosen, batch_size)
 
@@ -235,7 +239,7 @@ def _of_products(key: Array, products: Array, weights: Array, batch_size: int) -
     norms = jnp.diagonal(products)
 
     def to_chosen(chosen: Array) -> Array:
-        return _from_products(norms, norms[chosen], products[chosen])
+        return _squared_distances_from_products(norms, norms[chosen], products[chosen])
 
     return _seeding(key, weights, norms, weights, to_chosen, batch_size)[0]
 

@@ -8,6 +8,7 @@ import dynamical_jax as dj
 from benchmarks import ntk
 
 
+@pytest.mark.slow  # Its workers are those of scoring_test.py.
 @pytest.mark.skipif(not dj.ntk.compatibility.is_installed(), reason="needs neural-tangents")
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "ntk.json"

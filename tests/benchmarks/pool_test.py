@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import pool
 
 
+@pytest.mark.slow  # Its workers are those of scoring_test.py.
 def test_rows_and_file(run_benchmark, tmp_path):
     path = tmp_path / "results" / "pool.json"
     status, output, errors = run_benchmark(

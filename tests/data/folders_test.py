@@ -178,9 +178,9 @@ class TestFolder:
 
 def test_held_out_is_drawn_once_and_for_all():
     y = np.repeat([0, 1], [30, 10])
-    first = folders.held_out(y, None, ("a", "b"))
+    first = folders.choose_held_out(y, None, ("a", "b"))
     assert np.bincount(y[first]).tolist() == [6, 2]
-    np.testing.assert_array_equal(folders.held_out(y, 0.2, ("a", "b")), first)
+    np.testing.assert_array_equal(folders.choose_held_out(y, 0.2, ("a", "b")), first)
     assert not first[:6].all()
 
 

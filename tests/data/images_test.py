@@ -8,7 +8,7 @@ from PIL import Image, features
 
 import dynamical_jax as dj
 from dynamical_jax.data import images
-from dynamical_jax.data.images import Kind
+from dynamical_jax.data.images import ImageShape
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -33,30 +33,32 @@ class TestRead:
                 pytest.skip("Pillow has no WebP")
             options = {"lossless": True}
         path = save(tmp_path / f"a.{suffix}", pixels(), **options)
-        np.testing.assert_array_equal(images.read(path, Kind(6, 4, 3)), pixels())
+        np.testing.assert_array_equal(images.read(path, ImageShape(6, 4, 3)), pixels())
 
     @pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "pgm"])
     def test_grey_stays_grey(self, tmp_path, suffix):
         grey = pixels(channels=1)
         path = save(tmp_path / f"a.{suffix}", grey)
-        np.testing.assert_array_equal(images.read(path, Kind(6, 4, 1)), grey)
-        np.testing.assert_array_equal(images.read(path, Kind(6, 4, 3)), np.repeat(grey, 3, -1))
+        np.testing.assert_array_equal(images.read(path, ImageShape(6, 4, 1)), grey)
+        np.testing.assert_array_equal(
+            images.read(path, ImageShape(6, 4, 3)), np.repeat(grey, 3, -1)
+        )
 
     def test_colour_to_grey(self, tmp_path):
         path = save(tmp_path / "a.png", np.full((2, 2, 3), RED, np.uint8))
-        assert set(images.read(path, Kind(2, 2, 1)).ravel()) == {round(255 * 0.299)}
+        assert set(images.read(path, ImageShape(2, 2, 1)).ravel()) == {round(255 * 0.299)}
 
     @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
     def test_16_bit_grey(self, tmp_path, suffix):
         deep = np.array([[0, 255, 256], [40_000, 65_279, 65_535]], np.uint16)
         path = save(tmp_path / f"a.{suffix}", deep)
-        read = images.read(path, Kind(2, 3, 1))
+        read = images.read(path, ImageShape(2, 3, 1))
         np.testing.assert_array_equal(read[..., 0], [[0, 0, 1], [156, 254, 255]])
 
     def test_floating_point(self, tmp_path):
         path = save(tmp_path / "a.tif", np.ones((2, 2), np.float32))
         with pytest.raises(ValueError, match="not known what is white"):
-            images.read(path, Kind(2, 2, 1))
+            images.read(path, ImageShape(2, 2, 1))
 
     def test_palette(self, tmp_path):
         image = Image.new("P", (2, 1))
@@ -64,10 +66,10 @@ class TestRead:
         image.putdata([0, 1])
         for suffix in ("png", "gif", "bmp"):
             image.save(tmp_path / f"a.{suffix}")
-            read = images.read(tmp_path / f"a.{suffix}", Kind(1, 2, 3))
+            read = images.read(tmp_path / f"a.{suffix}", ImageShape(1, 2, 3))
             np.testing.assert_array_equal(read, [[RED, BLUE]])
         image.save(tmp_path / "a.png", transparency=0)
-        read = images.read(tmp_path / "a.png", Kind(1, 2, 3))
+        read = images.read(tmp_path / "a.png", ImageShape(1, 2, 3))
         np.testing.assert_array_equal(read, [[WHITE, BLUE]])
 
     @pytest.mark.parametrize("grey", [True, False])
@@ -75,7 +77,7 @@ class TestRead:
         colour = (0,) if grey else RED
         rows = [[(*colour, 0), (*colour, 255), (*colour, 51)]]
         path = save(tmp_path / "a.png", np.array(rows, np.uint8))
-        read = images.read(path, Kind(1, 3, 3))[0]
+        read = images.read(path, ImageShape(1, 3, 3))[0]
         red, other = (204, 204) if grey else (255, 204)
         expected = [WHITE, (0, 0, 0) if grey else RED, (red, other, other)]
         np.testing.assert_array_equal(read, expected)
@@ -92,21 +94,21 @@ class TestRead:
         exif[0x0112] = orientation
         path = save(tmp_path / f"a.{suffix}", array, exif=exif)
         expected = turned(array).astype(int)
-        kind = Kind(*expected.shape)
-        assert images.infer([path]) == kind  # By the header.
-        assert np.abs(images.read(path, kind) - expected).mean() < 8
+        shape = ImageShape(*expected.shape)
+        assert images.infer_shape([path]) == shape  # By the header.
+        assert np.abs(images.read(path, shape) - expected).mean() < 8
 
     def test_first_frame(self, tmp_path):
         frames = [Image.new("RGB", (2, 2), colour) for colour in (RED, BLUE)]
         frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-        assert tuple(images.read(tmp_path / "a.gif", Kind(2, 2, 3))[0, 0]) == RED
+        assert tuple(images.read(tmp_path / "a.gif", ImageShape(2, 2, 3))[0, 0]) == RED
 
     def test_other_size(self, tmp_path):
         path = save(tmp_path / "a.png", pixels(8, 8))
-        half = images.read(path, Kind(4, 2, 3))
+        half = images.read(path, ImageShape(4, 2, 3))
         assert half.shape == (4, 2, 3)
         assert abs(half.mean() - pixels(8, 8).mean()) < 10
-        np.testing.assert_array_equal(half, images.resized(pixels(8, 8), 4, 2))
+        np.testing.assert_array_equal(half, images.resize(pixels(8, 8), 4, 2))
 
 
 def test_find(tmp_path):
@@ -124,13 +126,13 @@ def test_infer(tmp_path):
     other = save(tmp_path / "other.png", pixels(4, 6, 1))
     large = save(tmp_path / "large.png", pixels(300, 4, 1))
     (tmp_path / "broken.png").write_text("")
-    assert images.infer([grey, same, str(tmp_path / "broken.png")]) == (6, 4, 1)
-    assert images.infer([grey, colour]) == (6, 4, 3)
-    assert images.infer([grey, other]) == (64, 64, 1)
-    assert images.infer([large]) == (64, 64, 1)
-    assert images.infer([grey, colour], size=5) == (5, 5, 3)
-    assert images.infer([grey, colour], channels=1) == (6, 4, 1)
-    assert images.infer([colour], 9, 1) == (9, 9, 1)
+    assert images.infer_shape([grey, same, str(tmp_path / "broken.png")]) == (6, 4, 1)
+    assert images.infer_shape([grey, colour]) == (6, 4, 3)
+    assert images.infer_shape([grey, other]) == (64, 64, 1)
+    assert images.infer_shape([large]) == (64, 64, 1)
+    assert images.infer_shape([grey, colour], size=5) == (5, 5, 3)
+    assert images.infer_shape([grey, colour], channels=1) == (6, 4, 1)
+    assert images.infer_shape([colour], 9, 1) == (9, 9, 1)
 
 
 @pytest.fixture
@@ -282,7 +284,7 @@ def test_no_warning_of_pillow(tmp_path):
     image.save(tmp_path / "a.png", transparency=b"\x00\xff")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuple(images.read(tmp_path / "a.png", Kind(2, 2, 3))[0, 0]) == WHITE
+        assert tuple(images.read(tmp_path / "a.png", ImageShape(2, 2, 3))[0, 0]) == WHITE
 
 
 def test_first_equal_and_thumbnail(tmp_path):

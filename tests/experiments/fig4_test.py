@@ -64,7 +64,7 @@ def test_ratio_by_definition():
         flags.FLAGS([sys.argv[0]])
     model = toy.models()["cnn"]
     variables, query = toy.variables(model), toy.images(6, seed=3)
-    labels = np.argmax(model.apply(variables, query).logits, axis=1)
+    labels = np.argmax(jax.jit(model.apply)(variables, query).logits, axis=1)
 
     def gradient(x, y):
         tree = dj.gradients.set_gradient(model.apply, variables, dj.Examples(x, y))
@@ -79,7 +79,7 @@ def test_ratio_by_definition():
         / (dynamics(flat_s + sum(each[:size])) - dynamics(flat_s))
         for size in (2, 6)
     ]
-    actual, limit = zip(*fig4.of_query(model, variables, query, grad_s, [2, 6]), strict=True)
+    actual, limit = zip(*fig4.query_ratios(model, variables, query, grad_s, [2, 6]), strict=True)
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
     # Without g_S: R = 1 / (1 + (b − 1) ρ), ρ the mean product of pairs over the mean square.
     for size, found in zip((2, 6), limit, strict=True):

@@ -82,7 +82,7 @@ def test_three_rounds(run, pictures, tmp_path):
     assert all(1 / 3 <= float(row["confidence"]) <= 1 for row in rows)
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
-    log = dj.records.read(tmp_path / "to_label.jsonl")
+    log = dj.files.read_lines(tmp_path / "to_label.jsonl", dict)
     assert [line["num_labeled"] for line in log] == [0, 10, 20, 30]
     assert log[-1]["query"] == [row["path"] for row in rows]
     assert log[2]["num_predicted"] == 10
@@ -96,7 +96,7 @@ def test_without_new_labels_the_same_is_asked_for(run, pictures, tmp_path):
     once = rows_of(tmp_path / "to_label.csv")
     _, output, _ = run()
     assert "no labels that the model was not trained on" in output
-    log = dj.records.read(tmp_path / "to_label.jsonl")
+    log = dj.files.read_lines(tmp_path / "to_label.jsonl", dict)
     assert log[2]["epochs"] == log[1]["epochs"] >= 1
     assert rows_of(tmp_path / "to_label.csv") == once
 

@@ -53,7 +53,7 @@ def test_a_look_sees_what_dynamical_would_query(run_binary, dataset, monkeypatch
     model = toy.models()["cnn"]
     variables, labeled = toy.variables(model), toy.examples(7)
     unlabeled = toy.images(30, seed=4)
-    look = stopping_rules.look_at(model, variables, labeled, unlabeled, epoch=1)
+    look = stopping_rules.inspect_query(model, variables, labeled, unlabeled, epoch=1)
     view = dj.LearnerView(model.apply, variables, labeled, unlabeled)
     query = dj.STRATEGIES["dynamical"]().query(jax.random.key(0), view, len(look["query"]))
     np.testing.assert_array_equal(look["query"], query.positions)
@@ -64,12 +64,12 @@ def test_a_look_sees_what_dynamical_would_query(run_binary, dataset, monkeypatch
 def test_a_rule_stops_at_its_first_look_and_is_judged_ten_times_later():
     looks = [
         {"epoch": epoch, "loss": 1 / epoch, "share": epoch, "ratio": -epoch, "query": query}
-        for epoch, query in ((1, [1, 2]), (2, [3, 4]), (4, [5, 6]), (20, [4, 7]), (40, [3, 4]))
+        for epoch, query in ((1, [1, 2]), (2, [3, 4]), (4, [5, 6]), (20, [4, 7]), (25, [3, 4]))
     ]
-    stop = stopping_rules.stop_of(lambda look: look["loss"] <= 0.6, looks)
+    stop = stopping_rules.apply_rule(lambda look: look["loss"] <= 0.6, looks)
     assert stop == {"epoch": 2, "share": 2, "ratio": -2, "overlap": 0.5}
-    assert stopping_rules.stop_of(lambda look: look["loss"] <= 0.1, looks)["overlap"] is None
-    assert stopping_rules.stop_of(lambda look: False, looks) is None
+    assert stopping_rules.apply_rule(lambda look: look["loss"] <= 0.1, looks)["overlap"] is None
+    assert stopping_rules.apply_rule(lambda look: False, looks) is None
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ def setting(name, size):
 @pytest.mark.parametrize("name", NAMES)
 def test_set_gradient_is_the_sum_of_gradients(name):
     apply, variables, examples = setting(name, 7)
-    each = gradients.per_example_gradients(apply, variables, *examples)
+    reference = jax.jit(gradients.per_example_gradients, static_argnums=0)
+    each = reference(apply, variables, *examples)
     expected = jax.tree.map(lambda leaf: leaf.sum(axis=0), each)
     for chunk_size in (1, 3, 7, 16):
         gradient = gradients.set_gradient(apply, variables, examples, chunk_size)
@@ -73,7 +74,7 @@ def test_terms_from_the_gradients_themselves():
 def test_labels_are_the_predictions():
     apply, variables, (x, y) = setting("cnn", 8)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
-    predictions = np.argmax(apply(variables, x).logits, axis=-1)
+    predictions = np.argmax(jax.jit(apply)(variables, x).logits, axis=-1)
     pseudo = gradients.norms_and_products(apply, variables, x, direction)
     given = gradients.norms_and_products(apply, variables, x, direction, labels=predictions)
     np.testing.assert_array_equal(pseudo.label, predictions)

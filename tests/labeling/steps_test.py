@@ -50,7 +50,7 @@ def test_the_next_round_goes_on_from_where_this_one_ended(photos, tmp_path):
     # More labels of the same classes: the same weights, but they have to be trained on.
     folder = read(photos, label(0, 1, 3, 4, 6), tmp_path)
     more = labeling.learner.warm_start(folder, config(), store)
-    assert (more.fit, more.former_kind, more.new_classes) == (None, None, ())
+    assert (more.fit, more.former_description, more.new_classes) == (None, None, ())
     jax.tree.map(np.testing.assert_array_equal, more.learner.variables, learner.variables)
 
 
@@ -79,7 +79,7 @@ def test_another_kind_of_model_starts_anew_and_says_what_was(photos, tmp_path):
     labeling.learner.train(start, folder, config(), store)
     smaller = read(photos, label(0, 1), tmp_path, size=3)
     anew = labeling.learner.warm_start(smaller, config(), store)
-    assert anew.former_kind == {"model": "linear", "image_size": [6, 6, 1]}
+    assert anew.former_description == {"model": "linear", "image_size": [6, 6, 1]}
     assert (anew.round_index, anew.fit) == (1, None)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(anew.learner.variables))
 

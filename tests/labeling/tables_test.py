@@ -1,6 +1,16 @@
 """Tables that people and spreadsheets write."""
 
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import hypothesis
 import pytest
+import toy
+from hypothesis import strategies as st
 
 import dynamical_jax as dj
 from dynamical_jax import labeling
@@ -25,12 +35,12 @@ def write(path, text):
 )
 def test_the_same_labels_however_they_are_written(tmp_path, text):
     table = write(tmp_path / "labels.csv", text)
-    assert labeling.read_labels(table, "images").of_path == {"a.png": "cat", "b.png": "dog"}
+    assert labeling.read_labels(table, "images").by_path == {"a.png": "cat", "b.png": "dog"}
 
 
 def test_absolute_paths(tmp_path):
     table = write(tmp_path / "labels.csv", f"path,label\n{tmp_path}/in/a.png,cat\n")
-    assert labeling.read_labels(table, str(tmp_path)).of_path == {"in/a.png": "cat"}
+    assert labeling.read_labels(table, str(tmp_path)).by_path == {"in/a.png": "cat"}
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
@@ -38,7 +48,7 @@ def test_no_table_no_labels(tmp_path, text):
     table = tmp_path / "labels.csv"
     if text is not None:
         write(table, text)
-    assert labeling.read_labels(table, "images").of_path == {}
+    assert labeling.read_labels(table, "images").by_path == {}
     labeling.add_labels(table, {"a.png": "cat"})
     assert table.read_text() == "path,label\na.png,cat\n"
 
@@ -50,6 +60,14 @@ def test_no_table_no_labels(tmp_path, text):
         ("path,label\na.png,cat\na.png,dog\n", r"line 3 of .* labels a.png 'dog', .* 'cat'"),
         ("path,label\n,cat\n", "line 2 of .* has a label but no path"),
         ("path,label\na.png,cat,dog\n", "line 2 of .* has more cells than the header"),
+        ("path,label,label\na.png,cat,dog\n", "line 1 of .* names the column label twice"),
+        ("path,label,Path\na.png,cat,\n", "line 1 of .* names the column path twice"),
+        ('path,label\n"a.png,cat\nb.png,dog\n', "line 3 of .* is no CSV: unexpected end of data"),
+        ('path,label\n"a".png,cat\n', "line 2 of .* is no CSV: ',' expected after '\"'"),
+        ('path,label\na.png,"big\ncat"\n', r"line 3 of .* in its label: 'big\\ncat'"),
+        ("path,label\na.png,big\x00cat\n", r"line 2 of .*"),
+        ("path,label\na.png,big\x07cat\n", r"line 2 of .* in its label: 'big\\x07cat'"),
+        (f"path,label\na.png,{'m' * 200_000}\n", "line 2 of .* field larger than field limit"),
     ],
 )
 def test_what_is_no_table_of_labels(tmp_path, text, message):
@@ -68,10 +86,10 @@ def test_other_encodings(tmp_path):
 
 
 def test_two_tables_that_disagree(tmp_path):
-    joined = labeling.joined({"a": "cat"}, {"a": "cat", "b": "dog"}, tmp_path)
+    joined = labeling.join_labels({"a": "cat"}, {"a": "cat", "b": "dog"}, tmp_path)
     assert joined == {"a": "cat", "b": "dog"}
     with pytest.raises(dj.UserError, match="labels a 'dog', but it is labeled 'cat' already"):
-        labeling.joined({"a": "cat"}, {"a": "dog"}, tmp_path)
+        labeling.join_labels({"a": "cat"}, {"a": "dog"}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,5 +135,67 @@ def test_a_proposal_comes_back_filled_in(tmp_path):
     text = table.read_text().replace(",,cat", ",cat,cat").replace("b.png,,", "b.png,cat,")
     write(table, text.replace("d.png,,", "d.png,owl,"))
     labels = labeling.read_labels(table, "images")
-    assert labels.of_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
+    assert labels.by_path == {"in, out/a.png": "cat", "b.png": "cat", "d.png": "owl"}
     assert (labels.num_right, labels.num_predicted) == (1, 2)
+
+
+NAMES = st.builds(
+    os.fsdecode, st.binary(min_size=1, max_size=8).filter(lambda name: not {0, 47} & set(name))
+)
+TEXTS = NAMES | st.from_regex(r"'{0,2}[=+@ -]?[a-z0-9; ,\"]{0,3}", fullmatch=True).filter(bool)
+PATHS = TEXTS.filter(lambda name: name not in {".", ".."})
+LABELS = st.text(max_size=5) | st.from_regex(r"'{0,2}[=+@-]?[a-z0-9; ,\"]{0,3}", fullmatch=True)
+
+
+def is_label(text):
+    return text == text.strip() != "" and not labeling.tables.CONTROL.search(text)
+
+
+@hypothesis.given(
+    st.dictionaries(PATHS, LABELS.filter(is_label), min_size=1, max_size=4), st.sampled_from(",;\t")
+)
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+def test_whatever_is_written_is_read_back(labels, delimiter):
+    with tempfile.TemporaryDirectory() as folder:
+        table = write(pathlib.Path(folder, "labels.csv"), f"path{delimiter}label\n")
+        labeling.add_labels(table, labels)
+        assert labeling.read_labels(table, folder).by_path == labels
+        # A proposal, of which a program that knows nothing of ours fills in the labels.
+        proposal = pathlib.Path(folder, "to_label.csv")
+        guesses = [labeling.Proposed(path, label, 0.5, 1.0) for path, label in labels.items()]
+        labeling.write_proposal(proposal, guesses, table)
+        with proposal.open(newline="") as file:
+            rows = list(csv.reader(file, delimiter=delimiter))
+        for row in rows[1:]:
+            row[1] = row[2]
+        with proposal.open("w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+        assert labeling.read_labels(proposal, folder) == (labels, len(labels), len(labels))
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cat", "-cat", "@cat", "'=cat"])
+def test_no_cell_is_a_formula(tmp_path, text):
+    table = tmp_path / "labels.csv"
+    labeling.add_labels(table, {text: text})
+    (cells,) = list(csv.reader(table.read_text().splitlines()[1:]))
+    assert all(cell[0] in "'." for cell in cells)
+    labeling.add_labels(table, {"a": "-1"})
+    assert table.read_text().endswith("a,-1\n")  # A number is no formula.
+
+
+def test_two_processes_add_their_labels_to_one_table(tmp_path):
+    program = """
+import pathlib, sys
+from dynamical_jax import labeling
+table = pathlib.Path("labels.csv")
+paths = [f"{name}{i}" for name in "ab" for i in range(100)]
+for i in range(100):
+    proposal = pathlib.Path(f"{sys.argv[1]}.csv")
+    proposal.write_text(f"path,label\\n{sys.argv[1]}{i},cat\\n")
+    labeling.folder.take_over(table, proposal, ".", paths)
+"""
+    run = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(toy.ROOT)}
+    both = [subprocess.Popen([*run, name], cwd=tmp_path, env=environment) for name in "ab"]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(labeling.read_labels(tmp_path / "labels.csv", str(tmp_path)).by_path) == 200

@@ -82,8 +82,9 @@ def test_evaluation_does_not_depend_on_batch_mates():
     for name, model in toy.models().items():
         variables = toy.variables(model)
         x = toy.images(4)
-        together = model.apply(variables, x).logits
-        alone = model.apply(variables, x[:1]).logits
+        apply = jax.jit(model.apply)
+        together = apply(variables, x).logits
+        alone = apply(variables, x[:1]).logits
         np.testing.assert_allclose(together[:1], alone, atol=1e-5, err_msg=name)
 
 
@@ -96,13 +97,15 @@ def test_adaptive_average_pool():
     np.testing.assert_allclose(layers.adaptive_average_pool(jnp.full((1, 1, 1, 1), 3.0), 7), 3)
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_a_grown_model_says_of_old_classes_what_it_said(name):
     few, more = (dj.models.MODELS[name](num_classes) for num_classes in (2, 4))
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
-    old, fresh = few.init(jax.random.key(1), x), more.init(jax.random.key(2), x)
-    grown = dj.models.grown(old, fresh)
-    logits = more.apply(grown, x).logits
+    old, fresh = (
+        dj.models.init(model, jax.random.key(seed), x) for seed, model in ((1, few), (2, more))
+    )
+    grown = dj.models.grow(old, fresh)
+    logits = jax.jit(more.apply)(grown, x).logits
     assert logits.shape == (3, 4)
-    np.testing.assert_allclose(logits[:, :2], few.apply(old, x).logits, rtol=1e-5)
+    np.testing.assert_allclose(logits[:, :2], jax.jit(few.apply)(old, x).logits, rtol=1e-5)
     assert np.abs(logits[:, 2:] - logits[:, :2]).max() > 0

@@ -1,5 +1,7 @@
 """The empirical NTK against its definition, neural-tangents, and the limit of infinite width."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,11 @@ installed = pytest.mark.skipif(
 )
 
 
+@functools.cache
 def network(widths=(8, 8), num_classes=3, size=7):
     model = dj.models.NTKCNN(num_classes, widths)
     x = jax.random.normal(jax.random.key(0), (size, 5, 5, 2))
-    return model, model.init(jax.random.key(1), x), x
+    return model, dj.models.init(model, jax.random.key(1), x), x
 
 
 @pytest.mark.parametrize("name", ["cnn", "batch_norm"])
@@ -46,7 +49,7 @@ def test_by_definition(name):
 def test_training_dynamics_by_kernel_and_by_gradient():
     model, variables, x = network()
     y = np.arange(7) % 3
-    residual = dj.losses.residual(model.apply(variables, x).logits, y)
+    residual = dj.losses.residual(jax.jit(model.apply)(variables, x).logits, y)
     full = ntk.empirical_ntk(model.apply, variables, x, trace=False)
     grad_s = gradients.set_gradient(model.apply, variables, dj.Examples(x, y))
     np.testing.assert_allclose(
@@ -230,8 +233,9 @@ def test_a_wide_network_trained_is_kernel_regression():
         )
         return jax.lax.fori_loop(0, 60, step, params)
 
-    start = model.apply(variables, x).logits
-    end = model.apply({"params": train(variables["params"])}, x).logits
+    apply = jax.jit(model.apply)
+    start = apply(variables, x).logits
+    end = apply({"params": train(variables["params"])}, x).logits
     moved = ntk.kernel_regression(kernel[:4, :4], y - start[:4], kernel[:, :4], 60.0, rate)
     assert np.abs(end - start).max() > 0.5
     np.testing.assert_allclose(end - start, moved, atol=0.05)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -97,7 +98,7 @@ class TestDamage:
         (path / "round-00003-epoch-0000000.json").unlink()
         assert checkpoints.restore(experiment_).round_index == 2
         (line,) = said
-        assert "round-00003-epoch-0000000 was not finished: dropped" in line
+        assert "round-00003-epoch-0000000 was not finished: removed" in line
 
     def test_a_torn_manifest(self, saved):
         checkpoints, experiment_, said, path = saved
@@ -105,6 +106,47 @@ class TestDamage:
         (path / "round-00002-epoch-0000000.json").write_text("")
         assert checkpoints.restore(experiment_) is None
         assert len(said) == 2
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"epoch": -1}, r"`int` >= 0 - at `$.epoch`"),
+            ({"round_index": "three"}, r"`int`, got `str` - at `$.round_index`"),
+            ({"seconds": [1]}, r"`object`, got `array` - at `$.seconds`"),
+            ({"best_test_accuracy": 7}, r"`float` <= 1.0 - at `$.best_test_accuracy`"),
+            ({"files": 3}, r"`object`, got `int` - at `$.files`"),
+        ],
+    )
+    def test_a_manifest_that_means_nothing(self, saved, change, why):
+        checkpoints, experiment_, said, path = saved
+        manifest = path / "round-00003-epoch-0000000.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+        assert checkpoints.restore(experiment_).round_index == 2
+        (line,) = said
+        assert why in line
+        aside = sorted(p.name for p in (path / "damaged").iterdir())
+        assert aside == ["round-00003-epoch-0000000", "round-00003-epoch-0000000.json"]
+        assert checkpoints.restore(experiment_).round_index == 2
+        assert said == [line]  # What is set aside is not looked at again.
+
+    def test_numbers_that_are_not_finite_are_not_saved(self, saved):
+        checkpoints, experiment_, said, _ = saved
+        state = checkpoints.restore(experiment_)
+        spoiled = jax.tree.map(lambda leaf: leaf * np.nan, state.variables)
+        checkpoints.save(state._replace(round_index=4, variables=spoiled))
+        assert checkpoints.restore(experiment_).round_index == 3
+        assert said == []
+
+    def test_numbers_that_are_not_finite_are_not_used(self, saved, monkeypatch):
+        checkpoints, experiment_, said, _ = saved
+        state = checkpoints.restore(experiment_)
+        spoiled = jax.tree.map(lambda leaf: leaf * np.inf, state.variables)
+        with monkeypatch.context() as before:  # As an earlier version would have done.
+            before.setattr(dj.store, "_is_finite", lambda leaves: True)
+            checkpoints.save(state._replace(round_index=4, variables=spoiled))
+        assert checkpoints.restore(experiment_).round_index == 3
+        (line,) = said
+        assert "it holds numbers that are not finite" in line
 
     def test_a_changed_byte(self, saved):
         checkpoints, experiment_, said, path = saved
@@ -132,45 +174,45 @@ class TestDamage:
 
 class TestRunDirectory:
     def test_other_flags_are_named(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
-            directory.append({"strategy": "a", "seed": 0, "round": 0})
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
+            directory.append(toy.record("a", 0, 0, 0.5))
         other = {"max_epochs": 7, "gammas": [1.0, 2.0], "new": None}
         with (
             pytest.raises(
                 dj.UserError,
                 match=r"\(--gammas=1.0,inf there and 1.0,2.0 here, --max_epochs=6 there and 7",
             ),
-            run_directory.opened(str(tmp_path), other),
+            run_directory.open_locked(str(tmp_path), other),
         ):
             pass
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
             assert len(directory.done["a", 0]) == 1
             assert directory.done["a", 1] == []
 
     def test_where_nothing_was_done_other_flags_are_welcome(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS):
+        with run_directory.open_locked(str(tmp_path), FLAGS):
             pass
-        with run_directory.opened(str(tmp_path), {**FLAGS, "max_epochs": 7}):
+        with run_directory.open_locked(str(tmp_path), {**FLAGS, "max_epochs": 7}):
             pass
         assert not (tmp_path / "rounds.jsonl").exists()
 
     def test_a_second_process_is_refused(self, tmp_path):
         with (
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
             pytest.raises(dj.UserError, match="in use by another process"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
-        with run_directory.opened(str(tmp_path), FLAGS):  # Given back.
+        with run_directory.open_locked(str(tmp_path), FLAGS):  # Given back.
             pass
 
     def test_a_round_that_is_missing(self, tmp_path):
-        with run_directory.opened(str(tmp_path), FLAGS) as directory:
+        with run_directory.open_locked(str(tmp_path), FLAGS) as directory:
             for index in (0, 2):
-                directory.append({"strategy": "a", "seed": 0, "round": index})
+                directory.append(toy.record("a", 0, index, 0.5))
         with (
             pytest.raises(dj.UserError, match="lacks a round of a, seed 0"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
 
@@ -178,7 +220,7 @@ class TestRunDirectory:
         dj.files.append(tmp_path / "rounds.jsonl", {"strategy": "a", "seed": 0})
         with (
             pytest.raises(dj.UserError, match=r"holds records, but no readable flags.json"),
-            run_directory.opened(str(tmp_path), FLAGS),
+            run_directory.open_locked(str(tmp_path), FLAGS),
         ):
             pass
 
@@ -186,7 +228,7 @@ class TestRunDirectory:
         (tmp_path / "file").write_text("")
         with (
             pytest.raises(dj.UserError, match="cannot write to"),
-            run_directory.opened(str(tmp_path / "file" / "run"), FLAGS),
+            run_directory.open_locked(str(tmp_path / "file" / "run"), FLAGS),
         ):
             pass
 
@@ -197,7 +239,7 @@ class TestPlay:
             comparison.Run(name, experiment(dataset, name, **fields), {"flags": {}})
             for name in ("dynamical", "random")
         ]
-        with run_directory.opened(str(path), FLAGS) as directory:
+        with run_directory.open_locked(str(path), FLAGS) as directory:
             failures = comparison.play(runs, directory, checkpoint_every=2)
         rounds = records.read(path / "rounds.jsonl")
         for record in rounds:

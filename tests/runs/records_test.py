@@ -50,20 +50,22 @@ def test_means_of_fractions_are_rounded_as_the_fractions_are(seeds):
             exact = fractions.Fraction(int(right.sum()), size * seeds) * 10_000
             expected = f"{math.floor(exact + fractions.Fraction(1, 2)) / 100:.2f}"
             mean = np.mean(right / size)
-            assert records.percent(mean) == expected
+            assert records.format_percent(mean) == expected
             by_accident += f"{100 * mean:.2f}" != expected
     assert by_accident > 0
 
 
 def test_numbers_of_tables():
-    shown = [records.rounded(x) for x in (0.125, -0.125, 1e-17, -1e-17, -0.001, 99.995, 12345.0)]
-    assert shown == ["0.13", "-0.13", "0.00", "0.00", "-0.00", "100.00", "12345.00"]
-    assert records.rounded(1 / 32, digits=4) == "0.0313"
-    assert records.rounded(1234.5, digits=0) == "1235"
-    assert [records.rounded(x, sign="+") for x in (0.1 + 0.2 - 0.3, 2.5, -2.5)] == [
+    shown = [
+        records.format_number(x) for x in (0.125, -0.125, 1e-17, -1e-17, -0.001, 99.995, 12345.0)
+    ]
+    assert shown == ["0.13", "-0.13", "0.00", "0.00", "0.00", "100.00", "12345.00"]
+    assert records.format_number(1 / 32, digits=4) == "0.0313"
+    assert records.format_number(1234.5, digits=0) == "1235"
+    assert [records.format_number(x, sign="+") for x in (0.1 + 0.2 - 0.3, 2.5, -2.5)] == [
         *("+0.00", "+2.50", "-2.50")
     ]
-    assert [records.rounded(x) for x in (np.nan, np.inf)] == ["nan", "inf"]
+    assert [records.format_number(x) for x in (np.nan, np.inf)] == ["nan", "inf"]
 
 
 def test_table_rounds_halves():
@@ -88,10 +90,10 @@ def test_a_torn_last_line_is_dropped(tmp_path):
         file.write('{"strategy": "a", "se')
     assert records.read(path) == RECORDS[:2]
     said = []
-    assert records.mend(path, said.append) == RECORDS[:2]
+    assert records.repair(path, said.append) == RECORDS[:2]
     assert said == [f"{path}: the last line was not finished: dropped"]
     assert path.read_bytes() == whole
-    assert records.mend(path, said.append) == RECORDS[:2]
+    assert records.repair(path, said.append) == RECORDS[:2]
     assert len(said) == 1
 
 
@@ -99,8 +101,36 @@ def test_what_is_no_record_is_named(tmp_path):
     path = tmp_path / records.FILE_NAME
     with pytest.raises(dj.UserError, match=r"cannot read .* No such file"):
         records.read(path)
-    path.write_text("{}\nlabels: 5\n{}\n")
-    with pytest.raises(dj.UserError, match=r"line 2 of .* is not a record"):
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"labels: 5", "malformed"),
+        (b"3", "Expected `object`, got `int`"),
+        (b"[" * 100_000, "Expected `object`, got `array`"),
+        (b'{"a": ' * 100_000, "recursion depth"),
+        (b"\xff", "malformed"),
+        (b'{"strategy": "\xff"}', "invalid start byte"),
+        ({"seed": None}, r"Expected `int`, got `null` - at `\$.seed`"),
+        ({"seed": 2**80}, r"`\$.seed`"),
+        ({"round": -1}, r"Expected `int` >= 0 - at `\$.round`"),
+        ({"round": 0.5}, r"Expected `int`, got `float` - at `\$.round`"),
+        ({"test_accuracy": 55.2}, r"Expected `float` <= 1.0 - at `\$.test_accuracy`"),
+        ({"test_accuracy": True}, r"Expected `float`, got `bool` - at `\$.test_accuracy`"),
+        ({"query": [1, "2"]}, r"Expected `int`, got `str` - at `\$.query\[1\]`"),
+        ({"test_loss": "much"}, r"Invalid enum value 'much' - at `\$.test_loss`"),
+    ],
+    ids=str,
+)
+def test_what_is_no_record_is_named_with_its_line_and_field(tmp_path, line, why):
+    path = tmp_path / records.FILE_NAME
+    dj.files.append(path, RECORDS[0])
+    if isinstance(line, dict):
+        line = json.dumps({**RECORDS[1], **line}).encode()
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(dj.UserError, match=rf"line 2 of .* cannot be used: .*{why}"):
         records.read(path)
 
 

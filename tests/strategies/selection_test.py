@@ -93,7 +93,7 @@ def test_memory_is_that_of_the_factors(num_classes):
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * (num_classes + d)
     program = selection._farthest_first.lower(right, jnp.zeros(n), batch_size=50).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * d
-    program = selection._to_nearest.lower(right, right[:5000]).compile()
+    program = selection._squared_distances_to_nearest.lower(right, right[:5000]).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * 2 * d
 
 

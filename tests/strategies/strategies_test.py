@@ -18,6 +18,8 @@ from dynamical_jax.types import Rows
 
 NAMES = list(dj.STRATEGIES)
 KEY = jax.random.key(0)
+# One program; operation by operation each would be compiled by itself.
+per_example_gradients = jax.jit(gradients.per_example_gradients, static_argnums=0)
 
 
 def make_view(size=20, seed=0, **fields):
@@ -138,10 +140,10 @@ def test_a_non_finite_input_is_no_query(name):
 def test_dynamical_chooses_the_largest_change(gamma):
     # Against gradients of every example, formed and multiplied in NumPy.
     view = make_view()
-    labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
-    each = gradients.per_example_gradients(view.apply, view.variables, view.unlabeled, labels)
+    labels = np.argmax(jax.jit(view.apply)(view.variables, view.unlabeled).logits, axis=1)
+    each = per_example_gradients(view.apply, view.variables, view.unlabeled, labels)
     flat = np.concatenate([np.reshape(leaf, (20, -1)) for leaf in jax.tree.leaves(each)], axis=1)
-    of_s = gradients.per_example_gradients(view.apply, view.variables, *view.labeled)
+    of_s = per_example_gradients(view.apply, view.variables, *view.labeled)
     grad_s = np.concatenate([np.sum(leaf, axis=0).ravel() for leaf in jax.tree.leaves(of_s)])
     norm, product = (flat**2).sum(axis=1), flat @ grad_s
     change = product if math.isinf(gamma) else norm + gamma * product
@@ -295,8 +297,8 @@ def test_badge_seeds_with_gradients_of_the_last_layer():
     model = toy.models()["cnn"]
     view = make_view()
     factors = strategies.Badge().score(KEY, view, None)
-    labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
-    each = gradients.per_example_gradients(model.apply, view.variables, view.unlabeled, labels)
+    labels = np.argmax(jax.jit(view.apply)(view.variables, view.unlabeled).logits, axis=1)
+    each = per_example_gradients(model.apply, view.variables, view.unlabeled, labels)
     (last,) = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(each)
@@ -313,12 +315,12 @@ class TestALBL:
         np.testing.assert_allclose(strategy.probabilities(state), [0.5, 0.5])
         # K = 2, p_min = 0.05, √(ln(2/0.1)/2) = 1.22387. Arm 0 was right on 0.8 of its query:
         # gains 0.025 (0.8/0.5 + 1.22387/0.5) = 0.101194 and 0.025 · 1.22387/0.5 = 0.061194.
-        state = strategy.rewarded(state._replace(arm=np.array(0)), 0.8)
+        state = strategy.reward_last_arm(state._replace(arm=np.array(0)), 0.8)
         np.testing.assert_allclose(state.weights, [0.101194, 0.061194], atol=1e-6)
         # p_0 = 0.9 / (1 + e^−0.04) + 0.05 = 0.508999. Then arm 1, right on half of its query:
         # gains 0.025 · 1.22387/0.508999 and 0.025 (0.5 + 1.22387) / 0.491001.
         np.testing.assert_allclose(strategy.probabilities(state), [0.508999, 0.491001], atol=1e-6)
-        state = strategy.rewarded(state._replace(arm=np.array(1)), 0.5)
+        state = strategy.reward_last_arm(state._replace(arm=np.array(1)), 0.5)
         np.testing.assert_allclose(state.weights, [0.161305, 0.148967], atol=1e-5)
 
     def test_each_query_is_that_of_one_arm(self):
@@ -343,7 +345,9 @@ class TestALBL:
         strategy = strategies.ALBL()
         state = strategy.init()._replace(arm=np.array(1), batch_size=np.array(4))
         query = strategy.query(KEY, view, 4, state)
-        np.testing.assert_array_equal(query.state.weights, strategy.rewarded(state, 0.75).weights)
+        np.testing.assert_array_equal(
+            query.state.weights, strategy.reward_last_arm(state, 0.75).weights
+        )
         assert query.state.batch_size == 4
 
     def test_no_arm_dies_out(self):
@@ -383,10 +387,10 @@ class TestWhatDynamicalSaysOfItsQuery:
         query = strategies.Dynamical(gamma).query(KEY, view, 4)
 
         chosen = unlabeled[query.positions]
-        labels = np.argmax(model.apply(variables, chosen).logits, axis=1)
+        labels = np.argmax(jax.jit(model.apply)(variables, chosen).logits, axis=1)
 
         def flat(x, y):
-            trees = dj.gradients.per_example_gradients(model.apply, variables, x, y)
+            trees = per_example_gradients(model.apply, variables, x, y)
             return np.concatenate([np.reshape(g, (len(y), -1)) for g in jax.tree.leaves(trees)], 1)
 
         g_s, g_u = flat(*labeled).sum(axis=0), flat(chosen, labels)
@@ -394,15 +398,23 @@ class TestWhatDynamicalSaysOfItsQuery:
         # G of sets: the definition, Eq. 11, with γ = 2 whatever was taken to choose.
         change = lambda g: (g + g_s) @ (g + g_s) - g_s @ g_s
         ratio = sum(change(g) for g in g_u) / change(g_u.sum(axis=0))
-        weighed = np.abs(products) * (1.0 if np.isinf(gamma) else gamma)
-        share = 1.0 if np.isinf(gamma) else weighed.sum() / (norms.sum() + weighed.sum())
+        weighed = 2 * np.abs(products)
+        share = weighed.sum() / (norms.sum() + weighed.sum())
         assert set(query.facts) == {"inner_product_share", "approximation_ratio"}
         np.testing.assert_allclose(query.facts["inner_product_share"], share, rtol=1e-9)
         np.testing.assert_allclose(query.facts["approximation_ratio"], ratio, rtol=1e-9)
         # One line where g_S decides, and none where it was asked for.
         told = [str(warning.message) for warning in recwarn]
-        assert bool(told) == (share > 0.5 and not np.isinf(gamma))
+        assert bool(told) == (share > 0.5 and 0 < gamma < np.inf)
         assert all(f"makes up {share:.0%} of the chosen Δ" in line for line in told)
 
     def test_others_have_nothing_to_say(self):
         assert strategies.Margin().query(KEY, make_view(), 3).facts == {}
+
+    def test_where_no_gradient_is_left_there_is_nothing_to_share(self):
+        model = dj.models.Linear(2)
+        variables = {"params": {"fc": {"kernel": 500 * jnp.eye(2), "bias": jnp.zeros(2)}}}
+        x = np.float32([[1, 0], [0, 1], [2, 0], [0, 3]])  # Their residuals are 0 in float32.
+        view = strategies.LearnerView(model.apply, variables, dj.Examples(x[:2], np.arange(2)), x)
+        query = strategies.Dynamical().query(KEY, view, 2)
+        assert query.facts == {"inner_product_share": 0.0, "approximation_ratio": None}

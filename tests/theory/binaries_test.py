@@ -246,7 +246,7 @@ def test_tau_is_within_seeds():
 
 def test_noise_is_as_much_as_asked_for_and_nested():
     labels = np.arange(1000) % 10
-    noisy = [theory_common.with_noise(labels, share, 10, 0) for share in (0.0, 0.5, 1.0)]
+    noisy = [theory_common.add_label_noise(labels, share, 10, 0) for share in (0.0, 0.5, 1.0)]
     changed = [np.mean(one != labels) for one in noisy]
     np.testing.assert_allclose(changed, [0, 0.45, 0.9], atol=0.04)
     assert np.all((noisy[1] == labels) | (noisy[1] == noisy[2]))

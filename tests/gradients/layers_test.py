@@ -1,0 +1,200 @@
+"""Layers, option by option: the terms of each are those of `vmap(grad)`."""
+
+import gradient_checks as checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import dynamical_jax as dj
+from dynamical_jax.gradients import shares
+from dynamical_jax.models import layers
+
+CONVOLUTIONS = {
+    "3x3": {},
+    "no bias": {"use_bias": False},
+    "1x1, strides": {"kernel_size": (1, 1), "strides": 2},
+    "valid": {"kernel_size": (3, 2), "padding": "VALID"},
+    "lower case": {"padding": "same"},
+    "same_lower": {"kernel_size": (4, 2), "padding": "SAME_LOWER"},
+    "strides": {"strides": (2, 3)},
+    "lists": {"kernel_size": [3, 2], "strides": [2, 1], "padding": [1, (0, 2)]},
+    "one-sided": {"padding": ((0, 2), (3, 1)), "strides": 2},
+    "dilation": {"kernel_size": (3, 2), "kernel_dilation": (2, 3)},
+    "dilation, strides": {"kernel_dilation": 2, "strides": 2, "padding": 2},
+    "groups": {"feature_group_count": 2},
+    "depthwise": {"feature_group_count": 4, "strides": 2},
+    "ours": {"conv_general_dilated": dj.convolution.conv_general_dilated},
+}
+SMALL_MAPS = {
+    "whole map": {"kernel_size": (3, 2), "padding": "VALID"},
+    "larger than map": {"kernel_size": (7, 5), "strides": (2, 1)},
+}
+SEQUENCES = {
+    "3": {"kernel_size": (3,)},
+    "int": {"kernel_size": 4, "padding": "SAME_LOWER"},
+    "dilation, strides": {"kernel_size": (3,), "strides": 2, "kernel_dilation": 2, "padding": 1},
+}
+
+
+def conv(**options):
+    return nn.Conv(**{"features": 8, "kernel_size": (3, 3), **options})
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution(options):
+    checks.check_terms(
+        checks.single_layer(conv(**options)), checks.images(), engines=checks.BOTH_FORMS
+    )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", SMALL_MAPS.values(), ids=SMALL_MAPS)
+def test_convolution_of_small_maps(options):
+    checks.check_terms(
+        checks.single_layer(conv(**options)), checks.images(3, 2), engines=checks.BOTH_FORMS
+    )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", SEQUENCES.values(), ids=SEQUENCES)
+def test_convolution_of_sequences(options):
+    checks.check_terms(
+        checks.single_layer(conv(**options)), checks.images()[:, :, 0], engines=checks.BOTH_FORMS
+    )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (6, 4), (3, 2, 4)], ids=str)
+def test_dense(shape, use_bias):
+    layer = nn.Dense(6, use_bias=use_bias)
+    checks.check_terms(
+        checks.single_layer(layer),
+        checks.draw((checks.NUM_EXAMPLES, *shape)),
+        engines=checks.BOTH_FORMS,
+    )
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 2000, 2**30])
+def test_how_many_are_formed_together_changes_nothing(chunk_elements, monkeypatch):
+    monkeypatch.setattr(shares, "CHUNK_ELEMENTS", chunk_elements)
+    checks.check_terms(
+        checks.model_from(lambda self, x: nn.PReLU()(conv(features=6)(x))),
+        checks.images(),
+        engines=checks.BOTH_FORMS,
+    )
+
+
+NORMALIZATIONS = {
+    "batch": nn.BatchNorm(use_running_average=True),
+    "batch, no scale": nn.BatchNorm(use_running_average=True, use_scale=False),
+    "batch, no bias": nn.BatchNorm(use_running_average=True, use_bias=False, axis=3),
+    "ours": layers.BatchNorm(use_running_average=True),
+    "layer": nn.LayerNorm(),
+    "layer, no bias": nn.LayerNorm(use_bias=False, use_fast_variance=False),
+    "layer, all axes": nn.LayerNorm(reduction_axes=(1, 2, 3)),
+    "root mean square": nn.RMSNorm(),
+    "group": nn.GroupNorm(2),
+    "group, no scale": nn.GroupNorm(2, use_scale=False),
+    "group of one": nn.GroupNorm(num_groups=None, group_size=1),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("layer", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_normalization(layer):
+    checks.check_terms(checks.single_layer(layer), checks.images(3, 2))
+
+
+@pytest.mark.usefixtures("float64")
+def test_embedding_of_repeated_tokens():
+    shape = (checks.NUM_EXAMPLES, 3, 3)
+    tokens = np.random.default_rng(0).integers(-4, 4, shape)  # −1 is the last.
+    checks.check_terms(checks.single_layer(nn.Embed(4, 3)), tokens)
+    checks.check_terms(checks.single_layer(nn.Embed(300, 4)), np.abs(tokens).astype(np.uint8))
+
+
+def masked(size, padding):
+    """Embeds tokens, of which those that are `padding` count for nothing."""
+
+    def function(self, x):
+        y = nn.Embed(size, 3)(x)
+        return jnp.where((x == padding)[..., None], 0, y).sum(axis=1)
+
+    return checks.model_from(function)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("padding", [4, 9, -5, 2**31 + 1, 2**40 + 1])
+def test_padding_tokens_beyond_the_table(padding):
+    tokens = np.random.default_rng(0).integers(-4, 4, (checks.NUM_EXAMPLES, 6))
+    tokens[:, 4:] = tokens[0, 2] = padding
+    checks.check_terms(masked(4, padding), tokens)
+    # A table of one row has it for every token.
+    checks.check_terms(masked(1, 0), np.minimum(tokens, 3))
+
+
+@jax.custom_vjp
+def straight_through(y):
+    """Zeros in the place of NaN, but cotangents as if they were not."""
+    return jnp.nan_to_num(y)
+
+
+straight_through.defvjp(lambda y: (straight_through(y), None), lambda _, e: (e,))
+
+
+@pytest.mark.usefixtures("float64")
+def test_tokens_beyond_the_table_add_nothing_whatever_becomes_of_them():
+    tokens = np.arange(checks.NUM_EXAMPLES * 4).reshape(checks.NUM_EXAMPLES, 4) % 7
+    checks.check_terms(
+        checks.model_from(lambda self, x: straight_through(nn.Embed(4, 3)(x)).sum(axis=1)), tokens
+    )
+
+
+def test_tokens_beyond_the_table_that_are_not_masked_are_refused():
+    model = checks.model_from(lambda self, x: nn.Dense(3)(nn.Embed(4, 3)(x).mean(axis=1)))
+    tokens = np.arange(12).reshape(4, 3) % 4
+    variables, _ = checks.variables_and_direction(model, tokens)
+    beyond = np.where(tokens == 3, 4, tokens)
+    view = dj.LearnerView(model.apply, variables, (tokens, np.zeros(4, int)), beyond)
+    for name in ("dynamical", "entropy"):
+        with pytest.raises(dj.UserError, match=r"3 of 4 .* are not finite"):
+            dj.STRATEGIES[name]().query(jax.random.key(0), view, 1)
+
+
+class Scaled(nn.Module):
+    """A custom layer with parameters made in `setup`, one of them a list."""
+
+    def setup(self):
+        self.scale = self.param("scale", nn.initializers.ones, (4,))
+        self.pair = self.param("pair", lambda key: [jnp.zeros((4,)), jnp.ones((4, 3))])
+
+    def __call__(self, x):
+        shape = (1,) * (x.ndim - 1) + (4,)
+        return (x * self.scale.reshape(shape) + self.pair[0].reshape(shape)) @ self.pair[1]
+
+
+class Overridden(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(x) * x[..., :1]
+
+
+LAYERS = {
+    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(1, 3)), checks.images),
+    "Einsum": (nn.Einsum((4, 3), "...d,dp->...p"), checks.rows),
+    "ConvTranspose": (nn.ConvTranspose(3, (3, 2), strides=(2, 1)), checks.images),
+    "ConvLocal": (nn.ConvLocal(3, (3, 2)), checks.images),
+    "InstanceNorm": (nn.InstanceNorm(), checks.images),
+    "PReLU": (nn.PReLU(), checks.rows),
+    "of one's own": (Scaled(), checks.images),
+    "a subclass of a known one": (Overridden(3), checks.images),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("layer", "inputs"), LAYERS.values(), ids=LAYERS)
+def test_layers_of_other_types(layer, inputs):
+    checks.check_terms(checks.single_layer(layer), inputs())
