@@ -25,7 +25,7 @@ def select_from_101_classes(task: Task) -> Work:
 def _selection(task: Task, num_classes: int) -> Work:
     strategy = dj.strategies.create(task.model)
     key, state = jax.random.key(0), strategy.init()
-    if task.model.startswith("dynamical"):  # Its scores are the matter of benchmarks.pool.
+    if task.model.startswith("dynamical"):  # benchmarks.pool times its scores.
         scores = jax.random.normal(key, (task.pool_size,))
         scored = dj.strategies.dynamical.Changes(scores, None, None, None)
         if task.model == "dynamical_sampled":

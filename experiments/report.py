@@ -108,7 +108,7 @@ def read(directories: list[str]) -> list[dj.records.Record]:
 
 
 def describe_difference(record: dj.records.Record, other: dj.records.Record) -> str:
-    """Returns the flags in which two records differ, if they cannot be reported together.
+    """Returns the flags that keep two records from being reported together; "" if none do.
 
     Options of strategies matter to those that have them: other strategies may be compared, whatever
     they were, or whether there was such a flag at all.

@@ -170,9 +170,9 @@ def check_supported(apply: ApplyFn, variables: Variables, x: Any) -> None:
         calls: list[Call] = []
         batch = jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        def logits(given: Any, batch: Any) -> Array:
-            with _tapped(variables, _no_tap, calls, given):
-                return contract.as_outputs(apply(given, batch), n).logits
+        def logits(model_variables: Any, batch: Any) -> Array:
+            with _tapped(variables, _no_tap, calls, model_variables):
+                return contract.as_outputs(apply(model_variables, batch), n).logits
 
         return jax.make_jaxpr(logits)(variables, batch).jaxpr, calls
 
@@ -344,7 +344,7 @@ def _share_tap(
     inputs: Any,
     outputs: Any,
 ) -> Any:
-    """Returns `outputs`; the cotangent of the probe is the layer's share."""
+    """Returns `outputs`; in the backward pass the cotangent of `probe` is the layer's share."""
     shares_function = shares.SHARES.get(type(layer), shares.formed_shares)
     share = functools.partial(shares_function, layer)
 

@@ -118,7 +118,7 @@ def of_convolution(layer: nn.Module, variables: Any, inputs: Array, cotangent: A
 def _of_kernel(layer: nn.Module, variables: Any, setting: shares.Setting) -> list[Form]:
     _, images, e, window, groups = setting
     dtype = shares.accumulation_dtype(variables)
-    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
+    if layer.dtype is not None:  # The layer multiplies its rounded input.
         images = images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     height, width, features = e.shape[1:]

@@ -89,7 +89,7 @@ def norms_and_products(
     block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
     try:
         if chunk_size is None:
-            # The program that is compiled to be asked is the one that `_score_block` runs then.
+            # The program that is compiled to find out is the one that `_score_block` then runs.
             program = lambda size: _score_block.lower(*arguments(block_at(0, size, len(x))[0]))
             block_size = fitting_block_size(program, block_size)
         map_blocks(score, len(x), block_size, on_progress)

@@ -187,10 +187,10 @@ def formed_shares(
 def _kernel_shares(
     layer: nn.Module, variables: Any, direction: Any, inputs: Array, setting: Setting
 ) -> Shares:
-    """The cheaper form."""
+    """Returns shares by the cheaper form."""
     kernel, images, e, window, groups = setting
     dtype = accumulation_dtype(variables)
-    if layer.dtype is not None:  # What the layer rounds its input to is what it multiplies.
+    if layer.dtype is not None:  # The layer multiplies its rounded input.
         inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
     images, e = images.astype(dtype), e.astype(dtype)
     if forms_gradient(images.shape, e.shape, window, groups):
@@ -233,7 +233,7 @@ def forms_gradient(
 
 
 def accumulation_dtype(variables: Any) -> Any:
-    """Returns the type in which shares are computed: that of the parameters, float32 at least."""
+    """Returns the type in which shares are computed: the parameters', at least float32."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
 
 

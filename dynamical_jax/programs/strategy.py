@@ -6,7 +6,7 @@ from dynamical_jax import strategies
 from dynamical_jax.programs import options
 
 GAMMA = flags.DEFINE_float(
-    "gamma", 2.0, "dynamical and its variants: weight of g_u·g_S; inf for it alone."
+    "gamma", 2.0, "dynamical, its variants: the weight γ of g_u·g_S in Δ; inf uses g_u·g_S alone."
 )
 BETA = flags.DEFINE_float(
     "beta", 2.0, "dynamical_sampled, power_margin: power of the score; inf for no draw."
