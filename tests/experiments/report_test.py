@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import toy
 
 import dynamical_jax as dj
 from experiments import paper, report
@@ -294,7 +295,8 @@ def test_options_matter_to_the_strategies_that_have_them(run, tmp_path):
     [
         ([], "name the directories to report on"),
         ([[]], "no round is recorded in"),
-        ([[{"a": 1}]], "holds a line that is not the record of a round"),
+        ([[toy.record("a", 0, 0, 0.5)]], "holds a line that is not the record of a round"),
+        ([[{"a": 1}]], "missing required field `strategy`"),
         ([[[1]]], "line 1 of"),
         ([records([0]), records([0])], "round 0 of dynamical, seed 0 is in"),
         (
