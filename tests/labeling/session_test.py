@@ -444,7 +444,8 @@ def test_a_killed_process_loses_nothing(settings, photos):
         told = labels
     with start(settings) as sitting:
         assert sitting.labels == told
-        assert {one.path for one in sitting.log.answers} >= set(list(told)[:-3])
+        # A label is in the table first: each of the three kills may have kept one from the log.
+        assert len(told.keys() - {one.path for one in sitting.log.answers}) <= 3
 
 
 def test_a_torn_line_of_the_log_is_dropped(settings):

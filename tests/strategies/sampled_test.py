@@ -41,7 +41,7 @@ def query_of_scores(scores, beta, batch_size, key=KEY):
 
 @functools.partial(jax.jit, static_argnames=("beta", "batch_size"))
 def draws(keys, scores, beta, batch_size):
-    one = lambda key: selection.top_b(selection.add_label_noise(key, scores, beta), batch_size)
+    one = lambda key: selection.top_b(selection.with_noise(key, scores, beta), batch_size)
     return jax.vmap(one)(keys)
 
 
