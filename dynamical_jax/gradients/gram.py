@@ -100,6 +100,12 @@ def _products(
     for x, labels in (left, right):
         if labels is not None:
             contract.check_labels(apply, variables, x, labels)
+        if len(x):
+            contract.check_rows(apply, variables, x)
+    if left.x.shape[1:] != right.x.shape[1:]:
+        raise UserError(
+            f"both sets need inputs of one shape, got {left.x.shape[1:]} and {right.x.shape[1:]}"
+        )
     dtype = jax.dtypes.result_type(np.float32, *jax.tree.leaves(variables["params"]))
     result = np.zeros((len(left.x), len(right.x)), dtype)
     if not result.size:

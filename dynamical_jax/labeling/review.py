@@ -6,6 +6,7 @@ class. That is a simpler form of C. G. Northcutt, L. Jiang and I. L. Chuang, Con
 estimating uncertainty in dataset labels, JAIR 2021, which takes the mean over a class's labels.
 """
 
+import warnings
 from collections import Counter
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ def suspects(
       config: of the models.
       on_progress: called with (done, total) folds.
     """
-    from sklearn.model_selection import KFold  # here, because it takes a while
+    from sklearn.model_selection import StratifiedKFold  # here, because it takes a while
 
     counts = Counter(folder.labels.values())
     judged = [path for path, label in folder.labels.items() if counts[label] > 1]
@@ -57,10 +58,14 @@ def suspects(
     row_of = dict(zip(folder.labels, folder.labeled, strict=True))
     rows = np.array([row_of[path] for path in judged])
     given = np.array([folder.labels[path] for path in judged])
-    count = min(FOLDS, len(rows))
-    folds = KFold(count, shuffle=True, random_state=config.seed)
+    # Stratified: of a class of two labels each is judged by a model that has seen the other.
+    count = min(FOLDS, max(counts.values()))
+    folds = StratifiedKFold(count, shuffle=True, random_state=config.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That a class has fewer labels than there are folds.
+        splits = list(folds.split(rows, given))
     predicted, confidence = np.empty(len(rows), object), np.zeros(len(rows))
-    for done, (seen, held_out) in enumerate(folds.split(rows)):
+    for done, (seen, held_out) in enumerate(splits):
         on_progress(done, count)
         part = folder._replace(
             labels={judged[i]: given[i] for i in seen}, labeled=rows[seen], conflicts=[]

@@ -474,12 +474,14 @@ class Session:
         """
         with self._lock:
             now = self._clock()
+            # Not what was drawn at random or asked for by name: it is answered without the guess.
+            choosable = set(self._choosable())
             free = [
                 image
                 for image in self._predictions.values()
-                if self._is_open(image.path)
+                if image.path in choosable
                 and not self._held_by_other(image.path, client, now)
-                and image.path in self._firsts()
+                and self._kind.get(image.path, answers.GRID) == answers.GRID
             ]
             sizes = Counter(image.predicted for image in free)
             if not sizes:
@@ -608,6 +610,16 @@ class Session:
             rows = np.unique(self._pictures.first[self._pictures.readable])
             self._originals = {self.paths[row] for row in rows}
         return self._originals
+
+    def _choosable(self) -> list[str]:
+        """Paths that may be asked for, without copies of others and of what is labeled."""
+        if self._pictures is None:
+            return [path for path in self._id_of if self._is_open(path)]
+        first = dict(zip(self.paths, self._pictures.first, strict=True))
+        learned = {first[path] for path in self._labels}
+        return [
+            path for path in self._firsts() if self._is_open(path) and first[path] not in learned
+        ]
 
     def _remaining(self) -> bool:
         """Whether there is any image left to be asked for."""
@@ -782,7 +794,7 @@ class Session:
             pictures = folders.read(settings.images, self.paths, **settings.decoding)
             with self._lock:
                 self._pictures = pictures
-                self._shuffle(self._firsts())
+                self._shuffle(self._choosable())
         with self._lock:
             self._read_again()
             return folders.with_labels(self._pictures, self._labels)
@@ -832,6 +844,8 @@ class Session:
             former = {path: image.predicted for path, image in self._predictions.items()}
             latter = {path: image.predicted for path, image in chosen.predictions.items()}
             kappa, size = standing.kappa(former, latter)
+            if self._log.batches and self._log.batches[-1].num_labeled == len(folder.labels):
+                kappa = None  # No new label: the model is the same, and agrees with itself.
             proposed = _mixed(chosen, settings.config.seed, self._round)
             proposed = [image for image in proposed if is_open(image.path)]
             paths = {image.path for image in proposed}
@@ -852,7 +866,7 @@ class Session:
             at_random = answers.AUDIT if chosen.predictions else answers.RANDOM
             self._kind |= dict.fromkeys(batch.query, answers.QUERY)
             self._kind |= dict.fromkeys(batch.audit, at_random)
-            self._shuffle(path for path in self._firsts() if self._is_open(path))
+            self._shuffle(self._choosable())
         self._on_round(folder, chosen, batch)
 
     def _review(self) -> None:

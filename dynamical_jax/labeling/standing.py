@@ -27,6 +27,10 @@ is unlabeled at both times, and says nothing if that is fewer than a hundred."""
 FEWEST_POINTS, FEWEST_ROUNDS, FEWEST_WRONG = 40, 3, 5
 """Random images, batches and mistakes below which no learning curve is drawn."""
 
+LEAST_SPREAD = 2
+"""Where the labels have grown by less since the first random image, the data hardly determine the
+slope of the curve: a prior would pin it near 0, with an interval far too narrow."""
+
 MORE = 100
 """Labels whose gain is estimated."""
 
@@ -124,6 +128,8 @@ def by_round(found: Sequence[Point]) -> list[dict[str, Any]]:
 def kappa(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float | None, int]:
     """Returns Cohen's κ of two models' predictions, and on how many images they both have some.
 
+    κ is None where both predict one and the same class everywhere: there it is 0/0.
+
     Args:
       before: path → class name, of one.
       after: likewise, of the other.
@@ -135,8 +141,9 @@ def kappa(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float | 
     agreement = np.mean(one == two)
     classes = sorted(set(one) | set(two))
     by_chance = sum(np.mean(one == name) * np.mean(two == name) for name in classes)
-    # Of a single class there is nothing to agree on by more than chance.
-    return (1.0 if by_chance == 1 else float((agreement - by_chance) / (1 - by_chance))), len(both)
+    if by_chance == 1:
+        return None, len(both)
+    return float((agreement - by_chance) / (1 - by_chance)), len(both)
 
 
 def may_stop(batches: Sequence[Batch]) -> tuple[bool, str]:
@@ -175,6 +182,15 @@ def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
     ):
         if have < need:
             return Gain(None, None, None, f"{have} of at least {need} {what}")
+    sizes = [point.num_labeled for point in random]
+    if max(sizes) < LEAST_SPREAD * min(sizes):
+        return Gain(
+            None,
+            None,
+            None,
+            f"random images at {min(sizes)} to {max(sizes)} labels; the slope of the curve can be "
+            f"told when the labels have grown {LEAST_SPREAD} times",
+        )
     x = np.log([point.num_labeled for point in random])
     y = np.array([point.right for point in random], float)
     now, then = np.log(num_labeled), np.log(num_labeled + MORE)

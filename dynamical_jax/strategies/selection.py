@@ -53,7 +53,9 @@ def with_noise(key: Array, scores: Float[AnyArray, "n"], beta: float) -> Float[A
     positive = scores > 0
     noisy = beta * jnp.log(jnp.where(positive, scores, 1)) + noise
     lowest = jnp.min(noisy, where=positive, initial=0)
-    return jnp.where(positive, noisy, lowest - 1 + scores)
+    # By rank: the scores themselves may differ by less than rounding leaves of them here.
+    rank = jnp.argsort(jnp.argsort(-scores)).astype(noisy.dtype)
+    return jnp.where(positive, noisy, lowest - 1 - rank)
 
 
 def greedy(

@@ -19,7 +19,8 @@ SIZE = 7
 
 
 def flat_gradients(apply, variables, x, y):
-    trees = gradients.per_example_gradients(apply, variables, x, y)
+    # As one program: operation by operation each one is compiled by itself.
+    trees = jax.jit(gradients.per_example_gradients, static_argnums=0)(apply, variables, x, y)
     leaves = [np.asarray(leaf).reshape(len(x), -1) for leaf in jax.tree.leaves(trees)]
     return np.concatenate(leaves, axis=1)
 
@@ -214,3 +215,14 @@ def test_bad_arguments():
     with pytest.raises(dj.UserError, match="labels must be integers"):
         gradients.gram(model.apply, variables, x, y + 5)
     assert gradients.gram(model.apply, variables, x[:0]).shape == (0, 0)
+
+
+@pytest.mark.parametrize("engine", ["factored", "vmap"])
+def test_sets_that_have_no_products_are_refused(engine):
+    model = toy.models()["cnn"]
+    variables, x = toy.variables(model), toy.images(4)
+    mixed = lambda variables, x: (logits := model.apply(variables, x).logits) - logits.mean(0)[None]
+    with pytest.raises(dj.UserError, match="depends on the others in its batch"):
+        gradients.gram(mixed, variables, x, engine=engine)
+    with pytest.raises(dj.UserError, match="both sets need inputs of one shape"):
+        gradients.cross_gram(model.apply, variables, (x, None), (x[:, :5], None), engine=engine)

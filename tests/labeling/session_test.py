@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,6 +422,53 @@ def test_a_second_look_finds_what_is_wrong(settings, tmp_path):
         )  # fmt: skip
         sitting.answer("me", [Given(suspect["id"], "label", "dark")])
         assert name(3) not in {one["path"] for one in sitting.progress()["suspects"]}
+
+
+def test_the_grid_shows_no_picture_that_the_statistics_need_unseen(settings):
+    with start(settings) as sitting:
+        label(sitting, "me", 6)
+        sitting.wait()
+        batch = sitting.log.batches[-1]
+        assert batch.audit
+        shown = [offer for kind in CLASSES for offer in sitting.grid("you", kind)]
+        assert {offer.kind for offer in shown} == {"grid"}
+        assert not {offer.path for offer in shown} & {*batch.audit, *batch.query}
+
+
+def test_copies_of_what_is_labeled_are_not_asked_for(settings, photos):
+    for position in range(9):  # Each of them is the first of two with the same pixels.
+        shutil.copy(photos / name(position), photos / f"z{name(position)}")
+    labeling.add_labels(settings.table, {f"z{name(i)}": truth(name(i)) for i in range(9)})
+    copies = {name(i) for i in range(9)} | {f"z{name(i)}" for i in range(9)}
+    of = lambda path: truth(path.removeprefix("z"))
+
+    def choose(folder, settings, is_open, report):
+        predicted = {path: tables.Proposed(path, of(path), 0.75) for path in folder.paths}
+        return session.Chosen([], [], predicted, {})
+
+    with start(settings, choose) as sitting:
+        sitting.wait()
+        asked = {offer.path for kind in CLASSES for offer in sitting.grid("me", kind)}
+        sitting.wait()
+        asked |= {offer.path for offer in label(sitting, "me", 21, of)}
+        assert asked == {name(i) for i in range(9, 30)}
+        assert not asked & copies
+
+
+def test_a_round_without_new_labels_is_no_agreement(settings):
+    with start(settings) as sitting:
+        label(sitting, "me", 12)
+        sitting.wait()
+        agreed = [batch.kappa for batch in sitting.log.batches]
+        for _ in range(6):
+            sitting.wait()
+            (offer,) = sitting.offers("me")
+            sitting.answer("me", [Given(offer.id, "skip")])
+        sitting.wait()
+        *before, last = sitting.log.batches
+        assert len(before) == len(agreed)
+        assert last.num_labeled == before[-1].num_labeled
+        assert last.kappa is None
 
 
 def test_a_killed_process_loses_nothing(settings, photos):

@@ -69,7 +69,7 @@ def test_kappa_is_cohens():
     kappa, size = standing.kappa(before, after)
     assert size == 200
     assert kappa == pytest.approx(cohen_kappa_score(one, two))
-    assert standing.kappa({"1": "a", "2": "a"}, {"1": "a", "2": "a"}) == (1.0, 2)
+    assert standing.kappa({"1": "a", "2": "a"}, {"1": "a", "2": "a"}) == (None, 2)
     assert standing.kappa({}, after) == (None, 0)
 
 
@@ -118,3 +118,11 @@ def test_what_cannot_be_told_is_not_told(sizes, of_each, right, reason):
     gain = standing.gain(found, 300)
     assert gain.expected is gain.low is gain.high is None
     assert reason in gain.reason
+
+
+def test_no_gain_is_told_where_the_labels_hardly_grew():
+    generator = np.random.default_rng(0)
+    found = curve(generator, 0.3, [2000, 2025, 2050], 30)
+    gain = standing.gain(found, 2100)
+    assert gain.expected is None
+    assert "random images at 2000 to 2050 labels" in gain.reason

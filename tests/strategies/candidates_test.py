@@ -28,7 +28,9 @@ def flat_gradients(view):
     labels = np.argmax(view.apply(view.variables, view.unlabeled).logits, axis=1)
 
     def flat(x, y):
-        trees = gradients.per_example_gradients(view.apply, view.variables, x, y)
+        # As one program: operation by operation each one is compiled by itself.
+        formed = jax.jit(gradients.per_example_gradients, static_argnums=0)
+        trees = formed(view.apply, view.variables, x, y)
         return np.concatenate([np.reshape(g, (len(y), -1)) for g in jax.tree.leaves(trees)], 1)
 
     return flat(view.unlabeled, labels), flat(*view.labeled).sum(axis=0), labels

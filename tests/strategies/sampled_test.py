@@ -125,3 +125,9 @@ def test_noise_follows_seed_and_round():
 def test_needs_are_those_of_the_strategy_that_scores():
     assert not strategies.power_margin().needs_embedding
     assert strategies.Sampled(strategies.Badge()).needs_embedding
+
+
+def test_scores_just_below_zero_keep_their_order():
+    scores = jnp.array([-1e-9, -3e-9, -2e-9, -1e-3, 2, 1e-20])
+    order = np.argsort(-np.asarray(selection.with_noise(jax.random.key(0), scores, 2.0)))
+    assert order[2:].tolist() == [0, 2, 1, 3]
