@@ -59,6 +59,8 @@ def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> N
         return
     num_classes = output_shapes(apply, variables, x).logits.shape[1]
     right = f"labels must be integers [n] from 0 to {num_classes - 1}, as the model has classes"
+    if len(labels) != len(x):
+        raise UserError(f"{len(x)} inputs have {len(labels)} labels; each needs one")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{right}, got {labels.dtype} of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -103,7 +103,10 @@ def test_script_says_what_it_can(installed, tmp_path):
     assert "--num_rounds" not in done.stdout
     done = installed.select(tmp_path, images="nowhere")
     assert done.returncode == 1
-    assert done.stderr == "error: --images must be a folder of images, got nowhere\n"
+    assert (
+        done.stderr
+        == "error: --images must be a folder of images, got nowhere; --help explains more\n"
+    )
 
 
 @pytest.mark.slow

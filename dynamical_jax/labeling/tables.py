@@ -156,8 +156,14 @@ def write_proposal(
 
 
 def is_replaceable(path: pathlib.Path) -> bool:
-    """Whether `write_proposal` made the table that stands there, or there is none."""
+    """Whether `write_proposal` made the table that stands there, or there is none.
+
+    Raises:
+      UserError: if it seems to have made it, but path or label has another name now.
+    """
     header = _header(path)
+    if set(PROPOSAL_COLUMNS[2:]) <= set(header) and not set(COLUMNS) <= set(header):
+        raise UserError(f"{path} has the columns {', '.join(header)}; it needs path and label")
     return not header or set(PROPOSAL_COLUMNS) <= set(header)
 
 

@@ -99,7 +99,7 @@ def checked(folders: list[str]) -> labeling.session.Settings:
         raise UserError(
             f"a folder of images must be given, as in dynamical-label photos; got {given}"
         )
-    output = person.check_tables({})
+    output = person.check_tables(folders[0], {})
     chosen, config = person.chosen()
     return labeling.session.Settings(
         folders[0],
@@ -146,7 +146,8 @@ def serve(settings: labeling.session.Settings) -> None:
                 file=sys.stderr,
             )
         address = f"http://{shown_host(HOST.value)}:{port}/{token}/"
-        print(f"{len(sitting.paths)} images, {len(sitting.labels)} labeled: {address}", flush=True)
+        print(f"{len(sitting.paths)} images, {len(sitting.labels)} labeled")
+        print(f"Open {address} in a browser; Ctrl-C here ends it", flush=True)
         if OPEN.value:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         uvicorn.Server(config).run(sockets=[listening])
@@ -198,5 +199,5 @@ def record(
     batch: labeling.answers.Batch,
 ) -> None:
     """Writes a round's line of the log that dynamical-select writes, too."""
-    line = person.record(sys.modules[__name__], folder, chosen.facts, batch.query)
+    line = person.record(sys.modules[__name__], settings.images, folder, chosen.facts, batch.query)
     files.append(settings.output.with_suffix(".jsonl"), {**line, "audit": batch.audit})

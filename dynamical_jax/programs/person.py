@@ -1,14 +1,16 @@
 """Flags that programs share in which a person labels, and what they name."""
 
+import os
 import pathlib
 import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from absl import flags
 
-from dynamical_jax import labeling, strategies
+from dynamical_jax import files, labeling, strategies
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import options, strategy
 from dynamical_jax.runs import records
@@ -23,15 +25,22 @@ OVERWRITE = flags.DEFINE_boolean(
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 
 
-def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:
+class Round(msgspec.Struct):
+    """Of a line of the log, what is read again: the folder of the images, if it says so."""
+
+    folder: str = ""
+
+
+def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
     """Returns the table of images to label next, once the tables are looked at.
 
     Args:
+      images: the folder of images.
       others: flag → table, besides --labels and --output; None where there is none.
 
     Raises:
       UserError: if two of them are the same file, or one is no .csv file, or one that would be
-        replaced was not written by this program.
+        replaced was not written by this program, or for another folder.
     """
     tables = [OUTPUT.value, LABELS.value, *others.values()]
     tables = [pathlib.Path(table) for table in tables if table]
@@ -46,7 +55,22 @@ def check_tables(others: Mapping[str, str | None]) -> pathlib.Path:
                 f"{name} is there, and was not written by this program: give another name, or "
                 "--overwrite to replace it"
             )
-    return pathlib.Path(OUTPUT.value)
+    output = pathlib.Path(OUTPUT.value)
+    former = _former_folder(output)
+    if former and not os.path.samefile(former, images):
+        raise UserError(
+            f"{output} asks for labels of the images in {former}: give another --output for those "
+            f"in {images}"
+        )
+    return output
+
+
+def _former_folder(output: pathlib.Path) -> str | None:
+    """The folder that a table asks for labels of; None if that is not known, or gone."""
+    log = output.with_suffix(".jsonl")
+    lines = files.read_lines(log, Round) if output.exists() and log.exists() else []
+    folder = lines[-1].folder if lines else ""
+    return folder if os.path.isdir(folder) else None
 
 
 def chosen() -> tuple[strategies.Strategy, labeling.Config]:
@@ -80,6 +104,7 @@ def decoding() -> dict[str, Any]:
 
 def record(
     program: types.ModuleType,
+    images: str,
     folder: labeling.Folder,
     facts: Mapping[str, Any],
     query: Sequence[str],
@@ -88,11 +113,13 @@ def record(
 
     Args:
       program: whose flags it holds.
+      images: the folder of images.
       folder: what was labeled.
       facts: of the training and so on.
       query: paths of what is asked for.
     """
     return {
+        "folder": os.path.abspath(images),
         "num_labeled": len(folder.labeled),
         "num_unlabeled": len(folder.unlabeled),
         "classes": dict(Counter(folder.labels.values())),

@@ -80,7 +80,7 @@ def run(argv: list[str]) -> list[str]:
             proposed = choose(chosen, folder, learner)
             sheet = labeling.proposal.write(proposed, IMAGES.value, output, table)
             query = [image.path for image in proposed]
-            line = person.record(sys.modules[__name__], folder, facts, query)
+            line = person.record(sys.modules[__name__], IMAGES.value, folder, facts, query)
             files.append(output.with_suffix(".jsonl"), line)
             print(f"{output}: {len(proposed)} images to label next\n{sheet}")
             if PREDICTIONS.value and learner is None:
@@ -99,8 +99,10 @@ def run(argv: list[str]) -> list[str]:
 def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
     """Checks the flags; returns the strategy, the learner's configuration and the output."""
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
-        raise UserError(f"--images must be a folder of images, got {IMAGES.value}")
-    output = person.check_tables({"predictions": PREDICTIONS.value})
+        raise UserError(
+            f"--images must be a folder of images, got {IMAGES.value}; --help explains more"
+        )
+    output = person.check_tables(IMAGES.value, {"predictions": PREDICTIONS.value})
     return *person.chosen(), output
 
 
@@ -183,7 +185,7 @@ def write_predictions(folder: labeling.Folder, learner: labeling.Learner) -> Non
     labeling.write_proposal(
         pathlib.Path(PREDICTIONS.value), rest, pathlib.Path(person.LABELS.value)
     )
-    print(f"{PREDICTIONS.value}: what the model takes all others for")
+    print(f"{PREDICTIONS.value}: the model's predictions for {len(rest)} images without a label")
 
 
 @contextlib.contextmanager

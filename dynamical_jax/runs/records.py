@@ -172,13 +172,19 @@ def table(records: Iterable[Record], value: str = "test_accuracy") -> str:
     """Returns a table for the terminal: labels in rows, strategies in columns, percent."""
     columns = curves(records, value)
     labels = sorted({int(count) for curve in columns.values() for count in curve.num_labeled})
-    lines = ["labels" + "".join(f"{name:>16}" for name in columns)]
+    widths = [max(16, len(name) + 2) for name in columns]
+
+    def line(first: str, cells: Iterable[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return first.rjust(6) + "".join(padded)
+
+    lines = [line("labels", columns)]
     for count in labels:
         cells = []
         for curve in columns.values():
             at = np.flatnonzero(curve.num_labeled == count)
             cells.append(format_percent(curve.mean[at[0]], curve.std[at[0]]) if len(at) else "")
-        lines.append(f"{count:6d}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(line(str(count), cells))
     return "\n".join(lines)
 
 

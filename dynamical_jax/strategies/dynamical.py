@@ -79,7 +79,7 @@ class Dynamical(Strategy):
         if share > 0.5 and 0 < self.gamma < math.inf:
             warnings.warn(
                 f"the labeled set is not fitted: the inner product with its gradient makes up "
-                f"{share:.0%} of the chosen Δ; train longer (a lower target loss, more epochs)",
+                f"{share:.0%} of the chosen Δ; train longer (a lower target_total_loss)",
                 stacklevel=3,
             )
         change = dynamics.change_of_training_dynamics(squared_norm, inner_product)

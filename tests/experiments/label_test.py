@@ -134,9 +134,10 @@ def test_ctrl_c_is_one_line_and_a_second_one_is_refused(photos, tmp_path, cache_
         command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
+        assert process.stdout.readline() == "24 images, 0 labeled\n"
         line = process.stdout.readline()
         address = re.fullmatch(
-            r"24 images, 0 labeled: (http://127\.0\.0\.1:\d+/[\w-]{32}/)\n", line
+            r"Open (http://127\.0\.0\.1:\d+/[\w-]{32}/) in a browser; Ctrl-C here ends it\n", line
         )[1]
         with urllib.request.urlopen(address) as page:
             assert b"page.js" in page.read()

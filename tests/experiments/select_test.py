@@ -1,6 +1,7 @@
 """The binary, run as a user runs it who labels images between one run and the next."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -277,3 +278,28 @@ def test_a_table_of_others_is_not_replaced(run, tmp_path, flag):
     assert "error: theirs.csv is there, and was not written by this program" in errors
     assert theirs.read_text() == "path,label,price\n0/0.png,,3\n"
     assert run(**{flag: "theirs.csv"}, overwrite=True)[0] is None
+
+
+def test_a_table_for_another_folder_is_not_taken_over(run, pictures, tmp_path):
+    run()
+    fill_in(tmp_path / "to_label.csv", pictures[1].get)
+    other = tmp_path / "other"
+    shutil.copytree(pictures[0], other)
+    status, output, errors = run(images=str(other), labels="other.csv")
+    assert (status, output) == (1, "")
+    assert f"to_label.csv asks for labels of the images in {pictures[0]}" in errors
+    assert not (tmp_path / "other.csv").exists()
+    other.rename(tmp_path / "moved")  # A folder that is gone was moved: there is nothing to mix up.
+    assert run(output="second.csv", images=str(tmp_path / "moved"))[0] is None
+    (tmp_path / "moved").rename(other)
+    assert run(output="second.csv", images=str(other))[0] is None
+
+
+def test_a_proposal_with_a_column_that_is_mistyped_is_kept(run, pictures, tmp_path):
+    run()
+    proposal = tmp_path / "to_label.csv"
+    proposal.write_text(proposal.read_text().replace("label", "lable", 1))
+    status, _, errors = run()
+    assert status == 1
+    assert "to_label.csv has the columns path, lable, predicted" in errors
+    assert "lable" in proposal.read_text()

@@ -60,7 +60,8 @@ def program(folder, *arguments):
         stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
-            yield process.stdout.readline().split()[-1], process
+            process.stdout.readline()
+            yield process.stdout.readline().split()[1], process
         finally:
             process.kill()
 
