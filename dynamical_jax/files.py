@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,23 @@ def read_lines(path: pathlib.Path, form: Any) -> list[Any]:
     return [
         parse(line, form, f"line {number} of {path}") for number, line in enumerate(lines, start=1)
     ]
+
+
+def set_aside(path: pathlib.Path, why: Any) -> None:
+    """Renames a file of a cache that cannot be used, which is then made again, and warns.
+
+    Raises:
+      UserError: if it cannot be renamed.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        raise UserError(f"cannot rename {path}: {error.strerror}") from error
+    warnings.warn(
+        f"cache file {path} is damaged ({why}): set aside as {aside.name}, and made again",
+        stacklevel=3,
+    )
 
 
 def _read(path: pathlib.Path) -> bytes:

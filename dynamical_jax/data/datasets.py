@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from dynamical_jax import files
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
@@ -144,7 +145,7 @@ def load(
 
     Raises:
       UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared or
-        not as described here, an argument has no effect, or a cache file is corrupt.
+        not as described here, an argument has no effect, or a cache file cannot be written.
     """
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     if name not in DATASETS:
@@ -355,10 +356,10 @@ def cached_arrays(
     """Returns the arrays stored at `path`, or makes and stores them.
 
     A file is written whole or not at all, carries a description of its source, and its checksums
-    (those of the zip format) are checked on reading.
+    (those of the zip format) are checked on reading. One that is damaged is set aside.
 
     Raises:
-      UserError: if the file is corrupt or was made from another source, or cannot be written.
+      UserError: if the file was made from another source, or cannot be written.
     """
     if path.exists():
         try:
@@ -366,13 +367,14 @@ def cached_arrays(
                 arrays = dict(members.items())
             stored_source = str(arrays.pop("source"))
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-            raise UserError(f"cache file {path} is corrupt ({error}): delete it") from error
-        if stored_source != source:
-            raise UserError(
-                f"cache file {path} was made from other data ({stored_source}): delete it or "
-                "give another --cache_dir"
-            )
-        return arrays
+            files.set_aside(path, error)
+        else:
+            if stored_source != source:
+                raise UserError(
+                    f"cache file {path} was made from other data ({stored_source}): delete it or "
+                    "give another --cache_dir"
+                )
+            return arrays
     arrays = make()
     with images.replacing_cache_file(path) as partial, partial.open("wb") as file:
         np.savez(file, source=np.array(source), **arrays)

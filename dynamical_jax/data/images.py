@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import tqdm
 from PIL import ExifTags, Image, ImageOps
@@ -209,27 +210,46 @@ def decode(
 
     Raises:
       UserError: if no file can be read, or one cannot and `unreadable` is "refuse"; if an argument
-        is out of range; if the cache is corrupt or cannot be written.
+        is out of range; if the cache cannot be written. One that is damaged is set aside.
     """
     check_options(size, channels, unreadable)
     description = f"{size} {channels} {FORMAT} {_listing(paths)}"
     key = f"images-{zlib.crc32(description.encode()):08x}"
     array = pathlib.Path(cache_dir) / f"{key}.npy"
     report = array.with_suffix(".json")
-    if not (array.exists() and report.exists()):
+    cached = None
+    if array.exists() and report.exists():
+        try:
+            cached = _read_cache(array, report, len(paths))
+        except (OSError, ValueError) as error:
+            files.set_aside(array, error)
+    if cached is None:
         # The report is renamed first: if there is an array, there is its report.
         with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
-            found = _decode_into(partial, paths, infer_shape(paths, size, channels))
-            partial_report.write_text(json.dumps(found), encoding="utf-8")
-    try:
-        x, found = OnDisk(array), json.loads(report.read_text(encoding="utf-8"))
-        broken = {int(position): why for position, why in found["unreadable"].items()}
-        if x.ndim != 4 or len(x) != len(paths):
-            raise ValueError(f"it is of shape {x.shape}")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cache file {array} is corrupt ({error}): delete it") from error
-    _report({paths[position]: why for position, why in broken.items()}, len(paths), unreadable)
-    return Decoded(x, ~np.isin(np.arange(len(x)), list(broken)), found["checksum"])
+            made = _decode_into(partial, paths, infer_shape(paths, size, channels))
+            partial_report.write_bytes(msgspec.json.encode(made))
+        cached = _read_cache(array, report, len(paths))
+    x, found = cached
+    broken = {paths[position]: why for position, why in found.unreadable.items()}
+    _report(broken, len(paths), unreadable)
+    return Decoded(x, ~np.isin(np.arange(len(x)), list(found.unreadable)), found.checksum)
+
+
+class _Found(msgspec.Struct):
+    """The report beside a decoded array: its checksum, and position → why it cannot be read."""
+
+    checksum: files.Count
+    unreadable: dict[files.Count, str]
+
+
+def _read_cache(array: pathlib.Path, report: pathlib.Path, count: int) -> tuple[OnDisk, _Found]:
+    """Returns what `decode` stored; raises `ValueError` or `OSError` if it is not that."""
+    x, found = OnDisk(array), files.read_json(report, _Found)
+    if x.ndim != 4 or len(x) != count:
+        raise ValueError(f"it is of shape {x.shape}")
+    if max(found.unreadable, default=0) >= count:
+        raise ValueError(f"{report} counts more than {count} images")
+    return x, found
 
 
 def check_options(size: int | None, channels: int | None, unreadable: str = "skip") -> None:
@@ -301,7 +321,7 @@ def _listing(paths: Sequence[str]) -> str:
     )
 
 
-def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> dict[str, Any]:
+def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> _Found:
     """Writes the array; returns its checksum, and the reasons why files cannot be read."""
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset = array.offset
@@ -327,7 +347,7 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape)
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
     # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
-    return {"checksum": zlib.crc32(json.dumps([shape, pixels]).encode()), "unreadable": broken}
+    return _Found(zlib.crc32(json.dumps([shape, pixels]).encode()), broken)
 
 
 def _progress(work: Iterable, total: int, what: str) -> Iterable:

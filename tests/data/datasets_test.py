@@ -100,7 +100,7 @@ class TestCache:
         np.testing.assert_array_equal(again["x"], np.arange(100))
         assert [file.name for file in path.parent.iterdir()] == ["cache.npz"]
 
-    def test_corrupt_file(self, tmp_path):
+    def test_a_damaged_file_is_set_aside_and_made_again(self, tmp_path):
         path = tmp_path / "cache.npz"
         self.load(path)
         whole = path.read_bytes()
@@ -108,8 +108,11 @@ class TestCache:
         flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
         for content in (flipped, whole[:200], b"", b"not a cache"):
             path.write_bytes(content)
-            with pytest.raises(dj.UserError, match=r"cache file .* is corrupt .* delete it"):
-                self.load(path)
+            with pytest.warns(UserWarning, match=r"cache file .* is damaged .* cache.npz.damaged"):
+                again = self.load(path)
+            np.testing.assert_array_equal(again["x"], np.arange(100))
+            assert path.with_name("cache.npz.damaged").read_bytes() == content
+            assert path.read_bytes() == whole
 
     def test_other_source(self, tmp_path):
         path = tmp_path / "cache.npz"

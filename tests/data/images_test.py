@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import warnings
 
@@ -210,17 +211,21 @@ class TestDecode:
         with pytest.warns(UserWarning, match=r"5 of 10 .*0\.jpg .*2\.jpg \(.*\), and 2 more; they"):
             images.decode(paths + broken, tmp_path / "cache")
 
-    def test_corrupt_cache(self, paths, tmp_path):
-        path = images.decode(paths, tmp_path / "cache").x.path
-        for file in (path, path.with_suffix(".json")):
+    def test_a_damaged_cache_is_set_aside_and_made_again(self, paths, tmp_path):
+        first = images.decode(paths, tmp_path / "cache")
+        report = first.x.path.with_suffix(".json")
+        far = json.dumps({**json.loads(report.read_text()), "unreadable": {"5": "?"}}).encode()
+        for file in (first.x.path, report):
             whole = file.read_bytes()
-            for content in (whole[: len(whole) // 2], b""):
+            for content in (whole[: len(whole) // 2], b"", b'{"checksum": -1}', far):
                 file.write_bytes(content)
-                with pytest.raises(dj.UserError, match=r"cache file .* is corrupt .*: delete it"):
-                    images.decode(paths, tmp_path / "cache")
-            file.write_bytes(whole)
-        path.unlink()  # As the message says.
-        assert len(images.decode(paths, tmp_path / "cache").x) == 5
+                with pytest.warns(
+                    UserWarning, match=r"cache file .* is damaged .*, and made again"
+                ):
+                    again = images.decode(paths, tmp_path / "cache")
+                assert again.checksum == first.checksum
+                np.testing.assert_array_equal(again.x[:], first.x[:])
+            assert json.loads(report.read_bytes())["checksum"] == first.checksum
 
     def test_interrupted_leaves_nothing(self, paths, tmp_path, monkeypatch):
         def interrupted(work, total, what):
