@@ -1,8 +1,8 @@
-"""All that people have answered, line after line, beside the table of labels.
+"""The log of all answers, a JSON file beside the table of labels.
 
-The table holds what counts now. The log holds how it came about: who gave which answer to which
-image and when, also what was taken back or answered otherwise later, what the model had taken the
-image for before it learned the answer, and why the image was asked for.
+The table holds the present labels. The log holds their history: who gave which answer to which
+image and when, including answers that were taken back or changed later, what the model had
+predicted before it learned the answer, and why the image was asked for.
 """
 
 import json
@@ -21,10 +21,10 @@ QUERY, AUDIT, RANDOM = "query", "audit", "random"
 mixed in; it was drawn at random because there was no batch to take one from."""
 
 GRID, AGAIN = "grid", "again"
-"""It stood among others that the model takes for the same; it was labeled before."""
+"""It was shown in a grid of images with the same prediction; it had a label before."""
 
 AT_RANDOM = (AUDIT, RANDOM)
-"""Drawn at random from what had no label: these tell how good the model is on the rest."""
+"""Images drawn at random from the unlabeled ones: they measure the accuracy on the rest."""
 
 
 class Answer(NamedTuple):
@@ -36,9 +36,9 @@ class Answer(NamedTuple):
       label: the class; of `UNDO` the one that counts again, "" for none.
       kind: why the image was asked for.
       round: how many batches had been chosen.
-      predicted: what the model took the image for; "" where there was no model, or it had learned
-        from the image.
-      confidence: its probability of that.
+      predicted: the class that the model predicted; "" where there was no model, or it was trained
+        on the image.
+      confidence: the probability of that class.
       who: a person's name, or the number of a browser's tab.
       client: the number of the tab.
       time: in seconds since 1970.
@@ -81,11 +81,11 @@ class Batch(NamedTuple):
 
 
 class Log:
-    """The answers and batches so far, on disk and here.
+    """The answers and batches so far, on disk and in memory.
 
     Args:
-      path: of the file, JSON lines; it is made with the first. What a killed process has left of
-        its last line is removed.
+      path: of the file of JSON lines; the first entry creates it. An incomplete last line, left by
+        a killed process, is removed.
 
     Attributes:
       answers: in their order.
@@ -132,15 +132,14 @@ class Log:
 
 
 def beside(table: pathlib.Path) -> pathlib.Path:
-    """Returns where the log of a table of labels is."""
+    """Returns the path of the log of a table of labels."""
     return table.with_suffix(".answers.jsonl")
 
 
 def broken(answers: Iterable[Answer]) -> set[str]:
     """Returns the paths of images that are broken or of no class, as the last answers say.
 
-    One that has a label all the same, from another program or an editor, is not to be looked up
-    here: the table counts.
+    Where an image has a label in the table, from another program or an editor, the table counts.
     """
     last = {answer.path: answer.what for answer in answers if answer.what != SKIP}
     return {path for path, what in last.items() if what == BROKEN}

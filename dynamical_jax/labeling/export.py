@@ -1,4 +1,4 @@
-"""Labels, and what the model takes the rest for, in forms that other programs read."""
+"""Exports labels and predictions in the formats of other programs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from dynamical_jax.errors import UserError
 from dynamical_jax.labeling.tables import Proposed
 
 MARK = ".sorted-by-dynamical-label"
-"""A file in a folder that `sort` made, without which it replaces none."""
+"""Name of a file that `sort` puts into its folder; it replaces no folder without that file."""
 
 
 def label_studio(labels: Mapping[str, str], predictions: Iterable[Proposed]) -> str:

@@ -17,14 +17,14 @@ from dynamical_jax.types import Rows
 
 
 class Folder(NamedTuple):
-    """The images.
+    """The images of a folder, with their labels.
 
     Attributes:
       paths: of each, relative to the folder.
       x: `[n, h, w, c]`.
       labels: path → class name, in the order in which labels came, of images that can be read.
       labeled: rows of `x` that have a label, in this order.
-      unlabeled: rows to choose from: of copies only the first, and none of what is labeled.
+      unlabeled: rows to choose from, without copies of each other or of labeled images.
       readable: rows that are images.
       num_copies: rows with the pixels of another.
       broken: labeled paths that cannot be read, whose labels are left out.
@@ -43,7 +43,7 @@ class Folder(NamedTuple):
 
     @property
     def class_names(self) -> list[str]:
-        """The classes that there are labels of, sorted."""
+        """The classes that have labels, sorted."""
         return sorted(set(self.labels.values()))
 
     @property
@@ -53,7 +53,7 @@ class Folder(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The images of a folder, whatever is labeled.
+    """The images of a folder, without labels.
 
     Attributes:
       paths: of each, relative to the folder.
@@ -69,13 +69,13 @@ class Pictures(NamedTuple):
 
 
 class Update(NamedTuple):
-    """All labels, after those of a proposal that a person has filled in are added.
+    """All labels, including those that a person has filled in in a proposal.
 
     Attributes:
       labels: path → class name, all in the order in which they came.
       num_new: how many were added to the table.
-      num_right: labels of the proposal that the model had predicted.
-      num_predicted: labels of the proposal that it had predicted something for.
+      num_right: labels of the proposal that the model predicted correctly.
+      num_predicted: labels of the proposal for which there was a prediction.
     """
 
     labels: dict[str, str]
@@ -89,7 +89,7 @@ def find(folder: str, leave_out: pathlib.Path) -> list[str]:
 
     Args:
       folder: is searched with all folders in it.
-      leave_out: a picture that is none of them, if it lies there.
+      leave_out: a picture that does not count as one of them, such as the contact sheet.
 
     Raises:
       UserError: if there are none.
@@ -104,11 +104,11 @@ def find(folder: str, leave_out: pathlib.Path) -> list[str]:
 def take_over(
     table: pathlib.Path, proposal: pathlib.Path, folder: str, paths: Sequence[str]
 ) -> Update:
-    """Adds the labels that were filled in of a proposal to a table; returns all.
+    """Adds to a table the labels that were filled in in a proposal; returns all labels.
 
     Args:
-      table: of the labels so far; need not be there.
-      proposal: a table that `write_proposal` wrote; need not be there.
+      table: of the labels so far; need not exist.
+      proposal: a table that `write_proposal` wrote; need not exist.
       folder: of the images.
       paths: those that `find` found.
 
@@ -131,7 +131,7 @@ def take_over(
 
 
 def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **options: Any) -> Folder:
-    """Returns the images, and which are labeled, with what there is to choose from.
+    """Reads the images of a folder; returns them with their labels.
 
     Args:
       folder: of the images.
@@ -143,7 +143,7 @@ def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **optio
 
 
 def read(folder: str, paths: Sequence[str], **options: Any) -> Pictures:
-    """Returns the images alone.
+    """Reads the images of a folder.
 
     Args:
       folder: of the images.
@@ -158,9 +158,9 @@ def read(folder: str, paths: Sequence[str], **options: Any) -> Pictures:
 
 
 def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
-    """Returns images and which are labeled, with what there is to choose from.
+    """Returns images with their labels, and the rows to choose from.
 
-    What cannot be read, is labeled, or is there twice, is not to be chosen.
+    Images that cannot be read, are labeled, or are copies are not among the latter.
 
     Args:
       pictures: what `read` returned.
@@ -192,6 +192,6 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
 
 
 def without(folder: Folder, paths: Collection[str]) -> Folder:
-    """Returns a folder in which some images are not to be chosen: those that are of no class."""
+    """Returns the folder without some paths among the rows to choose from."""
     rows = [row for row in folder.unlabeled if folder.paths[row] not in paths]
     return folder._replace(unlabeled=np.array(rows, int))

@@ -1,4 +1,4 @@
-"""Pictures as a browser shows them, made in the background and kept while there is room."""
+"""Makes pictures for the browser in the background, and keeps them while there is room."""
 
 import pathlib
 import threading
@@ -12,7 +12,7 @@ SIDES = {"thumb": 240, "large": 1600, "full": 6000}
 """size → the longest side in pixels. Images are made smaller, never larger."""
 
 KEPT_BYTES = 2**27
-"""Of pictures in memory."""
+"""Largest size in bytes of the pictures in memory."""
 
 
 class Previews:
@@ -39,8 +39,8 @@ class Previews:
         """
         return self._future(path, size).result()
 
-    def ahead(self, paths: Iterable[pathlib.Path], size: str) -> None:
-        """Has pictures made that will be asked for."""
+    def prepare(self, paths: Iterable[pathlib.Path], size: str) -> None:
+        """Starts to make pictures that will be asked for soon."""
         for path in paths:
             self._future(path, size)
 

@@ -1,4 +1,4 @@
-"""Labels that deserve a second look: the model, trained on the others, is sure that they are wrong.
+"""Finds labels that may be wrong: a model trained on the other labels predicts another class.
 
 Each label is judged by a model that has not seen it, one of as many as there are folds. It is
 suspect if the model predicts another class, as surely as it is on average where it predicts that
@@ -21,13 +21,13 @@ FOLDS = 5
 
 
 class Suspect(NamedTuple):
-    """A label that the model does not believe.
+    """A label that may be wrong.
 
     Attributes:
       path: of the image.
-      label: the one it has.
-      predicted: the one the model gives it.
-      confidence: the model's probability of that.
+      label: its label.
+      predicted: the class that the model predicts.
+      confidence: the probability of that class.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Suspect(NamedTuple):
 def suspects(
     folder: Folder, config: Config, on_progress: OnProgress = ignore_progress
 ) -> list[Suspect]:
-    """Returns the labels that may be wrong, the surest first.
+    """Returns the labels that may be wrong, the most suspect first.
 
     Trains `FOLDS` models from the start. Classes of a single label cannot be judged.
 
@@ -51,24 +51,24 @@ def suspects(
     from sklearn.model_selection import StratifiedKFold  # here, because it takes a while
 
     counts = Counter(folder.labels.values())
-    judged = [path for path, label in folder.labels.items() if counts[label] > 1]
-    names = sorted({folder.labels[path] for path in judged})
+    paths = [path for path, label in folder.labels.items() if counts[label] > 1]
+    names = sorted({folder.labels[path] for path in paths})
     if len(names) < 2:
         return []
     row_of = dict(zip(folder.labels, folder.labeled, strict=True))
-    rows = np.array([row_of[path] for path in judged])
-    given = np.array([folder.labels[path] for path in judged])
+    rows = np.array([row_of[path] for path in paths])
+    labels = np.array([folder.labels[path] for path in paths])
     # Stratified: of a class of two labels each is judged by a model that has seen the other.
     count = min(FOLDS, max(counts.values()))
     folds = StratifiedKFold(count, shuffle=True, random_state=config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That a class has fewer labels than there are folds.
-        splits = list(folds.split(rows, given))
+        splits = list(folds.split(rows, labels))
     predicted, confidence = np.empty(len(rows), object), np.zeros(len(rows))
     for done, (seen, held_out) in enumerate(splits):
         on_progress(done, count)
         part = folder._replace(
-            labels={judged[i]: given[i] for i in seen}, labeled=rows[seen], conflicts=[]
+            labels={paths[i]: labels[i] for i in seen}, labeled=rows[seen], conflicts=[]
         )
         model, _ = learner.fit_labels(learner.fresh(part, config, names), part, config)
         for i, image in zip(held_out, proposal.predict(part, model, rows[held_out]), strict=True):
@@ -78,8 +78,8 @@ def suspects(
         for name in names
     }
     found = [
-        Suspect(judged[i], str(given[i]), str(predicted[i]), float(confidence[i]))
+        Suspect(paths[i], str(labels[i]), str(predicted[i]), float(confidence[i]))
         for i in range(len(rows))
-        if predicted[i] != given[i] and confidence[i] >= threshold[predicted[i]]
+        if predicted[i] != labels[i] and confidence[i] >= threshold[predicted[i]]
     ]
     return sorted(found, key=lambda suspect: -suspect.confidence)

@@ -1,7 +1,7 @@
-"""The page on which people label, over a session: Starlette, and three files of `page/`.
+"""Serves the page on which people label: a Starlette application over a session.
 
-Who may use it: whoever knows the token in the address, from a page of this program alone. `Guard`
-turns away other hosts' names (so that no name of another site can be made to point here), requests
+Only a browser that knows the token in the address may use it, from a page of this program. `Guard`
+refuses other hosts' names (so that no name of another site can be made to point here), requests
 from other pages, and addresses without the token. Images are known by identifiers, never by a name
 that a request gives; what requests say is limited in size and looked at before it is used.
 """
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling import export, previews, tables
-from dynamical_jax.labeling.session import Given, Offer, Session
+from dynamical_jax.labeling.session import NewAnswer, Offer, Session
 
 PAGE = pathlib.Path(__file__).parent / "page"
 STATIC = {
@@ -36,7 +36,7 @@ STATIC = {
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
 LARGEST_BODY = 2**16
-"""Bytes of a request: a grid of answers has some thousand."""
+"""Largest size of a request in bytes; a grid of answers has some thousand."""
 
 MOST_OFFERS, LARGEST_GRID = 12, 100
 
@@ -49,7 +49,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-"""Of each answer: nothing is loaded from elsewhere, and no other page frames this one."""
+"""Headers of each response: nothing is loaded from other hosts, no other page frames this one."""
 
 
 def create(
@@ -76,7 +76,7 @@ def create(
         Route("/label-studio.json", page.label_studio),
     ]
     routes += [
-        Route(f"/{name}", _posted(handle), methods=["POST"])
+        Route(f"/{name}", _json_endpoint(handle), methods=["POST"])
         for name, handle in (
             ("next", page.next),
             ("answer", page.answer),
@@ -92,7 +92,7 @@ def create(
 
 
 class Guard:
-    """Lets through what comes from a page of this program; what that is, the module says.
+    """Passes on requests from a page of this program, as the module's docstring defines them.
 
     Args:
       app: what is guarded; it sees paths without the token.
@@ -163,7 +163,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _names(host: str) -> set[str]:
-    """How those who may use the server call it, through a tunnel too."""
+    """Returns the host names by which the server may be called, also through a tunnel."""
     names = {*LOOPBACK, host}
     if not is_loopback(host):
         # A site that wants to reach it by a name of its own has no address for a name.
@@ -180,7 +180,7 @@ def _is_address(name: str) -> bool:
 
 
 class _Json(JSONResponse):
-    """In ASCII, since names of files may have bytes that are no text."""
+    """A response in ASCII, since file names may hold bytes that are not text."""
 
     def render(self, content: Any) -> bytes:
         """Returns JSON."""
@@ -188,7 +188,7 @@ class _Json(JSONResponse):
 
 
 class _Page:
-    """What the page asks for."""
+    """The handlers of the page's requests."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Page:
         self._images, self._table = images, table
 
     def static(self, name: str) -> Callable[[Request], Response]:
-        """Returns what answers with a file of the page."""
+        """Returns a handler that sends a file of the page."""
         file, kind = STATIC[name]
         content = (PAGE / file).read_bytes()
         return lambda request: Response(content, media_type=kind)
@@ -253,14 +253,14 @@ class _Page:
             raise UserError("there is no answer")
         conflicts = self._session.answer(
             _client(body),
-            [Given(_text(one, "id"), _text(one, "what"), _text(one, "label")) for one in given],
+            [NewAnswer(_text(one, "id"), _text(one, "what"), _text(one, "label")) for one in given],
             _text(body, "who"),
         )
         return self._offers(body) | {"conflicts": [conflict._asdict() for conflict in conflicts]}
 
     def undo(self, body: dict[str, Any]) -> dict[str, Any]:
         undone = self._session.undo(_client(body), _text(body, "who"))
-        return self._offers(body) | {"undone": list(map(_shown, undone))}
+        return self._offers(body) | {"undone": list(map(_offer_fields, undone))}
 
     def add_class(self, body: dict[str, Any]) -> dict[str, Any]:
         name = body.get("name")
@@ -270,8 +270,8 @@ class _Page:
 
     def grid(self, body: dict[str, Any]) -> dict[str, Any]:
         offers = self._session.grid(_client(body), _text(body, "name"))
-        self._pictures.ahead((self._session.path(offer.id) for offer in offers), "thumb")
-        return {"grid": list(map(_shown, offers)), "status": self._status()}
+        self._pictures.prepare((self._session.path(offer.id) for offer in offers), "thumb")
+        return {"grid": list(map(_offer_fields, offers)), "status": self._status()}
 
     def review(self, body: dict[str, Any]) -> dict[str, Any]:
         self._session.review()
@@ -289,16 +289,16 @@ class _Page:
             raise UserError(f"there are 1 to {MOST_OFFERS} pictures at a time")
         offers = self._session.offers(_client(body), count)
         paths = [self._session.path(offer.id) for offer in offers]
-        self._pictures.ahead(paths[:3], "large")
-        self._pictures.ahead(paths, "thumb")
-        return {"offers": list(map(_shown, offers)), "status": self._status()}
+        self._pictures.prepare(paths[:3], "large")
+        self._pictures.prepare(paths, "thumb")
+        return {"offers": list(map(_offer_fields, offers)), "status": self._status()}
 
     def _status(self) -> dict[str, Any]:
         return self._session.status() | {"folder": self._images.resolve().name}
 
 
-def _shown(offer: Offer) -> dict[str, Any]:
-    """What a page is told of a picture: not why it is asked for, which would be a hint."""
+def _offer_fields(offer: Offer) -> dict[str, Any]:
+    """Returns the fields of a picture for the page, without the reason for asking, a hint."""
     return {
         "id": offer.id,
         "name": offer.path,
@@ -308,8 +308,8 @@ def _shown(offer: Offer) -> dict[str, Any]:
     }
 
 
-def _posted(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
-    """What answers a request of JSON with JSON, in a thread."""
+def _json_endpoint(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
+    """Returns an endpoint that calls `handle` with the JSON of a request, in a thread."""
 
     async def endpoint(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":

@@ -1,4 +1,4 @@
-"""One sitting after the other of people who label a folder of images, without a server.
+"""Lets people label a folder of images, one session after the other, without a server.
 
 A session hands out pictures, takes answers, and chooses the next batch in a thread of its own when
 one is done; images drawn at random are handed out meanwhile. What it keeps is what
@@ -41,11 +41,11 @@ LONGEST_NAME = 100
 """Characters of a class name."""
 
 Report = Callable[[str, float | None], None]
-"""Called with what is being done, and which share of it is, where that is known."""
+"""Called with the name of the current task, and the share of it that is done, if known."""
 
 
 class Settings(NamedTuple):
-    """What a session is about.
+    """The configuration of a session.
 
     Attributes:
       images: the folder.
@@ -76,12 +76,12 @@ class Settings(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What is to be labeled next.
+    """The images to label next.
 
     Attributes:
-      query: what the strategy wants, the most wanted first.
-      audit: drawn at random.
-      predictions: path → what the model takes it for, of all that has no label.
+      query: images that the strategy chose, its first choice first.
+      audit: images drawn at random.
+      predictions: path → prediction, for all images without a label.
       facts: of the training, for the records; empty where there is no model.
     """
 
@@ -95,12 +95,12 @@ class Offer(NamedTuple):
     """A picture to be labeled.
 
     Attributes:
-      id: stands for the image wherever a browser is involved.
+      id: identifies the image in the browser, in place of its path.
       path: relative to the folder.
-      kind: why it is asked for: `answers.QUERY` and so on.
-      predicted: what the model takes it for, or "".
+      kind: the reason why it is asked for, such as `answers.QUERY`.
+      predicted: the class that the model predicts, or "".
       confidence: the model's probability of that.
-      label: the one it has already, or "".
+      label: its present label, or "".
     """
 
     id: str
@@ -111,8 +111,8 @@ class Offer(NamedTuple):
     label: str
 
 
-class Given(NamedTuple):
-    """What a person says of an image.
+class NewAnswer(NamedTuple):
+    """A person's answer to one image, as the page sends it.
 
     Attributes:
       id: of the image.
@@ -135,22 +135,22 @@ class Conflict(NamedTuple):
 
 
 class _StoppedError(Exception):
-    """Unwinds what the thread is doing when the session is closed."""
+    """Ends the task of the thread when the session is closed."""
 
 
 def choose(
     folder: Folder, settings: Settings, is_open: Callable[[str], bool], report: Report
 ) -> Chosen:
-    """Returns what is to be labeled next: trains, predicts, and asks the strategy.
+    """Trains, predicts, and asks the strategy; returns the images to label next.
 
-    What is drawn at random is drawn first, from all that has no label: were it drawn from what the
-    strategy leaves over, the model would look better than it is.
+    Random images are drawn first, from all images without a label: if they were drawn from those
+    that the strategy leaves over, the model would look better than it is.
 
     Args:
       folder: the images, and what is labeled.
       settings: of the session.
       is_open: whether a path may be asked for; called when the model is trained.
-      report: called with what is being done.
+      report: called with the name of the current task.
     """
     config, size = settings.config, settings.batch_size
 
@@ -160,9 +160,9 @@ def choose(
 
     if len(folder.class_names) < 2:
         return Chosen([], proposal.draw(restricted(), size, config.seed), {}, {})
-    model, facts = trained(folder, settings, report)
+    model, facts = train(folder, settings, report)
     scoring = lambda done, total: report("looking at all images", done / total)
-    predictions = predicted(folder, model, scoring)
+    predictions = predict(folder, model, scoring)
     left = restricted()
     num_audit = min(len(left.unlabeled), int(settings.audit_fraction * size + 0.5))
     generator = streams.generator(config.seed, "draws", len(folder.labels))
@@ -177,15 +177,15 @@ def choose(
     return Chosen(query, audit, predictions, facts)
 
 
-def trained(
+def train(
     folder: Folder, settings: Settings, report: Report
 ) -> tuple[learner.Learner, dict[str, Any]]:
-    """Returns the model, trained on all labels and kept, and how that went.
+    """Trains the model on all labels and saves it; returns it, and facts about the training.
 
     Args:
       folder: has labels of at least two classes.
       settings: of the session.
-      report: called with what is being done.
+      report: called with the name of the current task.
     """
     config, store = settings.config, settings.store
     report("training", None)
@@ -206,10 +206,10 @@ def trained(
     return learner.train(start, folder, config, store, on_epoch)
 
 
-def predicted(
+def predict(
     folder: Folder, model: learner.Learner, on_progress: Callable[[int, int], None]
 ) -> dict[str, Proposed]:
-    """Returns path → what a model takes it for, of all images without a label, copies too."""
+    """Returns path → prediction of all images without a label, copies included."""
     rows = np.setdiff1d(folder.readable, folder.labeled)
     if not len(rows):
         return {}
@@ -218,13 +218,13 @@ def predicted(
 
 
 class Session:
-    """People who label a folder of images, one or several at a time.
+    """Hands out the images of a folder to one or several people, and takes their labels.
 
     All methods may be called from any thread.
 
     Args:
-      settings: what it is about.
-      choose_next: takes the place of `choose`.
+      settings: the configuration.
+      choose_next: called instead of `choose`.
       on_round: called in the session's thread when a batch is chosen, with the folder, what was
         chosen, and the batch.
       clock: seconds since 1970.
@@ -271,9 +271,9 @@ class Session:
         self._predictions: dict[str, Proposed] = {}
         self._shuffle(self.paths)  # Nobody waits until they are read.
         self._suspects: list[review.Suspect] | None = None
-        self._queue = self._unfinished()
+        self._queue = self._last_batch()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._wanted: set[str] = set()
+        self._pending_jobs: set[str] = set()
         self._doing, self._share, self._error = "", None, ""
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="labeling", daemon=True)
@@ -287,17 +287,17 @@ class Session:
         self._thread.start()
         with self._lock:
             if any(map(self._is_open, self._queue)):
-                self._want("the model", self._load)
+                self._add_job("the model", self._load)
             else:
-                self._want("the next batch", self._next_batch)
+                self._add_job("the next batch", self._next_batch)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Stops what is being done; returns whether it has stopped.
+        """Stops the current task; returns whether it has stopped.
 
-        Nothing is lost: a batch that was not chosen yet is chosen the next time.
+        No label is lost. A batch that was not chosen yet is chosen by the next session.
 
         Args:
           timeout: seconds to wait; by default as long as it takes.
@@ -310,19 +310,19 @@ class Session:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Path → class name, as they count now."""
+        """The present labels, path → class name."""
         with self._lock:
             return dict(self._labels)
 
     @property
     def class_names(self) -> list[str]:
-        """In the order in which they came; names are only ever added."""
+        """The classes, in the order in which they were added; none is ever removed."""
         with self._lock:
             return list(self._classes)
 
     @property
     def log(self) -> answers.Log:
-        """All answers; not to be added to."""
+        """The log of all answers; callers only read it."""
         return self._log
 
     def path(self, identifier: str) -> pathlib.Path:
@@ -331,17 +331,17 @@ class Session:
         Raises:
           UserError: if there is none.
         """
-        return pathlib.Path(self._settings.images) / self._known(identifier)
+        return pathlib.Path(self._settings.images) / self._path_of_identifier(identifier)
 
     def offers(self, client: str, count: int = 1) -> list[Offer]:
-        """Returns pictures to label: the first is to be shown now, the others are the next.
+        """Returns pictures to label: the first to show now, the others to show next.
 
-        They stay with this client for `HOLD` seconds, and come first when it asks again. First
-        comes the batch; while there is none, images drawn at random.
+        They are reserved for this client for `HOLD` seconds, and come first when it asks again.
+        Pictures come from the batch; while there is none, they are drawn at random.
 
         Args:
-          client: who asks.
-          count: how many at most.
+          client: the browser tab that asks.
+          count: the largest number of pictures.
         """
         with self._lock:
             now = self._clock()
@@ -371,21 +371,23 @@ class Session:
             self._held[client] = held
             return [self._offer(path) for path in held[:count]]
 
-    def answer(self, client: str, given: Sequence[Given], who: str = "") -> list[Conflict]:
-        """Takes answers, which are on disk when this returns; returns labels that others differ in.
+    def answer(
+        self, client: str, new_answers: Sequence[NewAnswer], who: str = ""
+    ) -> list[Conflict]:
+        """Writes answers to disk; returns those that differ from the labels of other people.
 
         Args:
-          client: who answers.
-          given: the answers, one or those of a grid.
-          who: a name for the log.
+          client: the browser tab that answers.
+          new_answers: one answer, or those of a grid.
+          who: the person's name, for the log.
 
         Raises:
           UserError: if there is no such image or class, or the table cannot be written. Then
             nothing was taken.
         """
         with self._lock:
-            paths = [self._known(one.id) for one in given]
-            for one in given:
+            paths = [self._path_of_identifier(one.id) for one in new_answers]
+            for one in new_answers:
                 if one.what not in (answers.LABEL, answers.SKIP, answers.BROKEN):
                     raise UserError(f"unknown answer {one.what!r}")
                 if one.what == answers.LABEL and one.label not in self._classes:
@@ -393,19 +395,20 @@ class Session:
             self._group += 1
             before = [self._state(path) for path in paths]
             entries = [
-                self._entry(path, one, client, who) for path, one in zip(paths, given, strict=True)
+                self._entry(path, one, client, who)
+                for path, one in zip(paths, new_answers, strict=True)
             ]
             conflicts = list(self._conflicts(entries))
             self._save(
                 {
                     path: one.label if one.what == answers.LABEL else None
-                    for path, one in zip(paths, given, strict=True)
+                    for path, one in zip(paths, new_answers, strict=True)
                     if one.what == answers.LABEL
                     or (one.what == answers.BROKEN and path in self._labels)
                 }
             )
             self._log.add(entries)
-            for path, one in zip(paths, given, strict=True):
+            for path, one in zip(paths, new_answers, strict=True):
                 self._broken.discard(path)
                 self._skipped.discard(path)
                 if one.what == answers.BROKEN:
@@ -418,13 +421,13 @@ class Session:
             return conflicts
 
     def undo(self, client: str, who: str = "") -> list[Offer]:
-        """Takes back what a client answered last, which is then handed out to it again.
+        """Takes back a client's last answers, and hands out their pictures to it again.
 
-        What another has labeled differently since stays as it is.
+        Labels that another client has changed since stay as they are.
 
         Args:
-          client: who takes back.
-          who: a name for the log.
+          client: the browser tab.
+          who: the person's name, for the log.
 
         Returns:
           The pictures; none if there is nothing to take back.
@@ -447,7 +450,7 @@ class Session:
             self._group += 1
             self._log.add(
                 [
-                    self._entry(path, Given("", answers.UNDO, label), client, who)
+                    self._entry(path, NewAnswer("", answers.UNDO, label), client, who)
                     for path, label in labels.items()
                 ]
             )
@@ -465,12 +468,12 @@ class Session:
             return [self._offer(path) for path, _ in steps]
 
     def grid(self, client: str, name: str = "", count: int = 25) -> list[Offer]:
-        """Returns pictures that the model takes for the same class, the surest first.
+        """Returns pictures for which the model predicts one class, the most confident first.
 
         Args:
-          client: who asks; they stay with it as others do.
-          name: the class; by default the one that the most images are taken for.
-          count: how many at most.
+          client: the browser tab that asks; the pictures are reserved for it.
+          name: the class; by default the one predicted for the most images.
+          count: the largest number of pictures.
         """
         with self._lock:
             now = self._clock()
@@ -495,10 +498,10 @@ class Session:
             return [self._offer(image.path) for image in alike]
 
     def add_class(self, name: str) -> str:
-        """Adds a class, if it is not there, and returns its name.
+        """Adds a class unless it exists; returns its name.
 
         Raises:
-          UserError: if that is no name.
+          UserError: if the name is not allowed.
         """
         name = class_name(name)
         with self._lock:
@@ -506,12 +509,12 @@ class Session:
         return name
 
     def review(self) -> None:
-        """Begins to look for labels that may be wrong, in the session's thread."""
+        """Starts the search for labels that may be wrong, in the session's thread."""
         with self._lock:
-            self._want("labels that may be wrong", self._review)
+            self._add_job("labels that may be wrong", self._review)
 
     def status(self) -> dict[str, Any]:
-        """Returns what the page shows beside the picture, as JSON values."""
+        """Returns the numbers that the page shows beside the picture, as JSON values."""
         with self._lock:
             counts = Counter(self._labels.values())
             left = sum(map(self._is_open, self._queue))
@@ -529,7 +532,7 @@ class Session:
             }
 
     def progress(self) -> dict[str, Any]:
-        """Returns how far this is, as JSON values; see `standing` for what the numbers are."""
+        """Returns the progress of the session, as JSON values; `standing` explains the numbers."""
         with self._lock:
             log = (list(self._log.answers), list(self._log.batches))
             labels, suspects = dict(self._labels), self._suspects
@@ -565,30 +568,30 @@ class Session:
         }
 
     def predictions(self) -> list[Proposed]:
-        """Returns what the model takes all others for; none without a model."""
+        """Returns the predictions for all images without a label; none without a model."""
         with self._lock:
             aside = self._labels.keys() | self._broken
             return [image for path, image in self._predictions.items() if path not in aside]
 
     def wait(self, timeout: float = 60.0) -> None:
-        """Waits until nothing is being done in the background.
+        """Waits until the thread has no task.
 
         Raises:
           TimeoutError: if that takes longer than `timeout` seconds.
         """
         end = time.monotonic() + timeout
-        while self._wanted:
+        while self._pending_jobs:
             if time.monotonic() > end:
                 raise TimeoutError(f"still {self._doing} after {timeout} s")
             time.sleep(0.01)
 
-    # What follows is called with the lock held, except for the work of the thread.
+    # The methods below are called with the lock held, except for the tasks of the thread.
 
     @property
     def _round(self) -> int:
         return len(self._log.batches)
 
-    def _known(self, identifier: str) -> str:
+    def _path_of_identifier(self, identifier: str) -> str:
         path = self._path_of.get(identifier)
         if path is None:
             raise UserError("there is no such image")
@@ -602,8 +605,8 @@ class Session:
         holder, since = self._lease.get(path, (client, now))
         return holder != client and now - since < HOLD
 
-    def _firsts(self) -> set[str] | dict[str, str]:
-        """Paths without copies of others, where that is known yet."""
+    def _unique_paths(self) -> set[str] | dict[str, str]:
+        """Returns the paths without copies of others, or all paths before the images are read."""
         if self._pictures is None:
             return self._id_of
         if not self._originals:
@@ -612,13 +615,15 @@ class Session:
         return self._originals
 
     def _choosable(self) -> list[str]:
-        """Paths that may be asked for, without copies of others and of what is labeled."""
+        """Returns the paths to choose from, without copies of others or of labeled images."""
         if self._pictures is None:
             return [path for path in self._id_of if self._is_open(path)]
         first = dict(zip(self.paths, self._pictures.first, strict=True))
         learned = {first[path] for path in self._labels}
         return [
-            path for path in self._firsts() if self._is_open(path) and first[path] not in learned
+            path
+            for path in self._unique_paths()
+            if self._is_open(path) and first[path] not in learned
         ]
 
     def _remaining(self) -> bool:
@@ -626,7 +631,7 @@ class Session:
         return any(map(self._is_open, self._drawn)) or self._pictures is None
 
     def _draw(self, is_free: Callable[[str], bool]) -> str | None:
-        """An image drawn at random that nobody has been shown, or None."""
+        """Returns a random image that nobody has been shown, or None."""
         queued = set(self._queue)
         while self._drawn and not self._is_open(self._drawn[-1]):
             self._drawn.pop()
@@ -637,7 +642,7 @@ class Session:
         return None
 
     def _shuffle(self, paths: Iterable[str]) -> None:
-        """Lays out the order in which images are drawn at random."""
+        """Sets the order in which random images are handed out."""
         order = sorted(paths)
         generator = streams.generator(self._settings.config.seed, "draws", self._round, 1)
         generator.shuffle(order)
@@ -650,19 +655,19 @@ class Session:
         return Offer(self._id_of[path], path, kind, guess.predicted, guess.confidence, label)
 
     def _guess(self, path: str) -> Proposed:
-        """What the newest model that has not learned from an image takes it for."""
+        """Returns the prediction of the newest model that was not trained on the image."""
         return self._predictions.get(path) or self._queue.get(path) or Proposed(path)
 
     def _state(self, path: str) -> "_State":
         return _State(self._labels.get(path, ""), path in self._broken)
 
-    def _entry(self, path: str, given: Given, client: str, who: str) -> Answer:
+    def _entry(self, path: str, new_answer: NewAnswer, client: str, who: str) -> Answer:
         guess = self._guess(path)
         kind = answers.AGAIN if path in self._labels else self._kind.get(path, answers.AGAIN)
         return Answer(
             path,
-            given.what,
-            given.label,
+            new_answer.what,
+            new_answer.label,
             kind,
             self._round,
             guess.predicted,
@@ -674,7 +679,7 @@ class Session:
         )
 
     def _last_client(self, path: str) -> str:
-        """Who gave the answer to an image that counts."""
+        """Returns the client that gave the last answer to an image."""
         of_path = (one.client for one in reversed(self._log.answers) if one.path == path)
         return next(of_path, "")
 
@@ -720,13 +725,13 @@ class Session:
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def _take_classes(self, names: Iterable[str]) -> None:
-        """Adds what is new; in the log, so that a class keeps its place, and its key."""
+        """Adds new classes, also to the log, so that a class keeps its position, and its key."""
         if new := [name for name in dict.fromkeys(names) if name not in self._classes]:
             self._log.add(new)
             self._classes += new
 
-    def _unfinished(self) -> dict[str, Proposed]:
-        """The batch that the last sitting, or `dynamical-select`, left."""
+    def _last_batch(self) -> dict[str, Proposed]:
+        """Returns the rest of the batch of the last session, or of `dynamical-select`."""
         output, images = self._settings.output, self._settings.images
         proposed = tables.read_proposal(output, images)
         if tables.read_labels(output, images).by_path:
@@ -742,14 +747,14 @@ class Session:
 
     def _after_answers(self) -> None:
         if not any(map(self._is_open, self._queue)):
-            self._want("the next batch", self._next_batch)
+            self._add_job("the next batch", self._next_batch)
 
-    def _want(self, name: str, job: Callable[[], None]) -> None:
-        """Has the thread do a job, once."""
-        if name not in self._wanted:
-            self._wanted.add(name)
+    def _add_job(self, name: str, job: Callable[[], None]) -> None:
+        """Queues a job for the thread, unless it is queued already."""
+        if name not in self._pending_jobs:
+            self._pending_jobs.add(name)
             self._doing = self._doing or "starting"
-            self._jobs.put(lambda: self._do(name, job))
+            self._jobs.put(lambda: self._run_job(name, job))
 
     # The thread.
 
@@ -757,8 +762,8 @@ class Session:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _do(self, name: str, job: Callable[[], None]) -> None:
-        """Does a job; what goes wrong is shown, and pictures go on, drawn at random."""
+    def _run_job(self, name: str, job: Callable[[], None]) -> None:
+        """Runs a job; its error is shown, and random pictures are handed out from then on."""
         error = ""
         try:
             job()
@@ -771,12 +776,12 @@ class Session:
         with self._lock:
             if error and name == "the next batch":
                 self._fall_back()
-            self._wanted.discard(name)
+            self._pending_jobs.discard(name)
             self._error = error
-            self._doing, self._share = ("starting" if self._wanted else ""), None
+            self._doing, self._share = ("starting" if self._pending_jobs else ""), None
 
     def _fall_back(self) -> None:
-        """Makes a batch of images drawn at random, where none could be chosen."""
+        """Makes a batch of random images after the choice of a batch failed."""
         paths = [path for path in reversed(self._drawn) if self._is_open(path)]
         self._queue = {path: self._guess(path) for path in paths[: self._settings.batch_size]}
         self._kind |= dict.fromkeys(self._queue, answers.RANDOM)
@@ -787,7 +792,7 @@ class Session:
         self._doing, self._share = text, share
 
     def _folder(self) -> Folder:
-        """The images, and the labels as the table has them now: others may write to it, too."""
+        """Returns the images and the labels of the table, which other programs may have changed."""
         settings = self._settings
         if self._pictures is None:
             self._report("reading the images", None)
@@ -796,10 +801,10 @@ class Session:
                 self._pictures = pictures
                 self._shuffle(self._choosable())
         with self._lock:
-            self._read_again()
+            self._reread_table()
             return folders.with_labels(self._pictures, self._labels)
 
-    def _read_again(self) -> None:
+    def _reread_table(self) -> None:
         stamp = self._table_stamp()
         if stamp == self._stamp:
             return
@@ -811,14 +816,14 @@ class Session:
         self._take_classes(self._labels.values())
 
     def _load(self) -> None:
-        """Reads the images, and what the model that was kept takes them for."""
+        """Reads the images, and predicts their classes with the saved model."""
         folder, settings = self._folder(), self._settings
         if len(folder.class_names) < 2:
             return
         start = learner.warm_start(folder, settings.config, settings.store)
         if start.round_index == 0 or start.former_description is not None or start.new_classes:
             return  # There is none that knows these classes.
-        predictions = predicted(
+        predictions = predict(
             folder,
             start.learner,
             lambda done, total: self._report("looking at all images", done / total),
@@ -841,12 +846,16 @@ class Session:
             return
         chosen = self._choose(folder, settings, is_open, self._report)
         with self._lock:
-            former = {path: image.predicted for path, image in self._predictions.items()}
-            latter = {path: image.predicted for path, image in chosen.predictions.items()}
-            kappa, size = standing.kappa(former, latter)
+            former_predictions = {
+                path: image.predicted for path, image in self._predictions.items()
+            }
+            current_predictions = {
+                path: image.predicted for path, image in chosen.predictions.items()
+            }
+            kappa, size = standing.kappa(former_predictions, current_predictions)
             if self._log.batches and self._log.batches[-1].num_labeled == len(folder.labels):
                 kappa = None  # No new label: the model is the same, and agrees with itself.
-            proposed = _mixed(chosen, settings.config.seed, self._round)
+            proposed = _mix(chosen, settings.config.seed, self._round)
             proposed = [image for image in proposed if is_open(image.path)]
             paths = {image.path for image in proposed}
             batch = Batch(
@@ -882,14 +891,14 @@ class Session:
 
 
 class _State(NamedTuple):
-    """Of an image before an answer, for undo."""
+    """The state of an image before an answer, for undo."""
 
     label: str
     broken: bool
 
 
 def class_name(name: str) -> str:
-    """Returns a class name as tables keep it, without space around it.
+    """Returns a class name as it is written to tables, without surrounding spaces.
 
     Raises:
       UserError: if it is empty, too long, or not of one line of printable characters.
@@ -905,12 +914,12 @@ def class_name(name: str) -> str:
 
 
 def _identifier(path: str) -> str:
-    """The same in each sitting: pages that were open stay right."""
+    """Returns an identifier that every session gives this path, so that open pages stay valid."""
     return hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
-def _mixed(chosen: Chosen, seed: int, number: int) -> list[Proposed]:
-    """The query in its order, with what was drawn at random at places drawn at random."""
+def _mix(chosen: Chosen, seed: int, number: int) -> list[Proposed]:
+    """Returns the query in its order, with the random images at random positions."""
     total = len(chosen.query) + len(chosen.audit)
     generator = streams.generator(seed, "draws", number, 2)
     places = set(generator.permutation(total)[: len(chosen.audit)].tolist())
@@ -918,12 +927,12 @@ def _mixed(chosen: Chosen, seed: int, number: int) -> list[Proposed]:
     return [next(audit if place in places else query) for place in range(total)]
 
 
-def _histories(given: Iterable[Answer]) -> dict[str, list[list[tuple[str, _State]]]]:
-    """What each client may take back, from the log of former sittings."""
+def _histories(log: Iterable[Answer]) -> dict[str, list[list[tuple[str, _State]]]]:
+    """Returns the answers that each client may take back, from the log of earlier sessions."""
     state: dict[str, _State] = {}
     histories: dict[str, list[list[tuple[str, _State]]]] = {}
     groups: dict[str, int] = {}
-    for answer in given:
+    for answer in log:
         history = histories.setdefault(answer.client, [])
         before = state.get(answer.path, _State("", False))
         if answer.what == answers.UNDO:

@@ -1,7 +1,8 @@
-"""How far is a person who labels? What the log of answers tells, and what it cannot.
+"""Estimates, from the log of answers, how good the model is and whether labeling may stop.
 
-How good a model is shows on images drawn at random; those that a strategy asks for are the hard
-ones, and say how hard. Both are counted before the model learned from the answer.
+The accuracy of a model is measured on images drawn at random. Images that a strategy chooses are
+harder, and the accuracy on them says how hard. Both use predictions made before the model was
+trained on the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dynamical_jax.labeling.answers import AT_RANDOM, LABEL, Answer, Batch
 CONFIDENCE_LEVEL = 0.95
 
 RECENT = 50
-"""The last so many random images tell of the model as it is now."""
+"""Number of the last random images by which the present model is judged."""
 
 AGREEMENT, ROUNDS, SMALLEST_STOP_SET = 0.99, 3, 100
 """When to stop: Cohen's κ of each model's predictions with those of the one before, on images that
@@ -32,11 +33,11 @@ LEAST_SPREAD = 2
 slope of the curve: a prior would pin it near 0, with an interval far too narrow."""
 
 MORE = 100
-"""Labels whose gain is estimated."""
+"""Number of further labels whose gain is estimated."""
 
 
 class Point(NamedTuple):
-    """Whether the model had an image right before it learned from it."""
+    """Whether the model predicted an image correctly before it was trained on it."""
 
     kind: str
     round: int
@@ -45,7 +46,7 @@ class Point(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How many of how many were right, with Wilson's interval of 95 %."""
+    """The number of correct predictions of a total, with Wilson's 95 % interval."""
 
     right: int
     total: int
@@ -54,13 +55,13 @@ class Share(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What `MORE` labels would add to the accuracy; None where that cannot be told.
+    """The change of accuracy by `MORE` further labels; None where it cannot be estimated.
 
     Attributes:
       expected: change of accuracy.
       low: with `high` the interval of 95 %.
       high: see `low`.
-      reason: why it cannot be told.
+      reason: why it cannot be estimated.
     """
 
     expected: float | None
@@ -95,7 +96,7 @@ def points(
 
 
 def share(found: Sequence[Point]) -> Share | None:
-    """Returns how many are right, and the interval of the probability; None of none."""
+    """Returns the share of correct predictions with its interval; None if there are no points."""
     if not found:
         return None
     right, total = sum(point.right for point in found), len(found)
@@ -104,14 +105,14 @@ def share(found: Sequence[Point]) -> Share | None:
 
 
 def recent(found: Sequence[Point]) -> list[Point]:
-    """Returns the last random points, which tell of the model as it is, or was not long ago."""
+    """Returns the last random points, which measure the present model or one shortly before."""
     return [point for point in found if point.kind in AT_RANDOM][-RECENT:]
 
 
 def by_round(found: Sequence[Point]) -> list[dict[str, Any]]:
-    """Returns for each batch the accuracies of its model: "random", and of the "query".
+    """Returns for each batch the accuracy of its model on random images and on the query.
 
-    Points of the grid, where people see the model's guess, are in neither.
+    Points of the grid, where people see the prediction, are in neither.
     """
     rounds = sorted({(point.round, point.num_labeled) for point in found})
     return [
@@ -140,16 +141,16 @@ def kappa(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[float | 
     one, two = (np.array([names[path] for path in both]) for names in (before, after))
     agreement = np.mean(one == two)
     classes = sorted(set(one) | set(two))
-    by_chance = sum(np.mean(one == name) * np.mean(two == name) for name in classes)
-    if by_chance == 1:
+    chance_agreement = sum(np.mean(one == name) * np.mean(two == name) for name in classes)
+    if chance_agreement == 1:
         return None, len(both)
-    return float((agreement - by_chance) / (1 - by_chance)), len(both)
+    return float((agreement - chance_agreement) / (1 - chance_agreement)), len(both)
 
 
 def may_stop(batches: Sequence[Batch]) -> tuple[bool, str]:
-    """Returns whether to stop by the rule of `AGREEMENT`, and what that rests on."""
-    known = [batch for batch in batches if batch.kappa is not None]
-    last = known[-ROUNDS:]
+    """Returns whether to stop by the rule of `AGREEMENT`, and the reason."""
+    with_kappa = [batch for batch in batches if batch.kappa is not None]
+    last = with_kappa[-ROUNDS:]
     rule = f"mean κ of the last {ROUNDS} rounds, to stop at {AGREEMENT}"
     if len(last) < ROUNDS:
         return False, f"{len(last)} of {ROUNDS} rounds with two models to compare"
@@ -160,7 +161,7 @@ def may_stop(batches: Sequence[Batch]) -> tuple[bool, str]:
 
 
 def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
-    """Estimates what `MORE` labels would bring, from the random points.
+    """Estimates the gain of `MORE` further labels from the random points.
 
     The learning curve is a logistic regression of "right" on the logarithm of the number of labels;
     its uncertainty comes from 300 resamples of the points. A weak prior on the slope (standard
@@ -169,19 +170,19 @@ def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
 
     Args:
       found: all points.
-      num_labeled: from where on.
+      num_labeled: present number of labels.
       seed: of the resamples.
     """
     random = [point for point in found if point.kind in AT_RANDOM and point.num_labeled > 0]
     rounds = len({point.round for point in random})
     wrong = sum(not point.right for point in random)
-    for have, need, what in (
+    for count, minimum, counted in (
         (len(random), FEWEST_POINTS, "random images"),
         (rounds, FEWEST_ROUNDS, "batches with random images"),
         (min(wrong, len(random) - wrong), FEWEST_WRONG, "random images both right and wrong"),
     ):
-        if have < need:
-            return Gain(None, None, None, f"{have} of at least {need} {what}")
+        if count < minimum:
+            return Gain(None, None, None, f"{count} of at least {minimum} {counted}")
     sizes = [point.num_labeled for point in random]
     if max(sizes) < LEAST_SPREAD * min(sizes):
         return Gain(
@@ -193,13 +194,13 @@ def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
         )
     x = np.log([point.num_labeled for point in random])
     y = np.array([point.right for point in random], float)
-    now, then = np.log(num_labeled), np.log(num_labeled + MORE)
+    now, later = np.log(num_labeled), np.log(num_labeled + MORE)
     generator = np.random.default_rng(seed)
     gains = []
     for _ in range(300):
         rows = generator.integers(0, len(x), len(x))
         intercept, slope = _logistic(x[rows] - now, y[rows])
-        after, before = (1 / (1 + np.exp(-(intercept + slope * at))) for at in (then - now, 0.0))
+        after, before = (1 / (1 + np.exp(-(intercept + slope * at))) for at in (later - now, 0.0))
         gains.append(after - before)
     low, expected, high = np.quantile(gains, [0.025, 0.5, 0.975])
     return Gain(float(expected), float(low), float(high), "")

@@ -18,7 +18,7 @@ from PIL import Image
 
 import dynamical_jax as dj
 from dynamical_jax import labeling
-from dynamical_jax.labeling.session import Given
+from dynamical_jax.labeling.session import NewAnswer
 from dynamical_jax.programs import label as program
 from experiments import label, select
 
@@ -62,12 +62,12 @@ def test_taking_turns_with_select(run_binary, photos, tmp_path, cache_dir):
         for path in drawn:
             (offer,) = page.offers("me")
             assert offer.path == path
-            page.answer("me", [Given(offer.id, "label", truth(path))])
+            page.answer("me", [NewAnswer(offer.id, "label", truth(path))])
         page.wait()
         batch = [offer.path for offer in page.offers("me", 9)]
         (first, second, *_) = page.offers("me", 2)
-        page.answer("me", [Given(first.id, "label", truth(first.path))])
-        page.answer("me", [Given(second.id, "broken")])
+        page.answer("me", [NewAnswer(first.id, "label", truth(first.path))])
+        page.answer("me", [NewAnswer(second.id, "broken")])
     assert asked(tmp_path / "to_label.csv") == batch
     output, wanted = run_select()
     assert "6 labeled" in output

@@ -17,7 +17,7 @@ from PIL import Image
 import dynamical_jax as dj
 from dynamical_jax import labeling
 from dynamical_jax.labeling import answers, session, standing, tables
-from dynamical_jax.labeling.session import Given
+from dynamical_jax.labeling.session import NewAnswer
 
 CLASSES = ("dark", "bright", "grey")
 
@@ -94,7 +94,7 @@ def label(sitting, client, count=1, of=truth):
     for _ in range(count):
         sitting.wait()
         (offer,) = sitting.offers(client)
-        sitting.answer(client, [Given(offer.id, "label", of(offer.path))])
+        sitting.answer(client, [NewAnswer(offer.id, "label", of(offer.path))])
         given.append(offer)
     return given
 
@@ -142,7 +142,7 @@ def test_random_images_while_the_next_batch_is_chosen_and_no_query_is_withdrawn(
     with start(settings, slow) as sitting:
         label(sitting, "me", 5)
         (last,) = sitting.offers("me")
-        sitting.answer("me", [Given(last.id, "label", truth(last.path))])
+        sitting.answer("me", [NewAnswer(last.id, "label", truth(last.path))])
         assert begin.wait(10)
         shown = sitting.offers("me", 9)
         assert [offer.kind for offer in shown] == ["random"] * 3
@@ -180,7 +180,7 @@ def test_undo_goes_back_step_by_step_and_across_sittings(settings):
         assert [offer.path for offer in sitting.undo("me")] == [three.path]
         assert three.path not in on_disk(settings)
         assert sitting.offers("me")[0].path == three.path
-        sitting.answer("me", [Given(one.id, "label", "grey")])
+        sitting.answer("me", [NewAnswer(one.id, "label", "grey")])
         assert on_disk(settings)[one.path] == "grey"
         assert sitting.undo("other") == []
     with start(settings) as sitting:
@@ -203,7 +203,7 @@ def test_a_grid_is_taken_back_as_a_whole(settings):
         assert not {o.path for o in sitting.grid("you", shown[0].predicted)} & {
             offer.path for offer in shown
         }
-        sitting.answer("me", [Given(offer.id, "label", offer.predicted) for offer in shown])
+        sitting.answer("me", [NewAnswer(offer.id, "label", offer.predicted) for offer in shown])
         assert len(on_disk(settings)) == 10
         assert len(sitting.undo("me")) == 4
         assert len(on_disk(settings)) == 6
@@ -213,13 +213,13 @@ def test_skipped_and_broken(settings):
     with start(settings) as sitting:
         sitting.wait()
         skipped, broken = sitting.offers("me", 2)
-        sitting.answer("me", [Given(skipped.id, "skip")])
-        sitting.answer("me", [Given(broken.id, "broken")])
+        sitting.answer("me", [NewAnswer(skipped.id, "skip")])
+        sitting.answer("me", [NewAnswer(broken.id, "broken")])
         given = label(sitting, "me", 20)
         assert not {skipped.path, broken.path} & {offer.path for offer in given}
         assert not {skipped.path, broken.path} & set(on_disk(settings))
         (offer,) = sitting.offers("me")
-        sitting.answer("me", [Given(offer.id, "broken")])
+        sitting.answer("me", [NewAnswer(offer.id, "broken")])
         assert [offer.path for offer in sitting.undo("me")] == [offer.path]
         assert sitting.status()["aside"] == 2
     # Those of no class stay aside; who skipped an image may know better the next time.
@@ -228,7 +228,7 @@ def test_skipped_and_broken(settings):
         assert sitting.status()["aside"] == 1
         given = label(sitting, "me", 9)
         assert skipped.path in {offer.path for offer in given}
-        sitting.answer("me", [Given(broken.id, "label", "grey")])
+        sitting.answer("me", [NewAnswer(broken.id, "label", "grey")])
         assert on_disk(settings)[broken.path] == "grey"
 
 
@@ -245,8 +245,8 @@ def test_two_people(settings):
         clock.now += 2
         late = sitting.offers("third", 6)
         assert mine[0].path in {offer.path for offer in late}
-        sitting.answer("me", [Given(mine[0].id, "label", "dark")], "Anna")
-        (conflict,) = sitting.answer("third", [Given(mine[0].id, "label", "grey")], "Ben")
+        sitting.answer("me", [NewAnswer(mine[0].id, "label", "dark")], "Anna")
+        (conflict,) = sitting.answer("third", [NewAnswer(mine[0].id, "label", "grey")], "Ben")
         assert conflict == (mine[0].path, "grey", "dark", "Anna")
         assert on_disk(settings) == {mine[0].path: "grey"}
         both = [(one.who, one.label) for one in sitting.log.answers]
@@ -261,7 +261,7 @@ def test_many_threads_lose_nothing(settings):
 
         def work(client):
             while offers := sitting.offers(client, 3):
-                sitting.answer(client, [Given(offers[0].id, "label", truth(offers[0].path))])
+                sitting.answer(client, [NewAnswer(offers[0].id, "label", truth(offers[0].path))])
 
         threads = [threading.Thread(target=work, args=(f"c{i}",)) for i in range(4)]
         for thread in threads:
@@ -285,12 +285,12 @@ def test_classes_are_added_and_kept(settings):
         sitting.wait()
         (offer,) = sitting.offers("me")
         with pytest.raises(dj.UserError, match="there is no class 'cat': add it first"):
-            sitting.answer("me", [Given(offer.id, "label", "cat")])
+            sitting.answer("me", [NewAnswer(offer.id, "label", "cat")])
         for bad in ("", "  ", "a\nb", "x" * 101, "a\x00"):
             with pytest.raises(dj.UserError, match="class"):
                 sitting.add_class(bad)
         with pytest.raises(dj.UserError, match="there is no such image"):
-            sitting.answer("me", [Given("../../etc/passwd", "label", "owl")])
+            sitting.answer("me", [NewAnswer("../../etc/passwd", "label", "owl")])
     assert on_disk(settings) == {}
     with start(settings._replace(classes=("ant",))) as sitting:
         assert sitting.class_names == ["owl", "ant"]
@@ -401,7 +401,7 @@ def test_an_unfinished_batch_goes_on_with_what_the_model_took_it_for(settings):
         assert len(sitting.log.batches) == 1
         # It may be labeled otherwise now, and the next sitting is not told two things.
         offer = before[0]._replace(id=left[0].id)
-        sitting.answer("me", [Given(offer.id, "label", "grey")])
+        sitting.answer("me", [NewAnswer(offer.id, "label", "grey")])
     with start(settings, session.choose) as sitting:
         assert sitting.labels[left[0].path] == "grey"
 
@@ -420,7 +420,7 @@ def test_a_second_look_finds_what_is_wrong(settings, tmp_path):
         assert (suspect["path"], suspect["label"], suspect["predicted"]) == (
             name(3), "grey", "dark",
         )  # fmt: skip
-        sitting.answer("me", [Given(suspect["id"], "label", "dark")])
+        sitting.answer("me", [NewAnswer(suspect["id"], "label", "dark")])
         assert name(3) not in {one["path"] for one in sitting.progress()["suspects"]}
 
 
@@ -463,7 +463,7 @@ def test_a_round_without_new_labels_is_no_agreement(settings):
         for _ in range(6):
             sitting.wait()
             (offer,) = sitting.offers("me")
-            sitting.answer("me", [Given(offer.id, "skip")])
+            sitting.answer("me", [NewAnswer(offer.id, "skip")])
         sitting.wait()
         *before, last = sitting.log.batches
         assert len(before) == len(agreed)
