@@ -54,8 +54,8 @@ def run() -> None:
             print("\n" + harness.table(case, "factored"), flush=True)
             rows = case["contenders"]
             if {"factored", "forward_backward"} <= set(rows):
-                against = harness.ratio(rows["factored"], rows["forward_backward"])
-                print(f"  factored / forward_backward: {against}")
+                relative_time = harness.ratio(rows["factored"], rows["forward_backward"])
+                print(f"  factored / forward_backward: {relative_time}")
 
 
 if __name__ == "__main__":

@@ -222,18 +222,18 @@ class Experiment:
         """
         reporter.begin(state.round_index)
         underway = state.underway or Underway(0, None, 0.0, {})
-        watch = _Stopwatch(underway.seconds)
+        stopwatch = _Stopwatch(underway.seconds)
         rows = state.pool.labeled
         labeled = Examples(Rows(self.dataset.pool.x, rows), Oracle(self.dataset.pool.y)(rows))
-        best, test, tested_at = underway.best_test_accuracy, None, 0
+        best, test, last_test_epoch = underway.best_test_accuracy, None, 0
 
         def look_at_test(epoch: int, variables: Variables) -> None:
-            nonlocal best, test, tested_at
-            with watch("evaluate"):
+            nonlocal best, test, last_test_epoch
+            with stopwatch("evaluate"):
                 test = training.evaluate(
                     self.model.apply, variables, self.dataset.test_examples, self.eval_batch_size
                 )
-            best, tested_at = max(best, test.accuracy), epoch
+            best, last_test_epoch = max(best, test.accuracy), epoch
 
         target = self.training_config.largest_loss(len(rows))
 
@@ -243,14 +243,14 @@ class Experiment:
             if self.evaluate_every and epoch % self.evaluate_every == 0:
                 look_at_test(epoch, variables)
             if save is not None:
-                with watch("checkpoint"):
-                    so_far = Underway(epoch, optimizer_state, best, dict(watch.seconds))
-                    save(state._replace(variables=variables, underway=so_far))
+                with stopwatch("checkpoint"):
+                    partial = Underway(epoch, optimizer_state, best, dict(stopwatch.seconds))
+                    save(state._replace(variables=variables, underway=partial))
 
         start = state.variables
         if underway.epoch:
             start = training.Progress(underway.epoch, state.variables, underway.optimizer_state)
-        with watch("train"):
+        with stopwatch("train"):
             fit = training.fit(
                 self.model,
                 start,
@@ -262,7 +262,7 @@ class Experiment:
                 eval_batch_size=self.eval_batch_size,
                 on_epoch=on_epoch,
             )
-        if tested_at != fit.epochs:
+        if last_test_epoch != fit.epochs:
             look_at_test(fit.epochs, fit.variables)
 
         pool, strategy_state = state.pool, state.strategy_state
@@ -278,7 +278,7 @@ class Experiment:
             )
             key = streams.key(self.seed, "strategy", state.round_index)
             chosen = self.strategy.query(key, view, self.budget.batch_size, strategy_state)
-            watch.seconds.update(chosen.seconds)
+            stopwatch.seconds.update(chosen.seconds)
             scores, strategy_state, facts = chosen.scores, chosen.state, chosen.facts
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
@@ -294,7 +294,7 @@ class Experiment:
             query,
             scores,
             facts,
-            dict(watch.seconds),
+            dict(stopwatch.seconds),
         )
         return State(state.round_index + 1, pool, fit.variables, strategy_state), round_result
 

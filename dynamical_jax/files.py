@@ -1,4 +1,4 @@
-"""Files that are whole whatever happens while they are written, and JSON that is checked."""
+"""Writes files completely or not at all, and reads JSON with a check of its type."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ Number = float | Literal["inf", "-inf", "nan"]
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another path to write to, which in the end becomes `path`.
+    """Yields a temporary path to write to, which is renamed to `path` after the block.
 
-    If the block fails, `path` is what it was, and nothing else is left.
+    If the block fails, `path` is unchanged, and the temporary file is removed.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -35,7 +35,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it is there wholly or not at all, and on disk."""
+    """Writes a file completely or not at all; it is on disk when this returns."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
@@ -43,7 +43,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 def append(path: pathlib.Path, value: Any) -> None:
-    """Adds a line of JSON and sees to it that it is on disk.
+    """Adds a line of JSON; it is on disk when this returns.
 
     JSON has no infinities: `gamma=inf` is written as the string "inf".
     """
@@ -108,7 +108,7 @@ def read_lines(path: pathlib.Path, form: Any) -> list[Any]:
 
 
 def set_aside(path: pathlib.Path, why: Any) -> None:
-    """Renames a file of a cache that cannot be used, which is then made again, and warns.
+    """Renames a cache file that cannot be used, and warns; the caller makes it again.
 
     Raises:
       UserError: if it cannot be renamed.

@@ -1,9 +1,9 @@
-"""Arrays on disk, of which the newest that are whole are found again.
+"""Saves arrays on disk, and restores the newest ones that are complete.
 
-What is saved is a directory of arrays, written by Orbax under another name and renamed when it is
+Each save is a directory of arrays, which Orbax writes under another name and renames when it is
 complete, and beside it a manifest, a JSON file written last: a few values, and a checksum of every
-file of the directory. What has no manifest was not finished, and is removed. What does not agree
-with its manifest is damaged: it is set aside, in a folder, and never used.
+file of the directory. A directory without a manifest was not finished, and is removed. One that
+does not agree with its manifest is damaged: it is moved to another folder, and never used.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ from dynamical_jax.errors import UserError
 
 T = TypeVar("T")
 
-KEPT = 2
-"""Checkpoints that stay: should the newest be damaged, there is one before it."""
+NUM_KEPT = 2
+"""Number of checkpoints that are kept: if the newest is damaged, the one before it is used."""
 
 
-DAMAGED = "damaged"
-"""Folder for what is set aside."""
+DAMAGED_FOLDER = "damaged"
+"""Name of the folder for damaged checkpoints."""
 
 
 class _Manifest(msgspec.Struct):
@@ -39,11 +39,11 @@ class _Manifest(msgspec.Struct):
 
 
 class Store:
-    """The newest of what is saved in a directory, as arrays and a few JSON values.
+    """A directory of checkpoints, each of arrays and a few JSON values.
 
     Args:
-      directory: theirs alone; made when the first is saved.
-      say: called with a line about what could not be used.
+      directory: holds nothing else; created by the first save.
+      say: called with a line about each checkpoint that cannot be used.
     """
 
     def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
@@ -55,7 +55,7 @@ class Store:
         Nothing is written if a number is not finite: what was saved before is of more use.
 
         Args:
-          name: names sort as what is saved follows each other.
+          name: later checkpoints have names that sort later.
           tree: of arrays.
           description: JSON values.
 
@@ -80,11 +80,11 @@ class Store:
             raise UserError(f"cannot write {arrays}: there is no space left") from error
         manifest = {**description, "files": _checksums(arrays)}
         files.write(arrays.with_suffix(".json"), json.dumps(manifest))
-        for old in self._manifests()[KEPT:]:
+        for old in self._manifests()[NUM_KEPT:]:
             _remove(old.with_suffix(""))
 
     def restore(self, form: Any, make: Callable[[Any, list[np.ndarray]], T]) -> T | None:
-        """Returns what `make` makes of the newest that can be used, or None.
+        """Restores the newest checkpoint that can be used; returns the result of `make`, or None.
 
         Args:
           form: type of the descriptions, as in `files.parse`.
@@ -97,7 +97,7 @@ class Store:
 
         for left in self._directory.iterdir():
             unfinished = left.is_dir() and not left.with_suffix(".json").exists()
-            if unfinished and left.name != DAMAGED:
+            if unfinished and left.name != DAMAGED_FOLDER:
                 self._say(f"checkpoint {left} was not finished: removed")
                 _remove(left)
         for path in self._manifests():
@@ -126,7 +126,7 @@ class Store:
         return sorted(self._directory.glob("*.json"), reverse=True)
 
     def _set_aside(self, arrays: pathlib.Path, why: str) -> None:
-        aside = self._directory / DAMAGED / arrays.name
+        aside = self._directory / DAMAGED_FOLDER / arrays.name
         self._say(f"checkpoint {arrays} is damaged ({why}): set aside in {aside.parent}")
         _remove(aside)
         aside.parent.mkdir(exist_ok=True)
@@ -141,7 +141,7 @@ def unflatten(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:
     Args:
       like: a tree of the same structure.
       leaves: in its order.
-      growing: of so many leaves at the beginning the shapes may differ.
+      growing: number of leaves, from the first, whose shapes may differ.
 
     Raises:
       ValueError: if structures or shapes differ.

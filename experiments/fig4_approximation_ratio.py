@@ -68,10 +68,10 @@ def run(argv: list[str]) -> list[str]:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")
     dataset, model = common.load()
     config = options.training_config()
-    size, needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
-    if needed > len(dataset.pool.y):
+    size, num_needed = common.INITIAL_SIZE.value, common.INITIAL_SIZE.value + sizes[-1]
+    if num_needed > len(dataset.pool.y):
         raise dj.UserError(
-            f"an initial set of {size} and queries of {sizes[-1]} need {needed} "
+            f"an initial set of {size} and queries of {sizes[-1]} need {num_needed} "
             f"{dataset.kind}; the pool of {dataset.name} has {len(dataset.pool.y)}"
         )
     if ALL_EPOCHS.value:
@@ -81,21 +81,21 @@ def run(argv: list[str]) -> list[str]:
     default = os.path.join("runs", f"{NAME}-{dataset.name}-{options.MODEL.value}")
     directory = common.make_directory(common.OUTPUT_DIR.value or default)
 
-    def keep(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
+    def save(points: list[dict[str, Any]], finished: bool = False) -> pathlib.Path:
         results = {"finding": describe_point(points[-1]), "points": points}
         draw = functools.partial(dj.plotting.approximation_ratio, points)
         return common.save(sys.modules[__name__], directory, NAME, results, draw, finished)
 
-    points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, keep)
-    common.print_finding(describe_point(points[-1]), keep(points, finished=True))
+    points = ratios(dataset, model, config, sizes, common.FIRST_SEED.value, save)
+    common.print_finding(describe_point(points[-1]), save(points, finished=True))
     return []
 
 
 def describe_point(point: dict[str, Any]) -> str:
     """Returns a sentence about R at an epoch."""
     parts = [
-        f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f} (b = {size})"
-        for size, found in point["ratios"].items()
+        f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (b = {size})"
+        for size, values in point["ratios"].items()
     ]
     return (
         f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S and a loss of "
@@ -110,7 +110,7 @@ def ratios(
     config: dj.TrainingConfig,
     sizes: list[int],
     seed: int,
-    keep: Callable[[list[dict[str, Any]]], Any],
+    save: Callable[[list[dict[str, Any]]], Any],
 ) -> list[dict[str, Any]]:
     """Returns R of each b and draw, at every `EVERY`-th epoch and after the last.
 
@@ -123,26 +123,26 @@ def ratios(
 
     def look(epoch: int, variables: Any, evaluation: dj.training.Evaluation) -> None:
         grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
-        found: dict[str, list[float]] = {str(size): [] for size in sizes}
-        limits: dict[str, list[float]] = {str(size): [] for size in sizes}
+        values: dict[str, list[float]] = {str(size): [] for size in sizes}
+        values_without_g_s: dict[str, list[float]] = {str(size): [] for size in sizes}
         for index in range(NUM_QUERIES.value):
             draw = dj.streams.generator(seed, "draws", epoch, index)
             query = dataset.pool.x[draw.choice(pool.unlabeled, sizes[-1], replace=False)]
             ratios = query_ratios(model, variables, query, grad_s, sizes)
             for size, (ratio, limit) in zip(sizes, ratios, strict=True):
-                found[str(size)].append(ratio)
-                limits[str(size)].append(limit)
+                values[str(size)].append(ratio)
+                values_without_g_s[str(size)].append(limit)
         points.append(
             {
                 "epoch": epoch,
                 "train_accuracy": evaluation.accuracy,
                 "train_loss": evaluation.loss,
                 "training_dynamics": float(dj.dynamics.training_dynamics(grad_s)),
-                "ratios": found,
-                "ratios_without_g_s": limits,
+                "ratios": values,
+                "ratios_without_g_s": values_without_g_s,
             }
         )
-        keep(points)
+        save(points)
 
     variables = dj.models.init(model, dj.streams.key(seed, "weights"), dataset.pool.x)
     look(0, variables, dj.training.evaluate(model.apply, variables, labeled))

@@ -59,7 +59,7 @@ def strategies() -> list[str]:
     return [name for name in dj.STRATEGIES if name in compared]
 
 
-def table_of(record: dj.records.Record) -> Table | None:
+def find_table(record: dj.records.Record) -> Table | None:
     """Returns the table with the setting of a record; seeds and number of rounds may differ."""
     flags = record["flags"]
     for table in tables().values():

@@ -23,7 +23,7 @@ ROUNDS = flags.DEFINE_list(
 flags.adopt_module_key_flags(common)
 
 PRESETS = [name for name, table in paper.tables().items() if "budget" in table.flags]
-OTHERS = ("batch_size", "num_rounds")
+DERIVED_FLAGS = ("batch_size", "num_rounds")
 
 
 def main(argv: list[str]) -> int | None:
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> list[str]:
     """Checks the flags, then runs every R with every seed; returns the failures."""
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
-    for name in OTHERS:
+    for name in DERIVED_FLAGS:
         if not flags.FLAGS[name].using_default_value:
             raise dj.UserError(f"--{name} follows here from --budget and --rounds")
     strategy = dj.strategies.Dynamical(

@@ -29,10 +29,19 @@ REFERENCES = flags.DEFINE_list(
     "strategy where neither is recorded.",
 )
 
-# What a record must hold to be reported.
-NEEDED = {"strategy", "seed", "round", "num_labeled", "test_accuracy", "flags", "dataset", "model"}
-# What may differ between directories that are reported together.
-OF_ONE_DIRECTORY = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
+# Fields that a record must have.
+REQUIRED_FIELDS = {
+    "strategy",
+    "seed",
+    "round",
+    "num_labeled",
+    "test_accuracy",
+    "flags",
+    "dataset",
+    "model",
+}
+# Flags that may differ between directories that are reported together.
+FREE_FLAGS = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
 
 
 def main(argv: list[str]) -> int | None:
@@ -78,28 +87,28 @@ def read(directories: list[str]) -> list[dj.records.Record]:
     Raises:
       UserError: if there are none, their settings differ, or a round is in two directories.
     """
-    rounds, found, firsts = [], {}, {}
+    rounds, directory_of, first_records = [], {}, {}
     for directory in directories:
         path = pathlib.Path(directory) / dj.records.FILE_NAME
         for record in dj.records.read(path):
-            if not set(record) >= NEEDED:
+            if not set(record) >= REQUIRED_FIELDS:
                 raise dj.UserError(f"{path} holds a line that is not the record of a round")
             key = record["strategy"], record["seed"], record["round"]
-            if key in found:
+            if key in directory_of:
                 raise dj.UserError(
-                    f"round {key[2]} of {key[0]}, seed {key[1]} is in {found[key]} and in "
+                    f"round {key[2]} of {key[0]}, seed {key[1]} is in {directory_of[key]} and in "
                     f"{directory}: give each seed once"
                 )
-            found[key] = directory
+            directory_of[key] = directory
             for other in (
                 rounds[0] if rounds else record,
-                firsts.setdefault(record["strategy"], record),
+                first_records.setdefault(record["strategy"], record),
             ):
                 if difference := describe_difference(record, other):
-                    there = found[other["strategy"], other["seed"], other["round"]]
+                    other_directory = directory_of[other["strategy"], other["seed"], other["round"]]
                     raise dj.UserError(
-                        f"{directory} and {there} are of different settings ({difference}, "
-                        "there being the latter): report on them one by one"
+                        f"{directory} and {other_directory} are of different settings "
+                        f"({difference}, there being the latter): report on them one by one"
                     )
             rounds.append(record)
     if not rounds:
@@ -114,12 +123,12 @@ def describe_difference(record: dj.records.Record, other: dj.records.Record) -> 
     they were, or whether there was such a flag at all.
     """
     names = dj.strategies.STRATEGIES
-    free = set().union(*(dj.strategies.options(name) for name in names))
+    free_names = set().union(*(dj.strategies.options(name) for name in names))
     if (name := record["strategy"]) == other["strategy"]:
-        free = free - dj.strategies.options(name) if name in names else set()
-    free |= OF_ONE_DIRECTORY
+        free_names = free_names - dj.strategies.options(name) if name in names else set()
+    free_names |= FREE_FLAGS
     ours, theirs = (
-        {name: value for name, value in of["flags"].items() if name not in free}
+        {name: value for name, value in of["flags"].items() if name not in free_names}
         for of in (record, other)
     )
     return dj.run_directory.describe_difference(ours, theirs)
@@ -127,7 +136,7 @@ def describe_difference(record: dj.records.Record, other: dj.records.Record) -> 
 
 def published(rounds: list[dj.records.Record]) -> dj.reports.markdown.Published | None:
     """Returns the paper's numbers for the setting of the records; None if it has none."""
-    table = paper.table_of(rounds[0])
+    table = paper.find_table(rounds[0])
     if table is None:
         return None
     names = {record["strategy"] for record in rounds}

@@ -222,10 +222,12 @@ def apply_rule(rule: Callable[[Look], bool], looks: Sequence[Look]) -> dict[str,
     if stop is None:
         return None
     # Ten places further on the scale of `epochs_to_look_at`.
-    place = round(10 * math.log10(stop["epoch"])) + 10
-    later = next((look for look in looks if look["epoch"] == round(10 ** (place / 10))), None)
-    common_part = set(stop["query"]) & set(later["query"]) if later else ()
-    overlap = len(common_part) / len(stop["query"]) if later else None
+    exponent = round(10 * math.log10(stop["epoch"])) + 10
+    later_look = next(
+        (look for look in looks if look["epoch"] == round(10 ** (exponent / 10))), None
+    )
+    common_part = set(stop["query"]) & set(later_look["query"]) if later_look else ()
+    overlap = len(common_part) / len(stop["query"]) if later_look else None
     return {"overlap": overlap, **{name: stop[name] for name in ("epoch", "share", "ratio")}}
 
 

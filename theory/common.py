@@ -93,31 +93,31 @@ def setting(query_size: int = 0) -> Setting:
         raise dj.UserError(
             f"the network of the theory, ntk_cnn, takes images, and {dataset.name} holds vectors"
         )
-    needed, there = NUM_LABELED.value + query_size, len(dataset.pool.y)
-    if needed > there:
+    needed, available = NUM_LABELED.value + query_size, len(dataset.pool.y)
+    if needed > available:
         beside = " and Q need" if query_size else " needs"
-        raise dj.UserError(f"S{beside} {needed} images, the pool of {dataset.name} has {there}")
+        raise dj.UserError(f"S{beside} {needed} images, the pool of {dataset.name} has {available}")
     return Setting(dataset, dj.models.create("ntk_cnn", dataset, widths=widths))
 
 
 def kernel(apply: ApplyFn, variables: Variables, x: Any) -> np.ndarray:
     """Returns Θ of images, averaged over --num_logits logits."""
-    fewer = _first_logits(apply, NUM_LOGITS.value or None)
+    first_logits = _first_logits(apply, NUM_LOGITS.value or None)
     with tqdm.tqdm(desc="Θ", disable=None, leave=False) as bar:
 
-        def show(done: int, total: int) -> None:
+        def update_bar(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return dj.ntk.empirical_ntk(fewer, variables, jnp.asarray(x), on_progress=show)
+        return dj.ntk.empirical_ntk(first_logits, variables, jnp.asarray(x), on_progress=update_bar)
 
 
 def combined_gradients(
     apply: ApplyFn, variables: Variables, x: Any, weights: np.ndarray
 ) -> np.ndarray:
     """Returns Σ w ∇f of --num_logits logits; its squared norm over them is Tr(Wᵀ Θ W)."""
-    fewer = _first_logits(apply, NUM_LOGITS.value or None)
-    return dj.ntk.combined_gradients(fewer, variables, jnp.asarray(x), weights)
+    first_logits = _first_logits(apply, NUM_LOGITS.value or None)
+    return dj.ntk.combined_gradients(first_logits, variables, jnp.asarray(x), weights)
 
 
 def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
@@ -128,11 +128,11 @@ def infinite_width_kernel(setting: Setting, x: Any) -> np.ndarray:
 
 @functools.cache  # Programs are compiled for each function object, so return the same one again.
 def _first_logits(apply: ApplyFn, count: int | None) -> ApplyFn:
-    def fewer(variables: Variables, x: Array) -> dj.Outputs:
+    def first_logits(variables: Variables, x: Array) -> dj.Outputs:
         outputs = apply(variables, x)
         return dj.Outputs(outputs.logits[:, :count], outputs.embedding)
 
-    return fewer
+    return first_logits
 
 
 def fit(setting: Setting, variables: Variables, labeled: dj.Examples, seed: int) -> Any:
@@ -153,7 +153,7 @@ def add_label_noise(labels: np.ndarray, share: float, num_classes: int, seed: in
 
 
 def tau_within_seeds(
-    rows: list[dict[str, Any]], one: list[float], other: list[float]
+    rows: list[dict[str, Any]], first: list[float], second: list[float]
 ) -> list[float]:
     """Returns Kendall's τ of two quantities of the rows for each seed.
 
@@ -163,7 +163,7 @@ def tau_within_seeds(
     result = []
     for seed in sorted({row["seed"] for row in rows}):
         own = [i for i, row in enumerate(rows) if row["seed"] == seed]
-        tau = scipy.stats.kendalltau([one[i] for i in own], [other[i] for i in own])
+        tau = scipy.stats.kendalltau([first[i] for i in own], [second[i] for i in own])
         result.append(float(tau.statistic))
     return result
 
@@ -194,17 +194,17 @@ def repeat_over_seeds(
       run_seed: seed → its results; a seed that raises UserError does not stop the others.
       summarize: results of all seeds → the first arguments of `save`: numbers, sentence, draw.
     """
-    seeds, found, done, failures = common.seeds(), [], [], {}
+    seeds, rows_so_far, done, failures = common.seeds(), [], [], {}
     directory()
     for seed in seeds:
         try:
-            found += run_seed(seed)
+            rows_so_far += run_seed(seed)
             done.append(seed)
         except dj.UserError as error:
             failures[seed] = str(error)
-        if not found:
+        if not rows_so_far:
             continue
-        results, sentence, draw = summarize(found)
+        results, sentence, draw = summarize(rows_so_far)
         if len(done) < len(seeds):
             sentence += f" ({len(done)} of {len(seeds)} seeds.)"
         results = {**results, "seeds": done, "failed_seeds": failures}

@@ -79,15 +79,15 @@ def run_seed(setting: common.Setting, seed: int, sizes: list[int]) -> list[dict[
     view = dj.LearnerView(model.apply, fit.variables, labeled, dj.types.Rows(pool.x, unlabeled))
     # The query of a smaller b is the beginning of that of a larger one.
     query = dj.strategies.Dynamical().query(dj.streams.key(seed, "strategy"), view, max(sizes))
-    everything = np.append(rows, unlabeled[query.positions])
+    union = np.append(rows, unlabeled[query.positions])
     if INFINITE_WIDTH.value:
-        theta = common.infinite_width_kernel(setting, pool.x[everything])
+        theta = common.infinite_width_kernel(setting, pool.x[union])
     else:
-        theta = common.kernel(model.apply, variables, pool.x[everything])
+        theta = common.kernel(model.apply, variables, pool.x[union])
     bound, result = dj.generalization.generalization_bound, []
     for size in sizes:
         count = common.NUM_LABELED.value + size
-        part, targets = theta[:count, :count], setting.targets(pool.y[everything[:count]])
+        part, targets = theta[:count, :count], setting.targets(pool.y[union[:count]])
         for scale, kernel in zip(SCALES, (part, dj.alignment.normalized(part)), strict=True):
             result.append(
                 {
@@ -114,9 +114,9 @@ def draw(rows: list[dict[str, Any]], sizes: list[int], figure: Any) -> None:
                     for size in sizes
                 ]
             )
-            places = np.arange(len(sizes)) + shift
+            positions = np.arange(len(sizes)) + shift
             spread = values.std(axis=1, ddof=1) if values.shape[1] > 1 else None
-            bars = axes.bar(places, values.mean(axis=1), 0.4, yerr=spread, label=name)
+            bars = axes.bar(positions, values.mean(axis=1), 0.4, yerr=spread, label=name)
             axes.bar_label(bars, fmt="%.2g", padding=2)
         axes.margins(y=0.25)
         axes.set_xticks(range(len(sizes)), [f"b = {size}" for size in sizes])

@@ -62,11 +62,11 @@ def run(argv: list[str]) -> list[str]:
     results: dict[str, Any] = {}
     draw_results = functools.partial(draw, results)
     states = {"at initialisation": start, "after training": fit.variables}
-    for when, variables in states.items():
-        points = quantities(setting, variables, rows, seed, when)
+    for state_name, variables in states.items():
+        points = quantities(setting, variables, rows, seed, state_name)
         taus = {name: correlation(points[x], points[y]) for name, (x, y) in PAIRS.items()}
         accuracy = dj.training.evaluate(setting.model.apply, variables, labeled).accuracy
-        results[when] = {"points": points, "train_accuracy": accuracy, **taus}
+        results[state_name] = {"points": points, "train_accuracy": accuracy, **taus}
         finished = len(results) == len(states)
         sentence = describe_correlations(results)
         path = common.save(sys.modules[__name__], results, sentence, draw_results, finished)
@@ -77,13 +77,13 @@ def run(argv: list[str]) -> list[str]:
 def describe_correlations(results: dict[str, Any]) -> str:
     """Returns a sentence about the correlations."""
     parts = []
-    for when, result in results.items():
+    for state_name, result in results.items():
         tau_mse, permuted, tau_entropy = (
             f"{result[name]['tau']:.2f} ({result[name]['low']:.2f} to {result[name]['high']:.2f})"
             for name in ("squared_error", "permuted", "cross_entropy")
         )
         parts.append(
-            f"{when} {tau_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
+            f"{state_name} {tau_mse}, p = {result['squared_error']['pvalue']:.1g}, with the labels "
             f"permuted {permuted}, of the cross-entropy's G and alignment {tau_entropy}"
         )
     return (
@@ -97,7 +97,7 @@ def quantities(
     variables: dj.types.Variables,
     rows: np.ndarray,
     seed: int,
-    when: str = "",
+    state_name: str = "",
 ) -> dict[str, list[float]]:
     """Returns the quantities of S ∪ Q that are correlated, a value for each Q."""
     pool, model = setting.dataset.pool, setting.model
@@ -105,19 +105,23 @@ def quantities(
     permuted = pool.y[dj.streams.generator(seed, "noise").permutation(len(pool.y))]
     apply = jax.jit(model.apply)
 
-    def combine(which: np.ndarray) -> tuple[np.ndarray, Any]:
+    def combine(image_rows: np.ndarray) -> tuple[np.ndarray, Any]:
         """Returns Σ w ∇f for the columns of f, Y and permuted Y, and g of the cross-entropy."""
-        logits = np.asarray(apply(variables, pool.x[which]).logits)
-        weights = [logits, setting.targets(pool.y[which]), setting.targets(permuted[which])]
+        logits = np.asarray(apply(variables, pool.x[image_rows]).logits)
+        weights = [
+            logits,
+            setting.targets(pool.y[image_rows]),
+            setting.targets(permuted[image_rows]),
+        ]
         combined = common.combined_gradients(
-            model.apply, variables, pool.x[which], np.concatenate(weights, axis=1)
+            model.apply, variables, pool.x[image_rows], np.concatenate(weights, axis=1)
         )
-        examples = dj.Examples(pool.x[which], pool.y[which])
+        examples = dj.Examples(pool.x[image_rows], pool.y[image_rows])
         return combined, dj.gradients.set_gradient(model.apply, variables, examples)
 
     combined_s, grad_s = combine(rows)
     points: dict[str, list[float]] = {}
-    for index in common.progress(range(DRAWS.value), f"Q {when}"):
+    for index in common.progress(range(DRAWS.value), f"Q {state_name}"):
         draw = dj.streams.generator(seed, "draws", index)
         combined_q, grad_q = combine(draw.choice(unlabeled, size, replace=False))
         f, y, other_y = np.split(combined_s + combined_q, 3, axis=1)
@@ -166,11 +170,13 @@ def correlation(one: list[float], other: list[float]) -> dict[str, float]:
 def draw(results: dict[str, Any], figure: Any) -> None:
     """Draws alignment over G_MSE as points, for each state of the network."""
     panels = np.atleast_1d(figure.subplots(1, len(results)))
-    for axes, (when, result) in zip(panels, results.items(), strict=True):
+    for axes, (state_name, result) in zip(panels, results.items(), strict=True):
         points = result["points"]
         axes.scatter(points["squared_error"], points["alignment"], s=12)
         taus = [result[name]["tau"] for name in ("squared_error", "permuted")]
-        axes.set_title(f"{when}: τ = {taus[0]:.2f} (labels permuted: {taus[1]:.2f})", fontsize=10)
+        axes.set_title(
+            f"{state_name}: τ = {taus[0]:.2f} (labels permuted: {taus[1]:.2f})", fontsize=10
+        )
         axes.set_xlabel(r"$G_{MSE}(S \cup Q)$")
         axes.set_ylabel(r"alignment $\mathcal{A}$")
 

@@ -51,7 +51,7 @@ def run(argv: list[str]) -> list[str]:
 
 def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
     """Returns the numbers, the finding, and the function that draws them."""
-    apart = max(
+    largest_difference = max(
         float(np.max(np.abs(np.sqrt(c["error"]) - np.sqrt(c["convergence_term"]))))
         / np.sqrt(c["error"][0])
         for c in curves
@@ -62,13 +62,13 @@ def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
         for low, term, high in zip(c["lower"], c["convergence_term"][1:], c["upper"], strict=True)
     )
     total = sum(len(c["lower"]) for c in curves)
-    promised, left = error_reduction(curves)
-    taus = common.tau_within_seeds(curves, promised, left)
+    predicted, left = error_reduction(curves)
+    taus = common.tau_within_seeds(curves, predicted, left)
     sentence = (
-        f"‖Y − f_t‖ of the network stays within {apart:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies between the "
-        f"sides of Theorem 1 at {inside} of {total} times; over label noise from 0 to 100 % "
-        f"Kendall's τ of η𝒜 / ‖Y‖² and the share of ‖Y − f‖² left after {STEPS.value} steps "
-        f"{common.describe_taus(taus)}."
+        f"‖Y − f_t‖ of the network stays within {largest_difference:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies "
+        f"between the sides of Theorem 1 at {inside} of {total} times; over label noise from 0 "
+        f"to 100 % Kendall's τ of η𝒜 / ‖Y‖² and the share of ‖Y − f‖² left after "
+        f"{STEPS.value} steps {common.describe_taus(taus)}."
     )
     results = {"curves": curves, "tau_of_seeds": taus}
     return results, sentence, functools.partial(draw, curves)
@@ -76,8 +76,8 @@ def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 def error_reduction(curves: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Returns η𝒜 / ‖Y‖², which Theorem 1 promises, and the share of ‖Y − f‖² that is left."""
-    promised = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
-    return promised, [c["error"][-1] / c["error"][0] for c in curves]
+    predicted = [c["learning_rate"] * c["alignment"] / c["error"][0] for c in curves]
+    return predicted, [c["error"][-1] / c["error"][0] for c in curves]
 
 
 def run_seed(setting: common.Setting, seed: int) -> list[dict[str, Any]]:
@@ -146,12 +146,12 @@ def _step(
 def draw(curves: list[dict[str, Any]], figure: Any) -> None:
     """Draws error, ℰ_t² and bounds over t, and the error that is left against the alignment."""
     left, right = figure.subplots(1, 2)
-    clean = curves[0]
-    steps = np.arange(len(clean["error"]))
-    left.plot(steps, clean["error"], label=r"$\|Y - f_t\|^2$, network")
-    left.plot(steps, clean["convergence_term"], "--", label=r"$\mathcal{E}_t^2$, NTK")
-    left.plot(steps[1:], clean["upper"], ":", color="gray", label="Theorem 1")
-    left.plot(steps[1:], np.maximum(clean["lower"], 0), ":", color="gray")
+    without_noise = curves[0]
+    steps = np.arange(len(without_noise["error"]))
+    left.plot(steps, without_noise["error"], label=r"$\|Y - f_t\|^2$, network")
+    left.plot(steps, without_noise["convergence_term"], "--", label=r"$\mathcal{E}_t^2$, NTK")
+    left.plot(steps[1:], without_noise["upper"], ":", color="gray", label="Theorem 1")
+    left.plot(steps[1:], np.maximum(without_noise["lower"], 0), ":", color="gray")
     left.set_xlabel("step t")
     left.set_title("true labels", fontsize=10)
     left.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""g_u·g_v of all pairs of examples, block by block, by the engine of choice."""
+"""Computes g_u·g_v of all pairs of examples, block by block, by a chosen engine."""
 
 import functools
 import warnings
@@ -92,7 +92,7 @@ def _products(
     chunk_size: int | None,
     on_progress: OnProgress,
 ) -> np.ndarray:
-    """The products of two sets, or of one with itself if there is no `right`."""
+    """Returns the products of two sets, or of one with itself if there is no `right`."""
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     symmetric = right is None

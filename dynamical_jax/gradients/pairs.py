@@ -1,4 +1,4 @@
-"""Products g_u·g_v of all pairs of two sets, from what each layer knows of its part of g_u.
+"""Computes the products g_u·g_v of all pairs of two sets, layer by layer.
 
 A layer's part of g_u is kept in one of three forms, whichever makes products of pairs cheap:
 
@@ -84,7 +84,7 @@ def _products_of_rows(left: Rows, right: Rows) -> Array:
 
 
 def _for_each(function: Callable[[Any], Array], examples: Any, elements: int) -> Array:
-    """`function` of each example, of so many together as keeps what it makes small."""
+    """Applies `function` to each example, to so many at a time that the results stay small."""
     n = len(jax.tree.leaves(examples)[0])
     batch_size = max(1, min(n, shares.CHUNK_ELEMENTS // elements))
     return lax.map(function, examples, batch_size=batch_size)

@@ -65,7 +65,7 @@ def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pai
 
 
 def _labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> Any:
-    """The labels, or the predictions if there are none."""
+    """Returns the labels, or the predictions if there are none."""
     if labels is not None:
         return labels
     return jnp.argmax(contract.as_outputs(apply(variables, x), len(x)).logits, axis=-1)

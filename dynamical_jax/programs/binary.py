@@ -12,8 +12,8 @@ from absl import app, flags, logging
 
 from dynamical_jax.errors import UserError
 
-OURS = ("dynamical_jax.", "experiments.", "theory.")
-"""Modules whose flags are refused by programs that do not read them."""
+CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.")
+"""Prefixes of the modules whose flags a program must read, or refuse."""
 
 
 def start(program: types.ModuleType) -> None:
@@ -57,7 +57,7 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     return 1 if failures else None
 
 
-def _show_warning(message: Any, category: type, *where: Any) -> None:
+def _show_warning(message: Any, category: type, *location: Any) -> None:
     """Prints a warning in one line, without the place in the code that it comes from."""
     text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
     print(f"warning: {text}", file=sys.stderr)
@@ -72,10 +72,10 @@ def check_command_line(argv: list[str], module: Any) -> None:
     """
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
-    read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
-    for where, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined if where.startswith(OURS) else ():
-            if flag.name not in read and not flag.using_default_value:
+    read_names = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    for module_name, module_flags in flags.FLAGS.flags_by_module_dict().items():
+        for flag in module_flags if module_name.startswith(CHECKED_MODULES) else ():
+            if flag.name not in read_names and not flag.using_default_value:
                 raise UserError(f"--{flag.name} has no effect here; --help lists what has")
 
 

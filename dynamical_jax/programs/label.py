@@ -73,7 +73,7 @@ def run(argv: list[str]) -> list[str]:
     """Serves the page; returns what failed: nothing."""
     program, *folders = argv
     binary.check_command_line([program, *folders[1:]], sys.modules[__name__])
-    settings = checked(folders)
+    settings = check_flags(folders)
     for path in (settings.table, settings.output):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,25 +89,25 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def checked(folders: list[str]) -> labeling.session.Settings:
-    """Returns what the command line asks for, all of which is looked at before any work."""
+def check_flags(folders: list[str]) -> labeling.session.Settings:
+    """Checks the command line before any work; returns the settings of the session."""
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError("the page needs more packages: pip install 'dynamical-jax[label]'")
     if len(folders) != 1 or not pathlib.Path(folders[0]).is_dir():
-        given = folders[0] if folders else "none"
         raise UserError(
-            f"a folder of images must be given, as in dynamical-label photos; got {given}"
+            f"a folder of images must be given, as in dynamical-label photos; got "
+            f"{folders[0] if folders else 'none'}"
         )
     output = person.check_tables(folders[0], {})
-    chosen, config = person.chosen()
+    chosen, config = person.strategy_and_config()
     return labeling.session.Settings(
         folders[0],
         pathlib.Path(person.LABELS.value),
         output,
         chosen,
         config,
-        person.decoding(),
+        person.decode_options(),
         options.BATCH_SIZE.value,
         AUDIT_FRACTION.value,
         tuple(CLASSES.value),
@@ -121,11 +121,11 @@ def serve(settings: labeling.session.Settings) -> None:
     from dynamical_jax.labeling import server
 
     token = secrets.token_urlsafe(24)
-    sitting = labeling.Session(settings, on_round=functools.partial(record, settings))
-    if sitting.num_taken_over:
-        print(f"{sitting.num_taken_over} labels of {settings.output} added to {settings.table}")
-    app = server.create(sitting, token, pathlib.Path(settings.images), settings.table, HOST.value)
-    listening = listen(HOST.value, PORT.value)
+    session = labeling.Session(settings, on_round=functools.partial(record, settings))
+    if session.num_taken_over:
+        print(f"{session.num_taken_over} labels of {settings.output} added to {settings.table}")
+    app = server.create(session, token, pathlib.Path(settings.images), settings.table, HOST.value)
+    listener = listen(HOST.value, PORT.value)
     config = uvicorn.Config(
         app,
         log_level="error",
@@ -134,10 +134,10 @@ def serve(settings: labeling.session.Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    with listening, contextlib.ExitStack() as stack:
-        sitting.start()
-        stack.callback(leave, sitting)
-        port = listening.getsockname()[1]
+    with listener, contextlib.ExitStack() as stack:
+        session.start()
+        stack.callback(leave, session)
+        port = listener.getsockname()[1]
         if not server.is_loopback(HOST.value):
             print(
                 f"warning: whoever reaches port {port} of this machine and knows the address (with "
@@ -145,17 +145,17 @@ def serve(settings: labeling.session.Settings) -> None:
                 "not encrypted",
                 file=sys.stderr,
             )
-        address = f"http://{shown_host(HOST.value)}:{port}/{token}/"
-        print(f"{len(sitting.paths)} images, {len(sitting.labels)} labeled")
+        address = f"http://{browser_host(HOST.value)}:{port}/{token}/"
+        print(f"{len(session.paths)} images, {len(session.labels)} labeled")
         print(f"Open {address} in a browser; Ctrl-C here ends it", flush=True)
         if OPEN.value:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-def leave(sitting: labeling.Session) -> None:
+def leave(session: labeling.Session) -> None:
     """Ends a session; a compiler or a long computation that does not end soon is not waited for."""
-    if not sitting.close(timeout=2.0):
+    if not session.close(timeout=2.0):
         print(STOPPED, file=sys.stderr, flush=True)
         sys.stdout.flush()
         # All that counts is on disk; to unwind the interpreter under a running thread may crash it.
@@ -186,8 +186,8 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise AssertionError
 
 
-def shown_host(host: str) -> str:
-    """Returns how a browser on this machine calls what is bound to a host."""
+def browser_host(host: str) -> str:
+    """Returns the name by which a browser on this machine reaches a host address."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "localhost"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 

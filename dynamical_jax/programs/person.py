@@ -1,4 +1,4 @@
-"""Flags that programs share in which a person labels, and what they name."""
+"""Flags that the programs for labeling share, and the objects that they describe."""
 
 import os
 import pathlib
@@ -17,22 +17,22 @@ from dynamical_jax.runs import records
 
 LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
-NAMES = [name for name, kind in strategies.STRATEGIES.items() if kind().init() is None]
-STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(NAMES)}.")
+STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
+STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRATEGY_NAMES)}.")
 OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace tables even where another program wrote them."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
 
 
-class Round(msgspec.Struct):
-    """Of a line of the log, what is read again: the folder of the images, if it says so."""
+class LoggedRound(msgspec.Struct):
+    """The part of a line of the log that is read again: the folder of images, if it is there."""
 
     folder: str = ""
 
 
 def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
-    """Returns the table of images to label next, once the tables are looked at.
+    """Checks the tables; returns the path of the one of images to label next.
 
     Args:
       images: the folder of images.
@@ -56,43 +56,43 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
                 "--overwrite to replace it"
             )
     output = pathlib.Path(OUTPUT.value)
-    former = _former_folder(output)
-    if former and not os.path.samefile(former, images):
+    former_folder = _former_folder(output)
+    if former_folder and not os.path.samefile(former_folder, images):
         raise UserError(
-            f"{output} asks for labels of the images in {former}: give another --output for those "
-            f"in {images}"
+            f"{output} asks for labels of the images in {former_folder}: give another --output for "
+            f"those in {images}"
         )
     return output
 
 
 def _former_folder(output: pathlib.Path) -> str | None:
-    """The folder that a table asks for labels of; None if that is not known, or gone."""
+    """Returns the folder of the images in a table; None if it is unknown or no longer exists."""
     log = output.with_suffix(".jsonl")
-    lines = files.read_lines(log, Round) if output.exists() and log.exists() else []
+    lines = files.read_lines(log, LoggedRound) if output.exists() and log.exists() else []
     folder = lines[-1].folder if lines else ""
     return folder if os.path.isdir(folder) else None
 
 
-def chosen() -> tuple[strategies.Strategy, labeling.Config]:
-    """Returns the strategy and the learner that the flags name, looked at before any work.
+def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
+    """Returns the strategy and the learner's configuration that the flags describe.
 
     Raises:
-      UserError: if they cannot be.
+      UserError: if a flag cannot be used.
     """
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
     attributes = options.set_model_defaults()
     chosen = strategy.make(STRATEGY.value)
-    if STRATEGY.value not in NAMES:
+    if STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
-            f"which a person need not do: choose from {', '.join(NAMES)}"
+            f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"
         )
     training = options.training_config()
     return chosen, labeling.Config(options.MODEL.value, attributes, training, SEED.value)
 
 
-def decoding() -> dict[str, Any]:
+def decode_options() -> dict[str, Any]:
     """Returns the options of `images.decode` that the flags give."""
     return {
         "cache_dir": options.prepare_cache_dir(),
@@ -112,11 +112,11 @@ def record(
     """Returns a round's line of the log.
 
     Args:
-      program: whose flags it holds.
+      program: the module whose key flags are recorded.
       images: the folder of images.
-      folder: what was labeled.
-      facts: of the training and so on.
-      query: paths of what is asked for.
+      folder: the images with their labels.
+      facts: further fields, such as those of the training.
+      query: paths of the images to label.
     """
     return {
         "folder": os.path.abspath(images),

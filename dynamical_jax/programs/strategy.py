@@ -29,6 +29,6 @@ def make(name: str) -> strategies.Strategy:
     Raises:
       UserError: if there is no such strategy, or an option is out of range.
     """
-    taken = strategies.options(name)
-    given = {flag.name: flag.value for flag in OPTIONS if flag.name in taken}
-    return strategies.create(name, **given)
+    option_names = strategies.options(name)
+    values = {flag.name: flag.value for flag in OPTIONS if flag.name in option_names}
+    return strategies.create(name, **values)

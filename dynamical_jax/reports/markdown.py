@@ -25,7 +25,7 @@ class Published(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A value of those runs that can be compared.
+    """One value of the runs that can be compared, such as the test accuracy.
 
     Attributes:
       strategies: names.
@@ -113,24 +113,24 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
     """
     rounds = list(rounds)
     found = _group_by_run(rounds, value)
-    most = max(max(run) for seeds in found.values() for run in seeds.values())
-    ended = {
-        name: {seed: run for seed, run in seeds.items() if max(run) == most}
+    last = max(max(run) for seeds in found.values() for run in seeds.values())
+    finished = {
+        name: {seed: run for seed, run in seeds.items() if max(run) == last}
         for name, seeds in found.items()
     }
-    strategies = [name for name, seeds in ended.items() if seeds]
-    seeds = sorted(set.intersection(*(set(ended[name]) for name in strategies)))
+    strategies = [name for name, seeds in finished.items() if seeds]
+    seeds = sorted(set.intersection(*(set(finished[name]) for name in strategies)))
     if not seeds:
         raise UserError("the strategies have no finished seed in common: nothing to compare")
-    runs = {name: [ended[name][seed] for seed in seeds] for name in strategies}
-    labels = sorted(set.intersection(*(set(run) for of in runs.values() for run in of)))
-    same = all(set(run) == set(labels) for of in runs.values() for run in of)
+    runs = {name: [finished[name][seed] for seed in seeds] for name in strategies}
+    labels = sorted(set.intersection(*(set(run) for by_seed in runs.values() for run in by_seed)))
+    same = all(set(run) == set(labels) for by_seed in runs.values() for run in by_seed)
     return Scores(
         strategies,
         seeds,
         np.array(labels, float),
-        np.array([[[run[n] for n in labels] for run in of] for of in runs.values()]),
-        np.array([[_area(run) for run in of] for of in runs.values()]) if same else None,
+        np.array([[[run[n] for n in labels] for run in by_seed] for by_seed in runs.values()]),
+        np.array([[_area(run) for run in by_seed] for by_seed in runs.values()]) if same else None,
         unfinished(rounds),
     )
 
@@ -138,12 +138,12 @@ def common_scores(rounds: Iterable[records.Record], value: str = "test_accuracy"
 def unfinished(rounds: Iterable[records.Record]) -> str:
     """Returns a sentence about runs with fewer rounds than others; "" if there are none."""
     found = _group_by_run(rounds, "num_labeled")
-    most = max(max(run) for seeds in found.values() for run in seeds.values())
+    last = max(max(run) for seeds in found.values() for run in seeds.values())
     missing = [
         f"{name}, seed {seed}"
         for name, seeds in found.items()
         for seed, run in seeds.items()
-        if max(run) < most
+        if max(run) < last
     ]
     return f"Not finished and left out of tests: {'; '.join(missing)}." if missing else ""
 
@@ -268,12 +268,12 @@ def _table_by_labels(
     return _table_lines(["labels", *map(str, header)], rows)
 
 
-def _format_epochs(values: Sequence[int], of: Sequence[records.Record]) -> str:
-    ended = sum(not record.get("converged", True) for record in of)
-    return f"{np.mean(values):.0f}" + (f" ({ended})" if ended else "")
+def _format_epochs(values: Sequence[int], rounds: Sequence[records.Record]) -> str:
+    unmet = sum(not record.get("converged", True) for record in rounds)
+    return f"{np.mean(values):.0f}" + (f" ({unmet})" if unmet else "")
 
 
-def _format_mean_and_range(values: Sequence[float], of: Sequence[records.Record]) -> str:
+def _format_mean_and_range(values: Sequence[float], rounds: Sequence[records.Record]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
@@ -295,7 +295,7 @@ def _same_by_construction(
         if record["round"] == 0:
             run = record["seed"], tuple(record.get("initial", ())), record[value]
             runs.setdefault((record["strategy"], record["num_labeled"]), []).append(run)
-    return {cell: tuple(sorted(of)) for cell, of in runs.items()}
+    return {cell: tuple(sorted(parts)) for cell, parts in runs.items()}
 
 
 FACTS = {
@@ -354,11 +354,11 @@ def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
 
 def _reference_section(reference: str, scores: Scores) -> list[str]:
     """Returns paired differences to one strategy: last accuracy, area under the curve."""
-    at = scores.strategies.index(reference)
-    others = [i for i in range(len(scores.strategies)) if i != at]
+    position = scores.strategies.index(reference)
+    others = [i for i in range(len(scores.strategies)) if i != position]
     lines = [f"## Against {reference}", ""]
     for title, values in _compared_values(scores).items():
-        differences = [statistics.paired_difference(values[i], values[at]) for i in others]
+        differences = [statistics.paired_difference(values[i], values[position]) for i in others]
         t_pvalues = statistics.holm(np.array([d.t_pvalue for d in differences]))
         ranked = statistics.holm(np.array([d.wilcoxon_pvalue for d in differences]))
         rows = [

@@ -131,12 +131,12 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
     checkpoints.remove()
 
 
-def _check_same(again: records.Record, before: records.Record) -> None:
-    again = records.json_round_trip(again)
-    names = [name for name in again if again[name] != before.get(name)]
+def _check_same(repeated: records.Record, recorded: records.Record) -> None:
+    repeated = records.json_round_trip(repeated)
+    names = [name for name in repeated if repeated[name] != recorded.get(name)]
     if differing := [name for name in names if name not in NEUTRAL_FIELDS]:
         raise UserError(
-            f"round {again['round']} came out differently when it was played again "
+            f"round {repeated['round']} came out differently when it was played again "
             f"({', '.join(differing)}): the rounds of one run need one machine and one version of "
             "the packages; use another --output_dir"
         )

@@ -32,9 +32,9 @@ Record = dict[str, Any]
 
 
 class Form(msgspec.Struct):
-    """The fields of a record that tables, pictures and a run that goes on are made from.
+    """The fields of a record that tables, pictures and continued runs read.
 
-    `make` says what they are. Records of before may lack those with a default.
+    `make` fills them. Records of earlier versions may lack those with a default.
     """
 
     strategy: str

@@ -1,4 +1,4 @@
-"""Queries whose examples look at each other: products of gradients among the best by Δ."""
+"""Strategies that compare the examples of largest Δ by the products of their gradients."""
 
 import abc
 import dataclasses
@@ -19,10 +19,10 @@ CANDIDATES_PER_LABEL = 10
 
 @dataclasses.dataclass(frozen=True)
 class OnCandidates(Dynamical):
-    """Chooses among the examples of largest Δ({u}|S), by Δ and all products g_u·g_v of theirs.
+    """Chooses among the examples of largest Δ({u}|S), by Δ and their products g_u·g_v.
 
     Attributes:
-      num_candidates: how many; by default ten for each that is asked for.
+      num_candidates: number of these examples; by default ten for each label of the query.
     """
 
     num_candidates: int | None = None

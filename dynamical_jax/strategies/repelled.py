@@ -1,4 +1,4 @@
-"""dynamicAL block by block, each block pushing the rest away from its gradient."""
+"""dynamicAL block by block; each block lowers the scores of examples with similar gradients."""
 
 import dataclasses
 from typing import Any
@@ -49,7 +49,7 @@ class DynamicalRepelled(Dynamical):
             change[np.concatenate(chosen)] = -np.inf
 
     def _products(self, scored: Changes, block: Examples) -> np.ndarray:
-        """g_u·g_Q `[n]` of the whole pool, Q being a block."""
+        """Returns g_u·g_Q `[n]` of the whole pool, Q being a block."""
         view = scored.view
         terms = gradients.norms_and_products(
             view.apply,

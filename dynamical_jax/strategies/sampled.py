@@ -1,4 +1,4 @@
-"""Stochastic queries: scores as the odds of a draw, and not as a ranking (Kirsch et al., 2023)."""
+"""Draws queries at random with probabilities given by scores (Kirsch et al., 2023)."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from dynamical_jax.types import Array
 
 
 class Noisy(NamedTuple):
-    """What the strategy scored, and its scores `[n]` after noise: β log s plus Gumbel noise."""
+    """The result of the scoring strategy, and its scores with noise: β log s + Gumbel noise."""
 
     scored: Any
     scores: Array
@@ -36,7 +36,7 @@ class Sampled(Strategy):
     Attributes:
       of: the strategy that scores; one that chooses by scores alone.
       beta: β, 0 for a uniform draw, whatever the scores, `math.inf` for the query of `of`.
-      scores: makes of what `of.score` returns the scores s `[n]`.
+      scores: turns the result of `of.score` into the scores s `[n]`.
     """
 
     of: Strategy
@@ -49,7 +49,7 @@ class Sampled(Strategy):
 
     @property
     def needs_embedding(self) -> bool:
-        """Whether the strategy that scores does."""
+        """Whether the scoring strategy needs an embedding."""
         return self.of.needs_embedding
 
     def init(self) -> Any:
@@ -71,7 +71,7 @@ class Sampled(Strategy):
         return super().select(key, scored.scores, batch_size, state)
 
     def describe(self, view: LearnerView, scored: Noisy, query: Query) -> Mapping[str, float]:
-        """Returns what the strategy that scores has to say of the query."""
+        """Returns the facts that the scoring strategy records about the query."""
         return self.of.describe(view, scored.scored, query)
 
 

@@ -1,4 +1,4 @@
-"""Rules that turn scores or points into a query. Everything here is deterministic given its key."""
+"""Rules that turn scores or points into a query. All are deterministic for a given key."""
 
 import functools
 import math
