@@ -67,18 +67,19 @@ def training_step(task: Task) -> Work:
             state["optimizer"] = jax.jit(optimizer.init)(state["variables"]["params"])
         state["epoch"] += 1
         order = dj.streams.generator(0, "order", 0, state["epoch"]).permutation(size)
-        key = dj.streams.key(0, "dropout", 0, state["epoch"])
-        state["optimizer"].hyperparams["learning_rate"] = jnp.asarray(1e-3)
-        state["variables"], state["optimizer"] = dj.training._epoch(
+        state["variables"], state["optimizer"] = dj.training._epochs(
             model,
             optimizer,
             task.batch_size,
             state["variables"],
             state["optimizer"],
             buffer,
-            order,
+            order[None],
+            np.array([1e-3]),
+            state["epoch"],
+            1,
             size,
-            key,
+            dj.streams.key(0, "dropout", 0),
         )
         return state
 

@@ -119,7 +119,7 @@ class Reporter:
         """Called before a round."""
 
     def epoch(self, epoch: int, labeled: training.Evaluation | None, target: float | None) -> None:
-        """Called after each epoch.
+        """Called after one or several epochs, as `training.fit` says.
 
         Args:
           epoch: number of epochs so far in this round.
@@ -213,8 +213,9 @@ class Experiment:
         Args:
           state: the state to start from, between rounds or within one; its arrays are used up.
           reporter: receives the progress of the round.
-          save: called after each epoch with a state from which `step` returns the same round, bit
-            for bit, except for times. It must not keep the arrays, whose memory is reused.
+          save: called after one or several epochs, with a state from which `step` returns the same
+            round, bit for bit, except for times. It must not keep the arrays, whose memory is
+            reused.
 
         Raises:
           DivergedError: if training does.
@@ -261,6 +262,7 @@ class Experiment:
                 capacity=self.budget.total,
                 eval_batch_size=self.eval_batch_size,
                 on_epoch=on_epoch,
+                call_every=self.evaluate_every or None,
             )
         if last_test_epoch != fit.epochs:
             look_at_test(fit.epochs, fit.variables)

@@ -9,6 +9,7 @@ statistics.
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     ),
 }
 SCHEDULES = ("constant", "cosine")
+
+# A call of the compiled program runs several epochs if it takes fewer seconds than this: of a
+# linear layer's epoch 95 % are the call. Longer calls would delay progress bars and Ctrl-C.
+SHORT_CALL = 0.1
+# Most epochs in a call.
+LARGEST_DISPATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +161,10 @@ class Progress(NamedTuple):
 
 
 OnEpoch = Callable[[Progress, Evaluation | None], None]
-"""Called after each epoch with the state of training, and the evaluation on S or None."""
+"""Called after one or several epochs with the state of training, and the evaluation on S or None.
+
+It is called whenever S was evaluated, and in between as the arguments of `fit` say.
+"""
 
 
 def begin(variables: Variables, config: TrainingConfig) -> Progress:
@@ -175,6 +185,7 @@ def fit(
     capacity: int | None = None,
     eval_batch_size: int = 256,
     on_epoch: OnEpoch = lambda progress, labeled: None,
+    call_every: int | None = None,
 ) -> Fit:
     """Trains a model on the labeled set until the targets of `config` are met.
 
@@ -190,7 +201,9 @@ def fit(
       capacity: rows of the device's buffer. Calls with equal capacity share one compiled program;
         changes no result.
       eval_batch_size: number of examples evaluated at a time; changes no result.
-      on_epoch: called after each epoch; must not keep arrays, whose memory is reused.
+      on_epoch: called after each look at S, each multiple of `call_every` and the last epoch; where
+        an epoch takes long, after each of them. Must not keep arrays, whose memory is reused.
+      call_every: number of epochs; with None the looks decide alone.
 
     Raises:
       DivergedError: if a loss is not finite.
@@ -224,23 +237,38 @@ def fit(
         may_stop = config.has_target and labeled_now is not None and epoch >= config.min_epochs
         return may_stop and config.is_fitted(labeled_now, count)
 
+    intervals = [config.look_every, call_every or config.look_every]
+    most_at_once = min(*intervals, LARGEST_DISPATCH)
+    at_once = 1  # So many epochs are one call of the program, so that short ones cost no calls.
+    key = streams.key(seed, "dropout", round_index)
     labeled_now = look()  # Training may have been interrupted when it was about to stop.
     while not is_over():
-        epoch += 1
-        order = streams.generator(seed, "order", round_index, epoch).permutation(count)
-        key = streams.key(seed, "dropout", round_index, epoch)
-        optimizer_state.hyperparams["learning_rate"] = jnp.asarray(_learning_rate(config, epoch))
-        variables, optimizer_state = _epoch(
-            model,
-            optimizer,
-            min(config.batch_size, capacity),
-            variables,
-            optimizer_state,
-            buffer,
-            _padded(order, capacity),
-            count,
-            key,
+        due = min(config.max_epochs, *((epoch // every + 1) * every for every in intervals))
+        epochs = range(epoch + 1, min(epoch + at_once, due) + 1)
+        orders = [
+            streams.generator(seed, "order", round_index, number).permutation(count)
+            for number in epochs
+        ]
+        started = time.perf_counter()
+        variables, optimizer_state = jax.block_until_ready(
+            _epochs(
+                model,
+                optimizer,
+                min(config.batch_size, capacity),
+                variables,
+                optimizer_state,
+                buffer,
+                _padded(np.stack([_padded(order, capacity) for order in orders]), most_at_once),
+                _padded(np.array([_learning_rate(config, n) for n in epochs]), most_at_once),
+                epochs.start,
+                len(epochs),
+                count,
+                key,
+            )
         )
+        short = time.perf_counter() - started < SHORT_CALL
+        at_once = min(2 * at_once, most_at_once) if short else max(at_once // 2, 1)
+        epoch = epochs[-1]
         labeled_now = look()
         on_epoch(Progress(epoch, variables, optimizer_state), labeled_now)
     return Fit(variables, epoch, labeled_now, config.is_fitted(labeled_now, count))
@@ -274,6 +302,37 @@ def _evaluate_block(apply: ApplyFn, variables: Variables, block: Examples, mask:
     static_argnames=("model", "optimizer", "batch_size"),
     donate_argnames=("variables", "optimizer_state"),
 )
+def _epochs(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    variables: Variables,
+    optimizer_state: Any,
+    buffer: Examples,
+    orders: Array,
+    learning_rates: Array,
+    first: Array,
+    num_epochs: Array,
+    count: Array,
+    key: Array,
+) -> tuple[Variables, Any]:
+    """Runs epochs `first`, `first` + 1, …, with the first rows of `orders` and `learning_rates`."""
+
+    def run(index: Array, carry: tuple) -> tuple:
+        variables, optimizer_state = carry
+        hyperparams = optimizer_state.hyperparams
+        rate = learning_rates[index].astype(hyperparams["learning_rate"].dtype)
+        optimizer_state = optimizer_state._replace(
+            hyperparams={**hyperparams, "learning_rate": rate}
+        )
+        return _epoch(
+            *(model, optimizer, batch_size, variables, optimizer_state, buffer),
+            *(orders[index], count, jax.random.fold_in(key, first + index)),
+        )
+
+    return jax.lax.fori_loop(0, num_epochs, run, (dict(variables), optimizer_state))
+
+
 def _epoch(
     model: nn.Module,
     optimizer: optax.GradientTransformation,

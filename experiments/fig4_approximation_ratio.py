@@ -152,12 +152,14 @@ def ratios(
         def on_epoch(progress: dj.training.Progress, seen: dj.training.Evaluation | None) -> None:
             if seen is not None:
                 bar.set_postfix_str(f"loss {seen.loss:.2g}", refresh=False)
-            bar.update()
+            bar.update(progress.epoch - bar.n)
             if progress.epoch % EVERY.value == 0:
                 seen = seen or dj.training.evaluate(model.apply, progress.variables, labeled)
                 look(progress.epoch, progress.variables, seen)
 
-        fit = dj.training.fit(model, variables, labeled, config, seed, on_epoch=on_epoch)
+        fit = dj.training.fit(
+            *(model, variables, labeled, config, seed), on_epoch=on_epoch, call_every=EVERY.value
+        )
     if points[-1]["epoch"] != fit.epochs:
         look(fit.epochs, fit.variables, fit.labeled)
     return points

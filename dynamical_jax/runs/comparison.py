@@ -109,12 +109,14 @@ def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) ->
         epoch = f", epoch {state.underway.epoch}" if state.underway else ""
         bar.write(f"{run}: continued at round {state.round_index}{epoch}")
     saved = time.perf_counter()
+    last = (state.round_index, state.underway.epoch // checkpoint_every if state.underway else 0)
 
     def save(state: State) -> None:
-        nonlocal saved
-        if state.underway.epoch % checkpoint_every == 0:
+        nonlocal saved, last
+        now = (state.round_index, state.underway.epoch // checkpoint_every)
+        if now > last and now[1] > 0:  # Called after each epoch, or less often.
             checkpoints.save(state)
-            saved = time.perf_counter()
+            saved, last = time.perf_counter(), now
 
     while state.round_index < run.num_rounds:
         state, round_result = run.experiment.step(state, bar, save)
