@@ -335,7 +335,8 @@ def gains(directory: pathlib.Path) -> str:
             numbers = [f"{100 * value:+.1f}" for value in (gain.mean, gain.low, gain.high)]
             cells.append("{} ({} to {})".format(*numbers).replace("-", dj.reports.markdown.MINUS))
         shares = [record.get("query_inner_product_share") for record in rounds]
-        cells.append(f"{max(share for share in shares if isinstance(share, float)):.2f}")
+        recorded = [share for share in shares if isinstance(share, float)]
+        cells.append(f"{max(recorded):.2f}" if recorded else "not recorded")
         cells.append(f"{sum(r['epochs'] for r in rounds) / len(area) / len(scores.seeds):.0f}")
         rows.append(f"| {' | '.join(cells)} |")
     if not rows:
