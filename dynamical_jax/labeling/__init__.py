@@ -4,12 +4,17 @@
 - `folder`: the images, which of them are labeled, and which can be chosen;
 - `learner`: the model, trained further in each round;
 - `proposal`: the images that a strategy chooses to be labeled next;
-- `session`: pictures handed out, answers taken, the next batch chosen meanwhile;
+- `session`: pictures handed out, answers taken, the next batch chosen meanwhile; `choosing` is that
+  work and `worker` its thread, `book` what is on disk, `history` what can be taken back;
 - `answers`, `standing`, `review`: all that was answered; how far that is; labels that may be wrong;
+- `classes`: names of classes, and those that are nearly the same;
 - `previews`, `export`, `server`: pictures for a browser, other programs' forms, and the page.
 """
 
 from dynamical_jax.labeling import answers as answers
+from dynamical_jax.labeling import book as book
+from dynamical_jax.labeling import choosing as choosing
+from dynamical_jax.labeling import classes as classes
 from dynamical_jax.labeling import export as export
 from dynamical_jax.labeling import folder as folder
 from dynamical_jax.labeling import learner as learner

@@ -43,6 +43,8 @@ class Answer(NamedTuple):
       client: the number of the tab.
       time: in seconds since 1970.
       group: answers that were given, and are taken back, together.
+      place: where the image stands, in [0, 1), in the order in which images are drawn at random in
+        this round.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Answer(NamedTuple):
     client: str
     time: float
     group: int
+    place: float = 1.0
 
 
 class Batch(NamedTuple):

@@ -29,6 +29,7 @@ class Folder(NamedTuple):
       num_copies: rows with the pixels of another.
       broken: labeled paths that cannot be read, whose labels are left out.
       conflicts: (path, label, other label) of each copy that is labeled differently.
+      first: as in `Pictures`.
     """
 
     paths: list[str]
@@ -40,6 +41,7 @@ class Folder(NamedTuple):
     num_copies: int
     broken: list[str]
     conflicts: list[tuple[str, str, str]]
+    first: np.ndarray
 
     @property
     def class_names(self) -> list[str]:
@@ -188,6 +190,7 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
         len(readable) - len(unique),
         broken,
         conflicts,
+        first,
     )
 
 

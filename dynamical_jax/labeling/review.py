@@ -48,7 +48,7 @@ def suspects(
       config: of the models.
       on_progress: called with (done, total) folds.
     """
-    from sklearn.model_selection import StratifiedKFold  # here, because it takes a while
+    from sklearn.model_selection import StratifiedGroupKFold  # here, because it takes a while
 
     counts = Counter(folder.labels.values())
     paths = [path for path, label in folder.labels.items() if counts[label] > 1]
@@ -58,12 +58,13 @@ def suspects(
     row_of = dict(zip(folder.labels, folder.labeled, strict=True))
     rows = np.array([row_of[path] for path in paths])
     labels = np.array([folder.labels[path] for path in paths])
-    # Stratified: of a class of two labels each is judged by a model that has seen the other.
+    # Stratified: of a class of two labels each is judged by a model that has seen the other. But
+    # none by a model that has seen a copy of it, which would be sure of that label.
     count = min(FOLDS, max(counts.values()))
-    folds = StratifiedKFold(count, shuffle=True, random_state=config.seed)
+    folds = StratifiedGroupKFold(count, shuffle=True, random_state=config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That a class has fewer labels than there are folds.
-        splits = list(folds.split(rows, labels))
+        splits = list(folds.split(rows, labels, folder.first[rows]))
     predicted, confidence = np.empty(len(rows), object), np.zeros(len(rows))
     for done, (seen, held_out) in enumerate(splits):
         on_progress(done, count)

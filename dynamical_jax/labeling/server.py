@@ -266,6 +266,8 @@ class _Page:
         name = body.get("name")
         if not isinstance(name, str):
             raise UserError("a class needs a name")
+        if body.get("sure") is not True and (known := self._session.look_alike(name)):
+            return {"alike": known, "status": self._status()}
         return {"name": self._session.add_class(name), "status": self._status()}
 
     def grid(self, body: dict[str, Any]) -> dict[str, Any]:

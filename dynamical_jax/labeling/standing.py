@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
-from dynamical_jax.labeling.answers import AT_RANDOM, LABEL, Answer, Batch
+from dynamical_jax.labeling.answers import AT_RANDOM, GRID, LABEL, QUERY, RANDOM, Answer, Batch
 
 CONFIDENCE_LEVEL = 0.95
 
@@ -37,12 +37,21 @@ MORE = 100
 
 
 class Point(NamedTuple):
-    """Whether the model predicted an image correctly before it was trained on it."""
+    """Whether the model predicted an image correctly before it was trained on it.
+
+    Attributes:
+      kind: the reason why the image was asked for.
+      round: the number of batches that had been chosen.
+      num_labeled: the number of labels that the model was trained on.
+      right: whether the prediction was correct.
+      at_random: whether the image belongs to a random sample of the images without a label.
+    """
 
     kind: str
     round: int
     num_labeled: int
     right: bool
+    at_random: bool
 
 
 class Share(NamedTuple):
@@ -77,12 +86,21 @@ def points(
 
     The prediction is that at the first answer, the truth is the label that counts now.
 
+    Images drawn between two batches come from those that the strategy left over, on which the model
+    is better than on all. But their order was set for all images: images of the batch that stand
+    before the last one drawn would have been drawn if the strategy had not asked for them. They
+    belong to the random sample too, which with them is a sample of all images.
+
     Args:
       answers: all, in their order.
       batches: likewise.
       labels: path → class name.
     """
     num_labeled = {batch.round: batch.num_labeled for batch in batches}
+    last_place: dict[int, float] = {}
+    for answer in answers:
+        if answer.what == LABEL and answer.kind == RANDOM:
+            last_place[answer.round] = max(last_place.get(answer.round, 0.0), answer.place)
     seen, found = set(), []
     for answer in answers:
         if answer.what != LABEL or answer.path in seen or answer.path not in labels:
@@ -91,7 +109,9 @@ def points(
         if answer.predicted:
             right = answer.predicted == labels[answer.path]
             size = num_labeled.get(answer.round, 0)
-            found.append(Point(answer.kind, answer.round, size, right))
+            passed = answer.place < last_place.get(answer.round, 0.0)
+            at_random = answer.kind in AT_RANDOM or (answer.kind in (QUERY, GRID) and passed)
+            found.append(Point(answer.kind, answer.round, size, right, at_random))
     return found
 
 
@@ -106,21 +126,22 @@ def share(found: Sequence[Point]) -> Share | None:
 
 def recent(found: Sequence[Point]) -> list[Point]:
     """Returns the last random points, which measure the present model or one shortly before."""
-    return [point for point in found if point.kind in AT_RANDOM][-RECENT:]
+    return [point for point in found if point.at_random][-RECENT:]
 
 
 def by_round(found: Sequence[Point]) -> list[dict[str, Any]]:
     """Returns for each batch the accuracy of its model on random images and on the query.
 
-    Points of the grid, where people see the prediction, are in neither.
+    An image may count in both. Points of the grid, where people see the prediction, are not of the
+    query.
     """
     rounds = sorted({(point.round, point.num_labeled) for point in found})
     return [
         {
             "round": number,
             "num_labeled": num_labeled,
-            "random": share([p for p in found if p.round == number and p.kind in AT_RANDOM]),
-            "query": share([p for p in found if p.round == number and p.kind == "query"]),
+            "random": share([p for p in found if p.round == number and p.at_random]),
+            "query": share([p for p in found if p.round == number and p.kind == QUERY]),
         }
         for number, num_labeled in rounds
     ]
@@ -173,7 +194,7 @@ def gain(found: Sequence[Point], num_labeled: int, seed: int = 0) -> Gain:
       num_labeled: present number of labels.
       seed: of the resamples.
     """
-    random = [point for point in found if point.kind in AT_RANDOM and point.num_labeled > 0]
+    random = [point for point in found if point.at_random and point.num_labeled > 0]
     rounds = len({point.round for point in random})
     wrong = sum(not point.right for point in random)
     for count, minimum, counted in (

@@ -89,7 +89,7 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
-def check_flags(folders: list[str]) -> labeling.session.Settings:
+def check_flags(folders: list[str]) -> labeling.choosing.Settings:
     """Checks the command line before any work; returns the settings of the session."""
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
@@ -101,7 +101,7 @@ def check_flags(folders: list[str]) -> labeling.session.Settings:
         )
     output = person.check_tables(folders[0], {})
     chosen, config = person.strategy_and_config()
-    return labeling.session.Settings(
+    return labeling.choosing.Settings(
         folders[0],
         pathlib.Path(person.LABELS.value),
         output,
@@ -114,7 +114,7 @@ def check_flags(folders: list[str]) -> labeling.session.Settings:
     )
 
 
-def serve(settings: labeling.session.Settings) -> None:
+def serve(settings: labeling.choosing.Settings) -> None:
     """Serves the page of a session until Ctrl-C."""
     import uvicorn  # here, because without the extra there is neither
 
@@ -193,9 +193,9 @@ def browser_host(host: str) -> str:
 
 
 def record(
-    settings: labeling.session.Settings,
+    settings: labeling.choosing.Settings,
     folder: labeling.Folder,
-    chosen: labeling.session.Chosen,
+    chosen: labeling.choosing.Chosen,
     batch: labeling.answers.Batch,
 ) -> None:
     """Writes a round's line of the log that dynamical-select writes, too."""

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 import dynamical_jax as dj
 from dynamical_jax import labeling
-from dynamical_jax.labeling import server, session, tables
+from dynamical_jax.labeling import choosing, server, tables
 
 TOKEN = "a-token-in-the-address"
 HERE = "http://127.0.0.1:8765"
@@ -25,7 +25,7 @@ def choose(folder, settings, is_open, report):
         for row in folder.unlabeled
     }
     wanted = [image for image in predicted.values() if is_open(image.path)]
-    return session.Chosen(wanted[: settings.batch_size], [], predicted, {})
+    return choosing.Chosen(wanted[: settings.batch_size], [], predicted, {})
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def sitting(photos, tmp_path):
-    settings = session.Settings(
+    settings = choosing.Settings(
         str(photos),
         tmp_path / "labels.csv",
         tmp_path / "to_label.csv",
@@ -138,6 +138,14 @@ def test_exports(browser, sitting, photos, tmp_path):
     # Nothing that this program has not made is replaced.
     (tmp_path / "labels.sorted" / labeling.export.MARK).unlink()
     assert "was not made by this program" in browser.send_json("sort").json()["error"]
+
+
+def test_a_class_that_is_nearly_there_is_asked_about(browser):
+    names = lambda answer: [one["name"] for one in answer.json()["status"]["classes"]]
+    asked = browser.send_json("class", name="Cats")
+    assert (asked.json()["alike"], names(asked)) == ("cat", ["cat", "dog"])
+    assert names(browser.send_json("class", name="Cats", sure=True)) == ["cat", "dog", "Cats"]
+    assert names(browser.send_json("class", name="cat")) == ["cat", "dog", "Cats"]
 
 
 def test_nothing_without_the_token(app, browser, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import dynamical_jax as dj
 from dynamical_jax import labeling
-from dynamical_jax.labeling import answers, session, standing, tables
+from dynamical_jax.labeling import answers, choosing, standing, tables
 from dynamical_jax.labeling.session import NewAnswer
 
 CLASSES = ("dark", "bright", "grey")
@@ -49,7 +49,7 @@ def settings(photos, tmp_path):
 
 def settings_of(photos, folder):
     training = dj.TrainingConfig(max_epochs=3, learning_rate=0.1)
-    return session.Settings(
+    return choosing.Settings(
         str(photos),
         folder / "labels.csv",
         folder / "to_label.csv",
@@ -66,7 +66,7 @@ def choose(folder, settings, is_open, report):
     """Takes the place of the model: the first images are wanted; of all, the truth is predicted."""
     report("choosing", 0.5)
     if len(folder.class_names) < 2:
-        return session.choose(folder, settings, is_open, report)
+        return choosing.choose(folder, settings, is_open, report)
     rows = np.setdiff1d(folder.readable, folder.labeled)
     predicted = {
         folder.paths[row]: tables.Proposed(folder.paths[row], truth(folder.paths[row]), 0.75, 1.0)
@@ -74,7 +74,7 @@ def choose(folder, settings, is_open, report):
     }
     chosen = [predicted[folder.paths[row]] for row in folder.unlabeled]
     chosen = [image for image in chosen if is_open(image.path)][: settings.batch_size]
-    return session.Chosen(chosen[:-2], chosen[-2:], predicted, {})
+    return choosing.Chosen(chosen[:-2], chosen[-2:], predicted, {})
 
 
 class Clock:
@@ -339,7 +339,7 @@ def test_the_batch_is_what_select_would_ask_for(settings, photos):
     settings = settings._replace(audit_fraction=0.0)
     labels = {name(i): truth(name(i)) for i in range(5)}
     labeling.add_labels(settings.table, labels)
-    with start(settings, session.choose) as sitting:
+    with start(settings, choosing.choose) as sitting:
         sitting.wait()
         offered = sitting.offers("me", 9)
     folder = labeling.folder.decode(
@@ -370,7 +370,7 @@ def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, 
     drawn = 0
     for seed in range(40):
         seeded = settings._replace(config=settings.config._replace(seed=seed))
-        chosen = session.choose(folder, seeded, lambda path: path != name(29), lambda *_: None)
+        chosen = choosing.choose(folder, seeded, lambda path: path != name(29), lambda *_: None)
         audit, query = ({image.path for image in part} for part in (chosen.audit, chosen.query))
         assert (len(audit), len(query)) == (2, 4)
         assert not audit & query
@@ -384,13 +384,13 @@ def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, 
 
 def test_an_unfinished_batch_goes_on_with_what_the_model_took_it_for(settings):
     labeling.add_labels(settings.table, {name(i): truth(name(i)) for i in range(5)})
-    with start(settings, session.choose) as sitting:
+    with start(settings, choosing.choose) as sitting:
         before = label(sitting, "me", 2)
         left = sitting.offers("me", 9)
     # Of what is left, a person fills in one in a spreadsheet.
     text = settings.output.read_text()
     settings.output.write_text(text.replace(f"{left[0].path},,", f"{left[0].path},dark,"))
-    with start(settings, session.choose) as sitting:
+    with start(settings, choosing.choose) as sitting:
         sitting.wait()
         assert sitting.num_taken_over == 1
         assert sitting.labels[left[0].path] == "dark"
@@ -402,7 +402,7 @@ def test_an_unfinished_batch_goes_on_with_what_the_model_took_it_for(settings):
         # It may be labeled otherwise now, and the next sitting is not told two things.
         offer = before[0]._replace(id=left[0].id)
         sitting.answer("me", [NewAnswer(offer.id, "label", "grey")])
-    with start(settings, session.choose) as sitting:
+    with start(settings, choosing.choose) as sitting:
         assert sitting.labels[left[0].path] == "grey"
 
 
@@ -444,7 +444,7 @@ def test_copies_of_what_is_labeled_are_not_asked_for(settings, photos):
 
     def choose(folder, settings, is_open, report):
         predicted = {path: tables.Proposed(path, of(path), 0.75) for path in folder.paths}
-        return session.Chosen([], [], predicted, {})
+        return choosing.Chosen([], [], predicted, {})
 
     with start(settings, choose) as sitting:
         sitting.wait()

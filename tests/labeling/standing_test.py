@@ -1,11 +1,13 @@
 """What the log of answers tells, against other ways to compute it."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.stats
 from sklearn.metrics import cohen_kappa_score
 
-from dynamical_jax.labeling import answers, standing
+from dynamical_jax.labeling import answers, choosing, standing
 from dynamical_jax.labeling.standing import Point
 
 
@@ -20,7 +22,7 @@ def batch(number, num_labeled, kappa=None, size=1000):
 def curve(generator, slope, sizes, of_each):
     """Random points whose logit is `slope` times the logarithm of the number of labels."""
     return [
-        Point("audit", number, size, bool(generator.random() < p))
+        Point("audit", number, size, bool(generator.random() < p), True)
         for number, size in enumerate(sizes)
         for p in [1 / (1 + np.exp(-slope * np.log(size / 50)))] * of_each
     ]
@@ -38,12 +40,12 @@ def test_the_first_prediction_and_the_last_label_count():
     ]
     labels = {"a": "dog", "b": "cat", "c": "cat", "d": "cat"}
     found = standing.points(log, [batch(1, 10), batch(2, 30)], labels)
-    assert found == [Point("audit", 1, 10, False), Point("query", 1, 10, False)]
+    assert found == [Point("audit", 1, 10, False, True), Point("query", 1, 10, False, False)]
 
 
 def test_random_images_and_those_asked_for_are_counted_apart():
     kinds = [("audit", True), ("random", False), ("query", False), ("grid", True), ("again", True)]
-    found = [Point(kind, 1, 10, right) for kind, right in kinds]
+    found = [Point(kind, 1, 10, right, kind in answers.AT_RANDOM) for kind, right in kinds]
     (part,) = standing.by_round(found)
     assert (part["random"].right, part["random"].total) == (1, 2)
     assert (part["query"].right, part["query"].total) == (0, 1)
@@ -51,8 +53,43 @@ def test_random_images_and_those_asked_for_are_counted_apart():
     assert len(standing.recent(found * 100)) == standing.RECENT
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_what_is_drawn_between_batches_makes_a_sample_of_all_images(wanted):
+    """A strategy that asks for what the model has wrong, or right, does not move the estimate."""
+    estimates, left_over = [], []
+    for seed in range(200):
+        right = {f"{i:03d}.png": i % 10 < 7 for i in range(200)}
+        place = functools.partial(choosing.place, seed, 1)
+        asked = [path for path in right if right[path] == wanted][:50]
+        drawn = sorted(set(right) - set(asked), key=place)[:20]
+        log = [
+            answer(path, "cat", "cat" if right[path] else "dog", 1, kind)._replace(
+                place=place(path)
+            )
+            for kind, paths in (("query", asked), ("random", drawn))
+            for path in paths
+        ]
+        found = standing.points(log, [batch(1, 10)], dict.fromkeys(right, "cat"))
+        estimates.append(standing.share(standing.recent(found)))
+        left_over.append(np.mean([right[path] for path in drawn]))
+    pooled = sum(e.right for e in estimates) / sum(e.total for e in estimates)
+    assert pooled == pytest.approx(0.7, abs=0.02)
+    assert abs(np.mean(left_over) - 0.7) > 0.09  # What the pool left over would tell.
+
+
+def test_an_image_drawn_before_its_batch_was_chosen_tells_nothing_of_the_order():
+    log = [
+        answer("a", "cat", "cat", 1, "query")._replace(place=0.5),
+        answer("b", "cat", "cat", 1, "random")._replace(place=0.0),
+        answer("c", "cat", "cat", 2, "random")._replace(place=0.9),
+    ]
+    batches = [batch(1, 10), batch(2, 30)]
+    found = standing.points(log, batches, dict.fromkeys("abc", "cat"))
+    assert [point.at_random for point in found] == [False, True, True]
+
+
 def test_interval_is_wilsons():
-    share = standing.share([Point("audit", 1, 10, i < 41) for i in range(50)])
+    share = standing.share([Point("audit", 1, 10, i < 41, True) for i in range(50)])
     z, p, n = scipy.stats.norm.ppf(0.975), 41 / 50, 50
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -114,7 +151,7 @@ def test_what_cannot_be_told_is_not_told(sizes, of_each, right, reason):
     if right is not None:
         found = [point._replace(right=right) for point in found]
     # Points of the query are no help, however many.
-    found += [point._replace(kind="query") for point in found * 10]
+    found += [point._replace(kind="query", at_random=False) for point in found * 10]
     gain = standing.gain(found, 300)
     assert gain.expected is gain.low is gain.high is None
     assert reason in gain.reason

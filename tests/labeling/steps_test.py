@@ -118,3 +118,23 @@ def test_nothing_is_taken_over_of_a_proposal_that_cannot_be(photos, tmp_path, fi
     with pytest.raises(dj.UserError, match=message):
         labeling.folder.take_over(table, proposal, str(photos), paths)
     assert table.read_bytes() == before
+
+
+def test_no_label_is_judged_by_a_model_that_has_seen_a_copy_of_it(photos, tmp_path, monkeypatch):
+    for position in range(8):
+        copy = photos / f"z{position:02d}.png"
+        copy.write_bytes((photos / f"{position:02d}.png").read_bytes())
+    names = {path.name: CLASSES[int(path.stem[-2:]) % 3] for path in sorted(photos.glob("*0*.png"))}
+    folder = read(photos, names, tmp_path)
+    judged = []
+
+    def predict(part, model, rows):
+        assert not set(folder.first[rows]) & set(folder.first[part.labeled])
+        judged.extend(folder.paths[row] for row in rows)
+        return [labeling.Proposed(folder.paths[row], "grey", 0.5) for row in rows]
+
+    monkeypatch.setattr(labeling.proposal, "predict", predict)
+    monkeypatch.setattr(labeling.learner, "fit_labels", lambda *_: (None, None))
+    found = labeling.review.suspects(folder, config())
+    assert sorted(judged) == sorted(names)
+    assert {one.path for one in found} == {p for p, label in names.items() if label != "grey"}

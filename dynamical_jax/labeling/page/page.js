@@ -6,7 +6,7 @@ const AHEAD = 9;
 const $ = (id) => document.getElementById(id);
 const state = {
   tab: "label", offers: [], again: [], status: null, grid: [], gridClass: "", busy: false, zoom: false,
-  hint: false, suspects: [],
+  hint: false, suspects: [], sure: "",
 };
 
 function kept(store, name, make) {
@@ -215,7 +215,12 @@ $("new-class").addEventListener("submit", (event) => {
     return;
   }
   alone(async () => {
-    await ask("class", {name});
+    const value = await ask("class", {name, sure: state.sure === name});
+    if (value.alike) {
+      state.sure = name;
+      say(`There is a class “${value.alike}”. Enter once more makes “${name}” another one.`);
+      return;
+    }
     leaveName();
     showClasses();
     const key = keys()[classes().findIndex((known) => known.name === name)];
@@ -223,7 +228,7 @@ $("new-class").addEventListener("submit", (event) => {
   });
 });
 function leaveName() {
-  $("new-name").value = "";
+  $("new-name").value = state.sure = "";
   $("new-name").blur();
   $("new-class").classList.toggle("open", !classes().length);
 }
