@@ -54,7 +54,7 @@ def test_taking_turns_with_select(run_binary, photos, tmp_path, cache_dir):
 
     def sitting():
         with flagsaver.flagsaver(cache_dir=cache_dir, classes=["dark", "bright"], **given):
-            return labeling.Session(program.checked(["photos"]))
+            return labeling.Session(program.check_flags(["photos"]))
 
     _, drawn = run_select()
     with sitting() as page:
