@@ -49,12 +49,6 @@ TEST_FRACTION = flags.DEFINE_float(
     "Share of each class that is held out for testing if your own data have no test set; by "
     f"default {dj.folders.TEST_FRACTION}.",
 )
-FEATURE_SCALE = flags.DEFINE_enum(
-    "feature_scale",
-    "shared",
-    dj.models.FEATURE_SCALES,
-    "shared divides all features of vectors by one deviation, each divides each by its own.",
-)
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Directory with the data of TFDS; by default TFDS_DATA_DIR."
 )
@@ -150,13 +144,11 @@ def load() -> tuple[dj.Dataset, Any]:
     """Returns the data set and the model of the flags; makes JAX keep compiled programs."""
     options.training_config()  # Report wrong flags before the data are read.
     if options.MODEL.value is not None:
-        options.set_model_defaults()
+        dj.models.check_name(options.MODEL.value)
+        options.model_options()
     dataset = load_dataset()
     attributes = options.set_model_defaults(dataset.kind)
-    if dataset.kind == "vectors":
-        attributes["feature_scale"] = FEATURE_SCALE.value
-    elif not flags.FLAGS["feature_scale"].using_default_value:
-        raise dj.UserError(f"--feature_scale has no effect on {dataset.name}, only on vectors")
+    attributes["feature_scale"] = options.FEATURE_SCALE.value
     return dataset, dj.models.create(options.MODEL.value, dataset, **attributes)
 
 

@@ -1,6 +1,6 @@
 """Classification data as NumPy arrays: a pool to query from and a test set.
 
-`load(name)` returns one of `DATASETS`, `load(path)` the data of your own folder or .npz file. Your
+`load(name)` returns one of `DATASETS`, `load(path)` the data of your own folder or file. Your
 own arrays become a `Dataset` by its constructor. Inputs are images, uint8 `[n, h, w, c]`, or
 vectors, floats `[n, d]`; they keep their type and scale until a model standardises them.
 """
@@ -48,7 +48,7 @@ class Dataset:
       version: of the data, for records.
       index: `[n]` position of each row of the pool in the data set that it comes from; by default
         the number of the row. Records name examples by it.
-      paths: for image files: `paths[i]` is the file of the image with index i. Otherwise empty.
+      paths: `paths[i]` is the file of the image with index i, or the vector's. May be empty.
 
     Raises:
       UserError: on construction, if shapes or labels do not fit, or an input is not finite.
@@ -127,7 +127,9 @@ def load(
 
     Your own data are a folder with images in `<folder>/<class>/`, at any depth, or an .npz file of
     arrays: image `[n, h, w]` or `[n, h, w, c]`, or embedding `[n, d]`; label `[n]`, whole numbers
-    or strings; and optionally test_image or test_embedding, test_label, class_names and index.
+    or strings; and optionally test_image or test_embedding, test_label, class_names, and index or
+    path. Embeddings that are larger than memory are in an .npy file, all else in an .npz file of
+    the same name.
 
     Args:
       name: a name of `DATASETS`, or the path of a folder or .npz file.
@@ -140,8 +142,8 @@ def load(
       test_fraction: share of each class to hold out for testing if there is no test set; 0.2 if
         None.
       channels: of image files, 1 (grey) or 3 (RGB). If None, 1 if all are grey, else 3.
-      unreadable: whether image files that cannot be read are left out ("skip"), with a warning, or
-        refused ("refuse").
+      unreadable: whether image files that cannot be read, and rows of arrays that are not finite,
+        are left out ("skip"), with a warning, or refused ("refuse").
 
     Raises:
       UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared or
@@ -228,14 +230,14 @@ def _load_own(
             path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable
         )
         return Dataset(os.path.basename(os.path.abspath(path)), **own._asdict())
-    if not path.endswith(".npz"):
+    if not path.endswith((".npz", ".npy")):
         raise UserError(
             f"unknown dataset {path!r}; choose from {', '.join(DATASETS)}, or give a folder that "
-            "holds one of images for each class, or an .npz file"
+            "holds one of images for each class, or an .npz or .npy file"
         )
     if test_dir is not None:
         raise UserError(f"test_dir has no effect on {path}, which can hold a test set itself")
-    own = folders.from_npz(path, test_fraction, image_size, channels)
+    own = folders.from_file(path, test_fraction, image_size, channels, unreadable)
     return Dataset(pathlib.Path(path).stem, **own._asdict())
 
 

@@ -1,4 +1,4 @@
-"""Your own labeled data: a folder of images for each class, or arrays in an .npz file.
+"""Your own labeled data: a folder of images for each class, or arrays in an .npz or .npy file.
 
 If there is no test set, some examples of each class are held out. Which ones does not depend on the
 seed of a run.
@@ -70,11 +70,7 @@ def from_folder(
     elif not for_test.any():
         raise UserError(f"{test_dir}: no image can be read")
     pool, test = rows[~for_test], rows[for_test]
-    first = images.first_equal(Rows(x, np.append(pool, test)))
-    if copies := np.sum(first[len(pool) :] < len(pool)):
-        warnings.warn(
-            f"{copies} of {len(test)} test images are copies of images in the pool", stacklevel=2
-        )
+    _warn_of_copies("images", Rows(x, pool), Rows(x, test))
     return OwnData(
         *(Examples(Rows(x, part), y[part]) for part in (pool, test)),
         class_names,
@@ -84,43 +80,108 @@ def from_folder(
     )
 
 
-def from_npz(
-    path: str, test_fraction: float | None, image_size: int | None, channels: int | None
+def from_file(
+    path: str,
+    test_fraction: float | None,
+    image_size: int | None,
+    channels: int | None,
+    unreadable: str = "skip",
 ) -> OwnData:
     """Returns the arrays of an .npz file: image or embedding, and label `[n]`.
 
     Images are numbers `[n, h, w]` or `[n, h, w, c]`, embeddings floats `[n, d]`, which become
     float32; labels are whole numbers or strings. There may be test_image or test_embedding and
-    test_label; class_names, which labels that are numbers then count from 0; and index `[n]`, the
-    whole numbers by which records name the examples, instead of their rows. test_index is ignored.
+    test_label; class_names, which labels that are numbers then count from 0; and path `[n]`, or
+    index `[n]`, the whole numbers by which records name the examples, instead of their rows.
+    test_index and test_path are ignored.
+
+    An .npy file holds embeddings alone, which may be larger than memory; all else is then in an
+    .npz file of the same name beside it.
 
     Raises:
       UserError: if arrays are missing, cannot be read, or do not fit.
     """
-    images.check_options(image_size, channels)
+    images.check_options(image_size, channels, unreadable)
     arrays = _read_arrays(path)
     name = next(name for name in INPUT_NAMES if name in arrays)
+    allowed = (name, "label", f"test_{name}", "test_label", "class_names", "index", "path")
+    _check_names(path, arrays, (*allowed, "test_index", "test_path"))
+    needed = allowed[: 4 if set(allowed[2:4]) & set(arrays) else 2]
+    if missing := [name for name in needed if name not in arrays]:
+        raise UserError(f"{path}: there is no array {missing[0]!r}")
     _check_fraction(test_fraction, f"test_{name}" if f"test_{name}" in arrays else None)
     values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
     _check_two_classes(path, class_names)
 
-    def examples(prefix: str) -> Examples:
+    def examples(prefix: str) -> tuple[Examples, np.ndarray]:
+        """Returns inputs and labels, and which of them are finite."""
         what, x = f"{path}: {prefix}{name}", arrays[prefix + name]
         y = _npz_labels(what, len(x), prefix, arrays[f"{prefix}label"], values)
         if name == "embedding":
-            return Examples(_npz_vectors(what, x, image_size, channels), y)
-        return Examples(_npz_images(what, x, image_size, channels), y)
+            kind, x = "vectors", _npz_vectors(what, x, image_size, channels)
+        else:
+            kind, x = "images", _npz_images(what, x, image_size, channels)
+        return Examples(x, y), _finite_rows(what, kind, x, unreadable)
 
-    x, y = examples("")
-    index = _npz_index(path, arrays.get("index"), len(y))
+    def taken(part: Examples, rows: np.ndarray) -> Examples:
+        if len(rows) == len(part.y):
+            return part
+        x = part.x[rows] if isinstance(part.x, np.ndarray) else Rows(part.x, rows)
+        return Examples(x, part.y[rows])
+
+    everything, rows = examples("")
+    index = _npz_index(path, arrays.get("index"), len(everything.y))
     if f"test_{name}" in arrays:
-        test = examples("test_")
+        test = taken(*examples("test_"))
     else:
-        for_test = choose_held_out(y, test_fraction, class_names)
-        test = Examples(x[for_test], y[for_test])
-        x, y, index = x[~for_test], y[~for_test], index[~for_test]
+        for_test = choose_held_out(everything.y[rows], test_fraction, class_names)
+        test, rows = taken(everything, rows[for_test]), rows[~for_test]
+    pool, index = taken(everything, rows), index[rows]
+    kind = "vectors" if name == "embedding" else "images"
+    _warn_of_copies(kind, pool.x, test.x)
+    paths: tuple[str, ...] = ()
+    if "path" in arrays:
+        if "index" in arrays:
+            raise UserError(f"{path} holds both index and path, and one of them names the examples")
+        paths = _npz_paths(path, arrays["path"], len(everything.y))
     facts = (class_names, zlib.crc32(index)) if "index" in arrays else (class_names,)
-    return OwnData(Examples(x, y), test, class_names, _version((x, y, *test), *facts), index)
+    version = _version((*pool, *test), *facts)
+    return OwnData(pool, test, class_names, version, index, paths)
+
+
+class Features(NamedTuple):
+    """Vectors of image files.
+
+    Attributes:
+      x: `[n, d]` float32.
+      paths: of the files.
+      finite: rows that are.
+      checksum: of all numbers.
+    """
+
+    x: Any
+    paths: tuple[str, ...]
+    finite: np.ndarray
+    checksum: int
+
+
+def features(path: str, unreadable: str = "skip") -> Features:
+    """Returns the vectors of image files: arrays embedding and path `[n]`, read as in `from_file`.
+
+    Other arrays are ignored.
+
+    Raises:
+      UserError: if there is no path or embedding, or they do not fit.
+    """
+    arrays = _read_arrays(path)
+    if missing := [name for name in ("embedding", "path") if name not in arrays]:
+        raise UserError(
+            f"{path}: there is no array {missing[0]!r}; features need embedding [n, d] and path [n]"
+        )
+    what = f"{path}: embedding"
+    x = _npz_vectors(what, arrays["embedding"], None, None)
+    paths = _npz_paths(path, arrays["path"], len(x))
+    return Features(x, paths, _finite_rows(what, "vectors", x, unreadable), _checksum(x))
 
 
 def choose_held_out(
@@ -148,15 +209,29 @@ def choose_held_out(
 
 def check_finite(what: str, kind: str, x: Any) -> None:
     """Raises `UserError` if rows of x `[n, ...]` hold NaN or infinity, and names them."""
+    _finite_rows(what, kind, x, "refuse")
+
+
+def _finite_rows(what: str, kind: str, x: Any, unreadable: str) -> np.ndarray:
+    """Returns the rows of x `[n, ...]` that hold neither NaN nor infinity; warns of the others."""
     if x.dtype.kind in "biu":
-        return
+        return np.arange(len(x))
     rest = tuple(range(1, len(x.shape)))
     finite = np.concatenate([np.isfinite(block).all(axis=rest) for block in images.blocks(x)])
     rows = np.flatnonzero(~finite)
     if len(rows):
         listed = [*map(str, rows[:5]), *(["…"] if len(rows) > 5 else [])]
-        raise UserError(
-            f"{what}: {len(rows)} of {len(x)} {kind} are not finite: rows {', '.join(listed)}"
+        message = f"{what}: {len(rows)} of {len(x)} {kind} are not finite: rows {', '.join(listed)}"
+        if unreadable == "refuse" or len(rows) == len(x):
+            raise UserError(message)
+        warnings.warn(f"{message}; they are left out", stacklevel=3)
+    return np.flatnonzero(finite)
+
+
+def _warn_of_copies(kind: str, pool: Any, test: Any) -> None:
+    if copies := images.count_copies(test, pool):
+        warnings.warn(
+            f"{copies} of {len(test)} test {kind} are copies of {kind} in the pool", stacklevel=3
         )
 
 
@@ -178,10 +253,18 @@ def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
         raise UserError(f"{where} has one class only, {class_names[0]!r}; two or more are needed")
 
 
-def _version(arrays: Iterable[np.ndarray], *facts: Any) -> str:
+def _version(arrays: Iterable[Any], *facts: Any) -> str:
     """Returns a checksum of arrays and of the text of other facts."""
-    parts = [zlib.crc32(np.ascontiguousarray(array)) for array in arrays]
+    parts = [_checksum(array) for array in arrays]
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
+
+
+def _checksum(x: Any) -> int:
+    """Returns the checksum of all numbers of an array, which need not be in memory."""
+    checksum = 0
+    for block in images.blocks(x):
+        checksum = zlib.crc32(np.ascontiguousarray(block), checksum)
+    return checksum
 
 
 def _list_classes(folder: str) -> tuple[str, ...]:
@@ -211,30 +294,46 @@ def _labeled_files(
     return paths, np.array(labels, np.int32)
 
 
-def _read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Returns all arrays of an .npz file, once their names are checked."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
-            arrays = dict(members.items())
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot read {path} ({error})") from error
+def _read_arrays(path: str) -> dict[str, Any]:
+    """Returns all arrays of an .npz file, or of an .npy file and the .npz file beside it."""
+    if path.endswith(".npy"):
+        beside = path.removesuffix("y") + "z"
+        arrays = _read_npz(beside)
+        if held := [name for name in INPUT_NAMES if name in arrays]:
+            raise UserError(f"{path} holds the embeddings, and {beside} an array {held[0]}, too")
+        return {"embedding": images.OnDisk(path), **arrays}
+    arrays = _read_npz(path)
     inputs = [name for name in INPUT_NAMES if name in arrays]
     if len(inputs) != 1:
         holds = f"both {' and '.join(inputs)}" if inputs else ", ".join(arrays) or "nothing"
         raise UserError(f"{path} must hold an array image or an array embedding; it holds {holds}")
-    (name,) = inputs
-    allowed = (name, "label", f"test_{name}", "test_label", "class_names", "index", "test_index")
+    return arrays
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
+            return dict(members.items())
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"cannot read {path} ({error})") from error
+
+
+def _check_names(path: str, arrays: Iterable[str], allowed: Sequence[str]) -> None:
     if foreign := [other for other in arrays if other not in allowed]:
         raise UserError(
-            f"{path}: unknown array {foreign[0]!r}; known beside {name} are "
+            f"{path}: unknown array {foreign[0]!r}; known beside {allowed[0]} are "
             f"{', '.join(allowed[1:])}"
         )
-    needed = allowed[: 4 if set(allowed[2:4]) & set(arrays) else 2]
-    if missing := [name for name in needed if name not in arrays]:
-        raise UserError(f"{path}: there is no array {missing[0]!r}")
-    return arrays
 
 
 def _npz_classes(
@@ -279,7 +378,6 @@ def _npz_images(
         )
     if channels not in (None, x.shape[-1]):
         raise UserError(f"{what} has {x.shape[-1]} channels; others can be had of image files only")
-    check_finite(what, "images", x)
     if image_size is None:
         return x
     if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
@@ -287,9 +385,7 @@ def _npz_images(
     return np.stack([images.resize(image, image_size, image_size) for image in x])
 
 
-def _npz_vectors(
-    what: str, x: np.ndarray, image_size: int | None, channels: int | None
-) -> np.ndarray:
+def _npz_vectors(what: str, x: Any, image_size: int | None, channels: int | None) -> Any:
     """Returns vectors `[n, d]` as float32, since sums in half precision overflow."""
     if x.ndim != 2 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(
@@ -298,10 +394,10 @@ def _npz_vectors(
     for option, value in (("image_size", image_size), ("channels", channels)):
         if value is not None:
             raise UserError(f"{option} has no effect on {what}: these are vectors, not images")
-    with np.errstate(over="ignore"):  # Values that are too large become infinite, and are refused.
-        x = x.astype(np.float32, copy=False)
-    check_finite(what, "vectors", x)
-    return x
+    if isinstance(x, images.OnDisk):
+        return images.OnDisk(x.path, np.float32)
+    with np.errstate(over="ignore"):  # Values that are too large become infinite.
+        return x.astype(np.float32, copy=False)
 
 
 def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
@@ -314,3 +410,13 @@ def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
             f"shape {index.shape}"
         )
     return index.astype(np.int64)
+
+
+def _npz_paths(path: str, paths: np.ndarray, size: int) -> tuple[str, ...]:
+    """Returns the paths of the files that the rows are of."""
+    if paths.dtype.kind != "U" or paths.shape != (size,) or len(np.unique(paths)) < size:
+        raise UserError(
+            f"{path}: path must be strings [{size}], each another, got {paths.dtype} of shape "
+            f"{paths.shape}"
+        )
+    return tuple(paths.tolist())

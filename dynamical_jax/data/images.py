@@ -38,23 +38,29 @@ class OnDisk:
     The file is mapped again for each access: pages read through a lasting memory map count as
     memory of the process, and in the end that would be the whole file.
 
+    Args:
+      path: of the file.
+      dtype: of the parts that are read; by default that of the file.
+
     Raises:
       UserError: if the file is no array, or incomplete.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, dtype: Any = None):
         self.path = pathlib.Path(path)
         try:
             mapped = self._mapped()
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is no whole .npy file ({error})") from error
-        self.shape, self.dtype, self.ndim = mapped.shape, mapped.dtype, mapped.ndim
+        self.shape, self.ndim = mapped.shape, mapped.ndim
+        self.dtype = mapped.dtype if dtype is None else np.dtype(dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, positions: Any) -> np.ndarray:
-        return np.array(self._mapped()[positions])
+        with np.errstate(over="ignore"):  # What is too large becomes infinite.
+            return np.array(self._mapped()[positions], self.dtype)
 
     def _mapped(self) -> np.ndarray:
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -159,10 +165,30 @@ def blocks(x: Any) -> Iterator[np.ndarray]:
 
 
 def first_equal(x: Any) -> np.ndarray:
-    """Returns for each image of `[n, h, w, c]` the position of the first that equals it."""
+    """Returns for each row of `[n, ...]` the position of the first that equals it."""
     seen: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(image, digest_size=16).digest() for b in blocks(x) for image in b)
-    return np.array([seen.setdefault(d, position) for position, d in enumerate(digests)], int)
+    return np.array([seen.setdefault(d, position) for position, d in enumerate(_digests(x))], int)
+
+
+def count_copies(x: Any, other: Any) -> int:
+    """Returns how many rows of x `[n, ...]` are rows of `other` `[m, ...]`, too."""
+    known = set(_digests(other))
+    return sum(digest in known for digest in _digests(x))
+
+
+def _digests(x: Any) -> Iterator[bytes]:
+    for block in blocks(x):
+        for row in np.ascontiguousarray(block):
+            yield hashlib.blake2b(row, digest_size=16).digest()
+
+
+def can_be_opened(paths: Sequence[str]) -> np.ndarray:
+    """Returns `[n]` whether the headers of files are those of images."""
+    with ThreadPool() as threads:
+        headers = threads.imap(_header, paths, chunksize=16)
+        return np.array(
+            [h is not None for h in _progress(headers, len(paths), "looking at images")]
+        )
 
 
 def infer_shape(

@@ -28,7 +28,7 @@ class Settings(NamedTuple):
       output: table of images to label next; the model is beside it.
       strategy: asks for images; one without a state.
       config: of the model.
-      decoding: options of `images.decode`.
+      reading: options of `folder.read`.
       batch_size: images of a batch.
       audit_fraction: share of them that is drawn at random.
       classes: names that are there from the beginning.
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     output: pathlib.Path
     strategy: Strategy
     config: Config
-    decoding: Mapping[str, Any]
+    reading: Mapping[str, Any]
     batch_size: int = 25
     audit_fraction: float = 0.1
     classes: tuple[str, ...] = ()

@@ -1,16 +1,18 @@
 """A folder of images: which of them a table labels, and which can be chosen.
 
-Images are known by their paths relative to the folder, with slashes.
+Images are known by their paths relative to the folder, with slashes. A model learns from their
+pixels, or from vectors that a file holds of them.
 """
 
 import pathlib
+import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynamical_jax.data import images
+from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling import tables
 from dynamical_jax.types import Rows
@@ -21,19 +23,20 @@ class Folder(NamedTuple):
 
     Attributes:
       paths: of each, relative to the folder.
-      x: `[n, h, w, c]`.
+      x: `[n, h, w, c]`, or the vectors `[n, d]` that are learned from.
       labels: path → class name, in the order in which labels came, of images that can be read.
       labeled: rows of `x` that have a label, in this order.
       unlabeled: rows to choose from, without copies of each other or of labeled images.
-      readable: rows that are images.
-      num_copies: rows with the pixels of another.
+      readable: rows that are images, and have a vector.
+      num_copies: rows with the pixels, or the vector, of another.
       broken: labeled paths that cannot be read, whose labels are left out.
       conflicts: (path, label, other label) of each copy that is labeled differently.
       first: as in `Pictures`.
+      features: checksum of the vectors; None for pixels.
     """
 
     paths: list[str]
-    x: images.OnDisk
+    x: Any
     labels: dict[str, str]
     labeled: np.ndarray
     unlabeled: np.ndarray
@@ -42,6 +45,12 @@ class Folder(NamedTuple):
     broken: list[str]
     conflicts: list[tuple[str, str, str]]
     first: np.ndarray
+    features: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What is learned from, "images" or "vectors"."""
+        return "images" if self.features is None else "vectors"
 
     @property
     def class_names(self) -> list[str]:
@@ -59,15 +68,18 @@ class Pictures(NamedTuple):
 
     Attributes:
       paths: of each, relative to the folder.
-      x: `[n, h, w, c]`.
-      readable: rows that are images.
-      first: `[n]` for each row the first that has its pixels; -1 where it cannot be read.
+      x: `[n, h, w, c]`, or the vectors `[n, d]` that are learned from.
+      readable: rows that are images, and have a vector.
+      first: `[n]` for each row the first that has its pixels, or vector; -1 where it cannot be
+        read.
+      features: checksum of the vectors; None for pixels.
     """
 
     paths: list[str]
-    x: images.OnDisk
+    x: Any
     readable: np.ndarray
     first: np.ndarray
+    features: int | None = None
 
 
 class Update(NamedTuple):
@@ -139,24 +151,77 @@ def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **optio
       folder: of the images.
       paths: those that `find` found.
       labels: path → class name, of some of them.
-      **options: of `images.decode`.
+      **options: of `read`.
     """
     return with_labels(read(folder, paths, **options), labels)
 
 
-def read(folder: str, paths: Sequence[str], **options: Any) -> Pictures:
+def read(
+    folder: str, paths: Sequence[str], features: str | None = None, **options: Any
+) -> Pictures:
     """Reads the images of a folder.
 
     Args:
       folder: of the images.
       paths: those that `find` found.
-      **options: of `images.decode`.
+      features: a file of vectors to learn from, as in `folders.features`. Images of which it has
+        none are left out, with a warning, and so are vectors of no image.
+      **options: of `images.decode`, of which only `unreadable` has an effect on vectors.
+
+    Raises:
+      UserError: if none of the vectors is of an image in the folder; or as in `images.decode`.
     """
-    decoded = images.decode([str(pathlib.Path(folder) / path) for path in paths], **options)
-    readable = np.flatnonzero(decoded.readable)
+    files = [str(pathlib.Path(folder) / path) for path in paths]
+    if features is None:
+        x, is_readable, _ = images.decode(files, **options)
+        checksum = None
+    else:
+        vectors = folders.features(features, options.get("unreadable", "skip"))
+        checksum = vectors.checksum
+        row_of = {path: row for row, path in enumerate(vectors.paths)}
+        rows = np.array([row_of.get(path, -1) for path in paths])
+        _report_unmatched(folder, paths, features, vectors.paths)
+        is_readable = images.can_be_opened(files)
+        if broken := [path for path, opens in zip(paths, is_readable, strict=True) if not opens]:
+            warnings.warn(
+                f"{len(broken)} of {len(paths)} image files cannot be read: {_some(broken)}; they "
+                "are left out",
+                stacklevel=2,
+            )
+        is_readable &= np.isin(rows, vectors.finite)
+        x = Rows(vectors.x, rows)
+    readable = np.flatnonzero(is_readable)
     first = np.full(len(paths), -1)
-    first[readable] = readable[images.first_equal(Rows(decoded.x, readable))]
-    return Pictures(list(paths), decoded.x, readable, first)
+    first[readable] = readable[images.first_equal(Rows(x, readable))]
+    return Pictures(list(paths), x, readable, first, checksum)
+
+
+def _report_unmatched(
+    folder: str, paths: Sequence[str], features: str, named: Sequence[str]
+) -> None:
+    """Warns of images without a vector, and of vectors without an image."""
+    strangers = sorted(set(named) - set(paths))
+    if len(strangers) == len(named):
+        raise UserError(
+            f"none of the paths in {features} is of an image in {folder}, where they look like "
+            f"{paths[0]!r}; it has {_some(strangers)}"
+        )
+    if without := sorted(set(paths) - set(named)):
+        warnings.warn(
+            f"{len(without)} of {len(paths)} images in {folder} have no vector in {features}: "
+            f"{_some(without)}; they are left out",
+            stacklevel=3,
+        )
+    if strangers:
+        warnings.warn(
+            f"{len(strangers)} of {len(named)} vectors in {features} are of no image in {folder}: "
+            f"{_some(strangers)}",
+            stacklevel=3,
+        )
+
+
+def _some(paths: Sequence[str]) -> str:
+    return f"{', '.join(paths[:3])}{', …' if len(paths) > 3 else ''}"
 
 
 def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
@@ -168,7 +233,7 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
       pictures: what `read` returned.
       labels: path → class name, of some of them.
     """
-    paths, x, readable, first = pictures
+    paths, x, readable, first, features = pictures
     row_of = {path: row for row, path in enumerate(paths)}
     broken = [path for path in labels if first[row_of[path]] < 0]
     labels = {path: label for path, label in labels.items() if path not in broken}
@@ -191,6 +256,7 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
         broken,
         conflicts,
         first,
+        features,
     )
 
 

@@ -21,16 +21,26 @@ class Config(NamedTuple):
       options: attributes of its module.
       training: how it is fitted to the labels.
       seed: of all randomness.
+      feature_scale: of vectors, as in `models.scale`.
     """
 
     model: str
     options: Mapping[str, Any]
     training: training.TrainingConfig
     seed: int
+    feature_scale: str = "shared"
 
     def model_description(self, folder: Folder) -> dict[str, Any]:
         """Returns what must stay the same for a model to be trained further, named as flags are."""
-        return {"model": self.model, **self.options, "image_size": list(folder.x.shape[1:])}
+        attributes = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self.options.items()
+        }
+        described = {"model": self.model, **attributes}
+        if folder.features is None:
+            return {**described, "image_size": list(folder.x.shape[1:])}
+        vectors = f"{folder.x.shape[1]} numbers each, checksum {folder.features:08x}"
+        return {**described, "features": vectors, "feature_scale": self.feature_scale}
 
 
 class Facts(TypedDict):
@@ -46,7 +56,7 @@ class Description(msgspec.Struct):
     Attributes:
       model_description: `Config.model_description`.
       class_names: of its outputs.
-      mean: of the images' channels, which it subtracts.
+      mean: of the images' channels, or of the features, which it subtracts.
       std: likewise, by which it divides.
       labels: checksum of those that it was trained on.
       round: in which it was trained.
@@ -56,7 +66,7 @@ class Description(msgspec.Struct):
     model_description: dict[str, Any]
     class_names: Annotated[list[str], msgspec.Meta(min_length=2)]
     mean: list[float]
-    std: list[Annotated[float, msgspec.Meta(gt=0)]]
+    std: list[Annotated[float, msgspec.Meta(ge=0)]]
     labels: files.Count
     round: files.Count
     fit: Facts
@@ -189,7 +199,7 @@ def fit_labels(
 
 
 def fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
-    """Returns a learner with fresh weights, which knows of the images their statistics alone.
+    """Returns a learner with fresh weights, which knows of the inputs their statistics alone.
 
     Args:
       folder: of the images.
@@ -197,7 +207,8 @@ def fresh(folder: Folder, config: Config, class_names: list[str]) -> Learner:
       class_names: of its outputs.
     """
     mean, std = datasets.channel_statistics(Rows(folder.x, folder.readable))
-    return _learner(folder, config, class_names, mean.tolist(), std.tolist())
+    std = models.scale(std.tolist(), folder.kind, config.feature_scale)
+    return _learner(folder, config, class_names, mean.tolist(), std)
 
 
 def _learner(

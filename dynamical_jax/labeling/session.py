@@ -594,7 +594,7 @@ class Session:
         settings = self._settings
         if self._pictures is None:
             self._worker.report("reading the images", None)
-            pictures = folders.read(settings.images, self.paths, **settings.decoding)
+            pictures = folders.read(settings.images, self.paths, **settings.reading)
             with self._lock:
                 self._pictures = pictures
                 self._shuffle(self._choosable())

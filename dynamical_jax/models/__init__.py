@@ -1,11 +1,11 @@
 """Flax Linen models: `apply(variables, x, train) -> Outputs(logits, embedding)`.
 
-`MODELS` holds the networks of the paper's experiments, `ntk_cnn` of its theory, and `linear` for
-vectors. Your own Flax modules work as well (docs/extend.md).
+`MODELS` holds the networks of the paper's experiments, `ntk_cnn` of its theory, and `linear` and
+`mlp` for vectors. Your own Flax modules work as well (docs/extend.md).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from dynamical_jax import contract
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.linear import Linear as Linear
+from dynamical_jax.models.mlp import MLP as MLP
 from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
@@ -29,9 +30,10 @@ MODELS: Mapping[str, type[nn.Module]] = {
     "vgg11": VGG11,
     "ntk_cnn": NTKCNN,
     "linear": Linear,
+    "mlp": MLP,
 }
 
-FOR_VECTORS = ("linear",)
+FOR_VECTORS = ("linear", "mlp")
 """The models that take vectors; all take images."""
 
 DEFAULTS: Mapping[str, str] = {"images": "cnn", "vectors": "linear"}
@@ -96,27 +98,39 @@ def create(
     Raises:
       UserError: if the name is unknown, or the model takes images and the data are vectors.
     """
-    check_name(name)
+    check_name(name, dataset.kind)
+    module = MODELS[name](num_classes=len(dataset.class_names), **options)
+    return Standardized(module, dataset.mean, scale(dataset.std, dataset.kind, feature_scale))
+
+
+def scale(std: Sequence[float], kind: str, feature_scale: str = "shared") -> tuple[float, ...]:
+    """Returns the number by which each channel of images, or feature of vectors, is divided.
+
+    Args:
+      std: the deviation of each.
+      kind: "images" or "vectors".
+      feature_scale: one of `FEATURE_SCALES`.
+
+    Raises:
+      UserError: if there is no such scale.
+    """
     if feature_scale not in FEATURE_SCALES:
         choices = ", ".join(FEATURE_SCALES)
         raise UserError(f"unknown feature_scale {feature_scale!r}; choose from {choices}")
-    std = dataset.std
-    if dataset.kind == "vectors":
-        if name not in FOR_VECTORS:
-            raise UserError(
-                f"{name} takes images, and {dataset.name} holds vectors: these need "
-                f"--model={' or '.join(FOR_VECTORS)}"
-            )
-        if feature_scale == "shared":
-            std = (float(np.sqrt(np.mean(np.square(std)))),) * len(std)
-    module = MODELS[name](num_classes=len(dataset.class_names), **options)
-    return Standardized(module, dataset.mean, std)
+    if kind == "vectors" and feature_scale == "shared":
+        return (float(np.sqrt(np.mean(np.square(std)))),) * len(std)
+    return tuple(std)
 
 
-def check_name(name: str) -> None:
-    """Raises `UserError` unless `name` is a key of `MODELS`."""
+def check_name(name: str, kind: str = "images") -> None:
+    """Raises `UserError` unless `name` is a key of `MODELS` that takes this kind of inputs."""
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+    if kind == "vectors" and name not in FOR_VECTORS:
+        raise UserError(
+            f"{name} takes images, and the data are vectors: these need "
+            f"--model={' or '.join(FOR_VECTORS)}"
+        )
 
 
 def init(model: nn.Module, key: Array, x: Any) -> Variables:

@@ -107,7 +107,7 @@ def check_flags(folders: list[str]) -> labeling.choosing.Settings:
         output,
         chosen,
         config,
-        person.decode_options(),
+        person.read_options(),
         options.BATCH_SIZE.value,
         AUDIT_FRACTION.value,
         tuple(CLASSES.value),

@@ -25,6 +25,13 @@ STEM = flags.DEFINE_enum(
     models.STEMS,
     "For resnet18: the first layers as in torchvision, or as usual for CIFAR.",
 )
+HIDDEN = flags.DEFINE_list("hidden", ["512"], "For mlp: the widths of its hidden layers.")
+FEATURE_SCALE = flags.DEFINE_enum(
+    "feature_scale",
+    "shared",
+    models.FEATURE_SCALES,
+    "shared divides all features of vectors by one deviation, each divides each by its own.",
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
 ENGINE = flags.DEFINE_enum(
     "engine", "factored", list(gradients.ENGINES), "For dynamical: how gradients are computed."
@@ -50,7 +57,8 @@ UNREADABLE = flags.DEFINE_enum(
     "unreadable",
     "skip",
     images.UNREADABLE,
-    "Whether your own image files that cannot be read are skipped or stop the program.",
+    "Whether your own image files that cannot be read, and vectors that are not finite, are "
+    "skipped or stop the program.",
 )
 CACHE_DIR = flags.DEFINE_string(
     "cache_dir",
@@ -138,11 +146,14 @@ def set_model_defaults(kind: str = "images") -> dict[str, Any]:
       kind: of the data, "images" or "vectors".
 
     Raises:
-      UserError: if there is no such model, or an option is given that it does not have.
+      UserError: if there is no such model, it does not take such data, or an option is given that
+        it does not have.
     """
+    if kind != "vectors" and not flags.FLAGS["feature_scale"].using_default_value:
+        raise UserError("--feature_scale has an effect on vectors only, and these are images")
     if MODEL.value is None:  # Set, so that records hold the model that was used.
         flags.FLAGS["model"].value = models.DEFAULTS[kind]
-    models.check_name(MODEL.value)
+    models.check_name(MODEL.value, kind)
     if LEARNING_RATE.value is None:
         rate = models.LEARNING_RATES.get(MODEL.value, models.LEARNING_RATE)
         flags.FLAGS["learning_rate"].value = rate
@@ -155,8 +166,11 @@ def model_options() -> dict[str, Any]:
     Raises:
       UserError: if one is given that the model does not have.
     """
-    if not flags.FLAGS["stem"].using_default_value and MODEL.value != "resnet18":
-        raise UserError(f"only resnet18 has a --stem, and the model is {MODEL.value}")
+    for flag, model in (("stem", "resnet18"), ("hidden", "mlp")):
+        if not flags.FLAGS[flag].using_default_value and MODEL.value != model:
+            raise UserError(f"only {model} has --{flag}, and the model is {MODEL.value}")
+    if MODEL.value == "mlp":
+        return {"hidden": tuple(binary.parse_positive("--hidden", HIDDEN.value))}
     return {"stem": STEM.value} if MODEL.value == "resnet18" else {}
 
 

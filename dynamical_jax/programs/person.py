@@ -16,6 +16,12 @@ from dynamical_jax.programs import options, strategy
 from dynamical_jax.runs import records
 
 LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
+FEATURES = flags.DEFINE_string(
+    "features",
+    None,
+    "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images: a "
+    "model of vectors learns from these, and the images are only shown.",
+)
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRATEGY_NAMES)}.")
@@ -81,7 +87,7 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     """
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.set_model_defaults()
+    attributes = options.set_model_defaults("images" if FEATURES.value is None else "vectors")
     chosen = strategy.make(STRATEGY.value)
     if STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
@@ -89,12 +95,24 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
             f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"
         )
     training = options.training_config()
-    return chosen, labeling.Config(options.MODEL.value, attributes, training, SEED.value)
+    scale = options.FEATURE_SCALE.value
+    return chosen, labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
 
 
-def decode_options() -> dict[str, Any]:
-    """Returns the options of `images.decode` that the flags give."""
+def read_options() -> dict[str, Any]:
+    """Returns the options of `labeling.folder.read` that the flags give.
+
+    Raises:
+      UserError: if there is no such file of features, or a flag has no effect beside it.
+    """
+    if FEATURES.value is not None:
+        if not os.path.isfile(FEATURES.value):
+            raise UserError(f"there is no file {FEATURES.value}")
+        for flag in (options.IMAGE_SIZE, options.CHANNELS):
+            if flag.value is not None:
+                raise UserError(f"--{flag.name} has no effect beside --features")
     return {
+        "features": FEATURES.value,
         "cache_dir": options.prepare_cache_dir(),
         "size": options.IMAGE_SIZE.value,
         "channels": options.CHANNELS.value,

@@ -103,6 +103,7 @@ def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
             f"--images must be a folder of images, got {IMAGES.value}; --help explains more"
         )
     output = person.check_tables(IMAGES.value, {"predictions": PREDICTIONS.value})
+    person.read_options()
     return *person.strategy_and_config(), output
 
 
@@ -120,7 +121,7 @@ def read_folder(
         IMAGES.value,
         paths,
         update.labels,
-        **person.decode_options(),
+        **person.read_options(),
     )
     left_out = labeling.answers.broken(labeling.answers.Log(labeling.answers.beside(table)).answers)
     folder = labeling.folder.without(folder, left_out)

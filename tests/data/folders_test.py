@@ -207,9 +207,9 @@ class TestNpz:
         np.testing.assert_array_equal(data.test.x, X[held_out])
 
     def test_test_set(self, own):
-        data = own(test_image=X[:2], test_label=np.array([7, 3]))
+        data = own(test_image=255 - X[:2], test_label=np.array([7, 3]))
         assert (len(data.pool.y), data.test.y.tolist()) == (10, [1, 0])
-        np.testing.assert_array_equal(data.test.x, X[:2])
+        np.testing.assert_array_equal(data.test.x, 255 - X[:2])
         np.testing.assert_array_equal(data.index, np.arange(10))
 
     def test_grey_and_sizes(self, own):

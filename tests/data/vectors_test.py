@@ -1,5 +1,7 @@
 """A pool of vectors, from the file to the records."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +106,13 @@ class TestFile:
             ({"test_embedding": X[:, 1:], "test_label": Y}, r"pool vectors are .*6.* test .*5"),
             ({"test_embedding": X, "test_label": Y + 1}, "test_label 3 is none of the classes"),
             ({"test_image": X, "test_label": Y}, "unknown array 'test_image'; known beside embed"),
-            ({"path": Y}, "unknown array 'path'"),
+            ({"path": Y}, r"path must be strings \[60\], each another, got int64 of shape \(60,\)"),
+            ({"path": np.full(60, "a.jpg")}, r"path must be strings \[60\], each another"),
+            ({"path": np.arange(60).astype(str), "index": np.arange(60)}, "both index and path"),
+            (
+                {"unknown": Y},
+                "unknown array 'unknown'; known beside embedding are label, test_embed",
+            ),
             ({"label": None}, "there is no array 'label'"),
             ({"index": Y}, r"index must be whole numbers \[60\], each another"),
             ({"index": np.arange(60) / 2}, "index must be whole numbers"),
@@ -119,13 +127,83 @@ class TestFile:
     def test_rows_that_are_not_finite_are_named(self, load, value):
         x = self.X.astype(np.float64)
         x[[7, 40], [0, 2]] = value
-        with pytest.raises(dj.UserError, match=r"embedding: 2 of 60 .* not finite: rows 7, 40$"):
-            load(embedding=x)
+        named = r"embedding: 2 of 60 vectors are not finite: rows 7, 40"
+        with pytest.raises(dj.UserError, match=f"{named}$"):
+            load({"unreadable": "refuse"}, embedding=x)
+        with pytest.warns(UserWarning, match=f"{named}; they are left out$"):
+            data = load(embedding=x)
+        assert len(data.pool.y) + len(data.test.y) == 58
+        assert not {7, 40} & set(data.index)
+        np.testing.assert_array_equal(data.pool.x, self.X[data.index])
+        np.testing.assert_array_equal(data.pool.y, self.Y[data.index])
         x[:] = value
         with pytest.raises(dj.UserError, match=r"60 of 60 .* not finite: rows 0, 1, 2, 3, 4, …$"):
             load(embedding=x)
         with pytest.raises(dj.UserError, match="test_embedding: 60 of 60 vectors are not finite"):
             load(test_embedding=x, test_label=self.Y)
+
+    def test_paths_name_the_files(self, load):
+        paths = np.array([f"{row % 7}/{row}.jpg" for row in range(60)])
+        data = load(path=paths)
+        assert [data.paths[index] for index in data.index] == paths[data.index].tolist()
+        assert data.version == load().version
+
+    def test_copies_of_the_pool_in_the_test_set_are_told(self, load):
+        test = np.concatenate([self.X[:2], self.X[:3] + 1])
+        with pytest.warns(UserWarning, match="2 of 5 test vectors are copies of vectors in the po"):
+            load(embedding=self.X, test_embedding=test, test_label=self.Y[:5])
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_a_memory_mapped_file_is_the_same_data(self, load, tmp_path, monkeypatch, dtype):
+        x = self.X.astype(dtype)
+        x[3, 1] = np.nan
+        path = str(tmp_path / "features.npy")
+        with pytest.warns(UserWarning, match="1 of 60 vectors are not finite: rows 3; they"):
+            expected = load(embedding=x)
+        np.save(path, x)
+        np.savez(tmp_path / "features.npz", label=self.Y, class_names=CLASS_NAMES)
+        with pytest.warns(UserWarning, match="features.npy: embedding: 1 of 60"):
+            data = dj.datasets.load(path)
+        assert (data.version, data.name) == (expected.version, expected.name)
+        np.testing.assert_array_equal(data.index, expected.index)
+        for part, of in ((data.pool, expected.pool), (data.test, expected.test)):
+            assert isinstance(part.x.data, images.OnDisk)
+            assert (part.x.shape, part.x.dtype) == (of.x.shape, np.float32)
+            np.testing.assert_array_equal(part.x[:], of.x)
+        assert isinstance(data.pool_images, jax.Array)
+        monkeypatch.setattr(dj.datasets, "LARGEST_COPY", 64)  # Larger than memory, so to speak.
+        large = dataclasses.replace(data)
+        played = []
+        for each in (expected, large):
+            model = dj.models.create("linear", each)
+            config, budget = dj.TrainingConfig(max_epochs=5), dj.Budget(8, 5, 1)
+            experiment = dj.Experiment(each, model, dj.STRATEGIES["dynamical"](), budget, config)
+            played.append([(r.test, r.query.tolist(), r.query_scores) for r in experiment.run()])
+        assert large.pool_images is large.pool.x
+        for one, other in zip(*played, strict=True):
+            assert one[:2] == other[:2]
+            np.testing.assert_array_equal(one[2], other[2])
+
+    @pytest.mark.parametrize(
+        ("content", "beside", "message"),
+        [
+            (b"no array", {"label": Y}, "features.npy is no whole .npy file"),
+            (X, {"label": Y, "embedding": X}, "features.npz an array embedding, too"),
+            (X, {}, "there is no array 'label'"),
+            (X, None, "there is no file .*features.npz"),
+            (X.astype(int), {"label": Y}, "embedding must be floating-point numbers"),
+        ],
+    )
+    def test_memory_mapped_files_that_do_not_fit(self, tmp_path, content, beside, message):
+        path = tmp_path / "features.npy"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            np.save(path, content)
+        if beside is not None:
+            np.savez(tmp_path / "features.npz", **beside)
+        with pytest.raises(dj.UserError, match=message):
+            dj.datasets.load(path)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -211,6 +289,21 @@ class TestLinear:
         shapes = {leaf.shape for leaf in jax.tree.leaves(variables)}
         assert shapes == {(NUM_FEATURES, NUM_CLASSES), (NUM_CLASSES,)}
 
+    def test_mlp_is_dense_layers_with_relu_between(self):
+        x = np.random.default_rng(0).normal(size=(5, NUM_FEATURES)).astype(np.float32)
+        module = dj.models.MLP(NUM_CLASSES, hidden=(4, 7))
+        variables = dj.models.init(module, jax.random.key(0), x)
+        layers = [
+            jax.tree.map(np.asarray, variables["params"][f"fc{index}"]) for index in (1, 2, 3)
+        ]
+        hidden = x
+        for layer in layers[:2]:
+            hidden = np.maximum(hidden @ layer["kernel"] + layer["bias"], 0)
+        outputs = jax.jit(module.apply)(variables, x)
+        np.testing.assert_allclose(outputs.embedding, hidden, rtol=1e-5)
+        expected = hidden @ layers[2]["kernel"] + layers[2]["bias"]
+        np.testing.assert_allclose(outputs.logits, expected, rtol=1e-5)
+
     def test_images_are_vectors_of_their_pixels(self, dataset):
         module = dj.models.Linear(NUM_CLASSES)
         x = dataset.pool.x[:5].astype(np.float32)
@@ -223,7 +316,9 @@ class TestLinear:
 
     @pytest.mark.parametrize("name", sorted(set(dj.models.MODELS) - set(dj.models.FOR_VECTORS)))
     def test_models_of_images_refuse_vectors(self, name):
-        with pytest.raises(dj.UserError, match=f"{name} takes images, .* need --model=linear"):
+        with pytest.raises(
+            dj.UserError, match=f"{name} takes images, .* need --model=linear or mlp"
+        ):
             dj.models.create(name, make())
 
     @pytest.mark.parametrize("engine", dj.gradients.ENGINES)
@@ -303,6 +398,13 @@ class TestBinaries:
             assert record["model"] == record["flags"]["model"] == "linear"
             assert record["dataset_version"] == data.version
 
+    def test_a_network_with_hidden_layers(self, run, tmp_path):
+        status, _, errors = run(model="mlp", hidden=["9", "5"], max_epochs=60)
+        assert (status, errors) == (None, "")
+        rounds = self.read(tmp_path)
+        assert rounds[-1]["model"] == "mlp"
+        assert rounds[-1]["test_accuracy"] > 0.6
+
     def test_linear_is_what_one_gets_without_a_name(self, run, tmp_path):
         run(model="linear")
         named = self.read(tmp_path)
@@ -341,12 +443,14 @@ class TestBinaries:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"model": "cnn"}, "cnn takes images, and features holds vectors: these need --model="),
-            ({"model": "mlp"}, "unknown model 'mlp'; choose from cnn"),
+            ({"model": "cnn"}, "cnn takes images, and the data are vectors: these need --model="),
+            ({"model": "mlps"}, "unknown model 'mlps'; choose from cnn"),
+            ({"hidden": ["8"]}, "only mlp has --hidden, and the model is linear"),
+            ({"model": "mlp", "hidden": ["8", "0"]}, "--hidden must be positive whole numbers"),
             ({"image_size": 8}, "image_size has no effect on"),
             ({"channels": 1}, "channels has no effect on"),
             ({"test_dir": "photos"}, "test_dir has no effect on"),
-            ({"stem": "cifar"}, "only resnet18 has a --stem, and the model is linear"),
+            ({"stem": "cifar"}, "only resnet18 has --stem, and the model is linear"),
             ({"initial_size": 45}, "need 53 vectors, but the pool of features has 48"),
         ],
     )

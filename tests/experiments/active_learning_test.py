@@ -78,7 +78,7 @@ def test_seeds_can_be_spread(run, tmp_path):
     ("values", "message"),
     [
         ({"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from digits, cifar10"),
-        ({"stem": "cifar"}, "only resnet18 has a --stem, and the model is cnn"),
+        ({"stem": "cifar"}, "only resnet18 has --stem, and the model is cnn"),
         ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
         ({"preset": "table10"}, "unknown preset 'table10'; choose from table2, table3"),

@@ -3,6 +3,7 @@
 import csv
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -193,6 +194,111 @@ def test_all_are_labeled_and_more_asked_for_than_there_are(run, pictures, tmp_pa
     assert "all images are labeled" in output
     assert rows_of(tmp_path / "to_label.csv") == []
     assert not (tmp_path / "to_label.png").exists()
+
+
+class TestFeatures:
+    """Vectors are learned from, the pictures are only shown."""
+
+    @pytest.fixture
+    def features(self, pictures, tmp_path):
+        """Writes vectors that tell the classes; pixels of other images say nothing."""
+
+        def write(left_out=(), more=(), **arrays):
+            paths = [path for path in pictures[1] if path not in left_out] + list(more)
+            classes = [NAMES.index(pictures[1].get(path, "two")) for path in paths]
+            x = np.random.default_rng(0).normal(size=(len(paths), 5)) + 5 * np.eye(5)[classes]
+            x[paths.index("copy.png")] = x[paths.index("0/0.png")]
+            path = tmp_path / "features.npz"
+            given = {"embedding": x.astype(np.float16), "path": np.array(paths), **arrays}
+            np.savez(path, **{name: array for name, array in given.items() if array is not None})
+            return str(path)
+
+        return write
+
+    @pytest.fixture
+    def told(self, monkeypatch):
+        messages = []
+        tell = lambda message, stacklevel: messages.append(message)
+        monkeypatch.setattr(dj.labeling.folder.warnings, "warn", tell)
+        return messages
+
+    def test_rounds(self, run, pictures, tmp_path, features, told):
+        vectors = features(left_out=["1/1.bmp"], more=["gone.png"])
+        for _ in range(3):
+            status, output, errors = run(features=vectors, max_epochs=200, predictions="rest.csv")
+            assert (status, errors) == (None, "")
+            asked = fill_in(tmp_path / "to_label.csv", pictures[1].get)
+            assert not {"1/1.bmp", "broken.png", "empty.jpg", "gone.png"} & set(asked)
+        assert "59 to choose from" not in output
+        assert "20 labeled" in output
+        assert "3 cannot be read, 1 are copies of others" in output
+        assert told[:3] == [
+            f"3 of 63 images in {pictures[0]} have no vector in {vectors}: 1/1.bmp, broken.png, "
+            "empty.jpg; they are left out",
+            f"1 of 61 vectors in {vectors} are of no image in {pictures[0]}: gone.png",
+            "2 of 63 image files cannot be read: broken.png, empty.jpg; they are left out",
+        ]
+        rest = rows_of(tmp_path / "rest.csv")
+        assert np.mean([pictures[1][row["path"]] == row["predicted"] for row in rest]) > 0.9
+        log = dj.files.read_lines(tmp_path / "to_label.jsonl", dict)
+        assert log[-1]["flags"]["model"] == "linear"
+        _, output, _ = run(features=features())  # Other numbers.
+        assert "the model is trained from the start: that of the last round had --features=5" in (
+            output
+        )
+
+    def test_the_model_is_that_of_the_vectors(self, run, pictures, tmp_path, features, told):
+        """What is asked for is what the strategy asks for of a pool of these vectors."""
+        labels = dict(list(pictures[1].items())[10:50])
+        dj.labeling.add_labels(tmp_path / "labels.csv", labels)
+        vectors = features()
+        assert run(features=vectors, max_epochs=20)[0] is None
+        asked = rows_of(tmp_path / "to_label.csv")
+        with np.load(vectors) as arrays:
+            x = dict(zip(arrays["path"], arrays["embedding"].astype(np.float32), strict=True))
+        mean, std = (
+            f(np.stack([*x.values()]), axis=0, dtype=np.float64).tolist() for f in (np.mean, np.std)
+        )
+        std = 5 * [float(np.sqrt(np.mean(np.square(std))))]
+        model = dj.models.Standardized(dj.models.Linear(3), tuple(mean), tuple(std))
+        names = sorted(NAMES)
+        labeled = dj.Examples(
+            np.stack([x[path] for path in labels]),
+            np.array([names.index(label) for label in labels.values()], np.int32),
+        )
+        variables = dj.models.init(model, jax.random.key(0), labeled.x)
+        config = dj.TrainingConfig(learning_rate=1e-2, max_epochs=20)
+        fit = dj.training.fit(model, variables, labeled, config, 0, len(labels))
+        rest = [path for path in sorted(x) if path not in labels and path != "copy.png"]
+        view = dj.LearnerView(
+            model.apply, fit.variables, labeled, np.stack([x[path] for path in rest])
+        )
+        query = dj.STRATEGIES["dynamical"]().query(jax.random.key(0), view, 10)
+        assert [row["path"] for row in asked] == [rest[position] for position in query.positions]
+        scores = [float(row["score"]) for row in asked]
+        np.testing.assert_allclose(scores, query.scores, rtol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("arrays", "values", "message"),
+        [
+            ({}, {"features": "none.npz"}, "there is no file none.npz"),
+            ({"path": None}, {}, "there is no array 'path'; features need embedding [n, d] and pa"),
+            (
+                {"path": np.arange(61).astype(str)},
+                {},
+                "where they look like '0/0.png'; it has 0, 1",
+            ),
+            ({}, {"image_size": 8}, "--image_size has no effect beside --features"),
+            ({}, {"model": "cnn"}, "cnn takes images, and the data are vectors"),
+            ({"embedding": np.full((61, 5), np.nan)}, {}, "61 of 61 vectors are not finite"),
+        ],
+    )
+    def test_what_does_not_fit(self, run, tmp_path, features, told, arrays, values, message):
+        status, output, errors = run(**{"features": features(**arrays), **values})
+        assert (status, output) == (1, "")
+        assert message in errors
+        assert errors.count("\n") == 1
+        assert not (tmp_path / "to_label.csv").exists()
 
 
 @pytest.mark.parametrize("strategy", ["badge", "coreset", "entropy", "random"])

@@ -344,7 +344,7 @@ def test_the_batch_is_what_select_would_ask_for(settings, photos):
         offered = sitting.offers("me", 9)
     folder = labeling.folder.decode(
         str(photos), labeling.folder.find(str(photos), photos / "x.png"), labels,
-        **settings.decoding,
+        **settings.reading,
     )  # fmt: skip
     kept = labeling.learner.warm_start(folder, settings.config, settings.store)
     assert kept.fit is not None
@@ -365,7 +365,7 @@ def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, 
     labels = {name(i): truth(name(i)) for i in range(6)}
     folder = labeling.folder.decode(
         str(photos), labeling.folder.find(str(photos), photos / "x.png"), labels,
-        **settings.decoding,
+        **settings.reading,
     )  # fmt: skip
     drawn = 0
     for seed in range(40):
