@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from matplotlib import colors
+from sklearn.neighbors import NearestNeighbors
 
 import dynamical_jax as dj
 from dynamical_jax import strategies
@@ -90,14 +91,25 @@ def make_task(num_labeled: int = 12) -> Task:
     return Task(pool, labeled, model, fit.variables)
 
 
-def background(strategy: strategies.Strategy, view: dj.LearnerView) -> np.ndarray:
-    """Returns the score of each unlabeled point, by which the first one is chosen.
+def background(strategy: strategies.Strategy, task: Task, points: np.ndarray) -> np.ndarray:
+    """Returns the score of each of the points, by which the first one is chosen.
 
     Strategies that choose one point after the other score the others again each time, by the
     distance to those that are chosen. This returns their first scores.
     """
     key_score, _ = jax.random.split(KEY)  # As `Strategy.query` does.
-    return first_look(strategy.score(key_score, view, strategy.init()))
+    look = lambda view: strategy.score(key_score, view, strategy.init())
+    scored = look(task.view(points))
+    if isinstance(strategy, strategies.TypiClust):
+        nearest = NearestNeighbors(n_neighbors=20).fit(look(task.view()).unlabeled)
+        return 1 / np.mean(nearest.kneighbors(scored.unlabeled)[0], axis=1)
+    if isinstance(scored, strategies.coverage.Coverage):
+        # What is to be covered is the pool, not the plane.
+        of_pool = look(task.view())._replace(points=scored.points)
+        *covering, radius = of_pool
+        gains = strategies.selection.coverage_gains(*covering, strategy.kernel, radius)
+        return np.asarray(gains)
+    return first_look(scored)
 
 
 def first_look(scored: Any) -> np.ndarray:
@@ -121,7 +133,7 @@ def draw(task: Task, strategy: strategies.Strategy, path: pathlib.Path) -> None:
     """Draws the score over the plane, the points, and those that are asked for."""
     picture, axes = canvas()
     sides, points = grid(task)
-    score = background(strategy, task.view(points)).reshape(GRID_SIZE, GRID_SIZE)
+    score = background(strategy, task, points).reshape(GRID_SIZE, GRID_SIZE)
     # Few points with a score far above the rest would leave one colour for all others.
     low, high = np.quantile(score, (0.02, 0.98))
     axes.pcolormesh(

@@ -22,3 +22,8 @@ def key(seed: int, stream: str, *path: int) -> jax.Array:
     for part in (NAMES.index(stream), *path):
         key = jax.random.fold_in(key, part)
     return key
+
+
+def generator_of(key: jax.Array) -> np.random.Generator:
+    """Returns NumPy's generator for a key of JAX."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))

@@ -20,7 +20,25 @@ NUM_CANDIDATES = flags.DEFINE_integer(
 BLOCK_SIZE = flags.DEFINE_integer(
     "block_size", 100, "dynamical_repelled: how many are chosen between looks at each other."
 )
-OPTIONS = (GAMMA, BETA, NUM_CANDIDATES, BLOCK_SIZE, options.ENGINE, options.CHUNK_SIZE)
+RADIUS = flags.DEFINE_float(
+    "radius",
+    None,
+    "probcover, max_herding, uncertainty_herding: radius of the balls, or of the kernel, among "
+    "embeddings of norm 1; by default each one's own rule.",
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 1.0, "uncertainty_herding: logits are divided by it."
+)
+OPTIONS = (
+    GAMMA,
+    BETA,
+    NUM_CANDIDATES,
+    BLOCK_SIZE,
+    RADIUS,
+    TEMPERATURE,
+    options.ENGINE,
+    options.CHUNK_SIZE,
+)
 
 
 def make(name: str) -> strategies.Strategy:

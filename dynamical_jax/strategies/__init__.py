@@ -22,11 +22,15 @@ from dynamical_jax.strategies.dynamical import Dynamical as Dynamical
 from dynamical_jax.strategies.entropy import Entropy as Entropy
 from dynamical_jax.strategies.joint import DynamicalJoint as DynamicalJoint
 from dynamical_jax.strategies.margin import Margin as Margin
+from dynamical_jax.strategies.max_herding import MaxHerding as MaxHerding
+from dynamical_jax.strategies.probcover import ProbCover as ProbCover
 from dynamical_jax.strategies.random import Random as Random
 from dynamical_jax.strategies.repelled import DynamicalRepelled as DynamicalRepelled
 from dynamical_jax.strategies.sampled import Sampled as Sampled
 from dynamical_jax.strategies.sampled import dynamical_sampled as dynamical_sampled
 from dynamical_jax.strategies.sampled import power_margin as power_margin
+from dynamical_jax.strategies.typiclust import TypiClust as TypiClust
+from dynamical_jax.strategies.uncertainty_herding import UncertaintyHerding as UncertaintyHerding
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "dynamical": Dynamical,
@@ -37,6 +41,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "coreset": Coreset,
     "badge": Badge,
     "albl": ALBL,
+    "typiclust": TypiClust,
+    "probcover": ProbCover,
+    "max_herding": MaxHerding,
+    "uncertainty_herding": UncertaintyHerding,
     "power_margin": power_margin,
     "dynamical_sampled": dynamical_sampled,
     "dynamical_joint": DynamicalJoint,

@@ -2,15 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dynamical_jax.types import AnyArray
 
 CENTERS_AT_A_TIME = 64
+POINTS_AT_A_TIME = 512
+
+Kernel = Callable[[Array, float | Array], Array]
+"""Similarity, from 0 to 1, of points at squared distances d², given a radius r."""
 
 # Squared distances below so many roundings of the squared norms count as 0: copies of a point.
 ROUNDING = 16
@@ -159,6 +164,148 @@ def weighted_k_means_plus_plus(
     )
 
 
+def gaussian(squared: Array, radius: float | Array) -> Array:
+    """The kernel exp(−d² / r²)."""
+    return jnp.exp(-squared / radius**2)
+
+
+def ball(squared: Array, radius: float | Array) -> Array:
+    """The kernel that is 1 where d < r."""
+    return (squared < radius**2).astype(squared.dtype)
+
+
+def coverage(
+    targets: Float[AnyArray, "m d"],
+    centers: Float[AnyArray, "c d"],
+    kernel: Kernel,
+    radius: float,
+) -> Float[Array, "m"]:
+    """Returns how far each target is covered: its kernel with the nearest center; 0 without."""
+    targets, centers = jnp.asarray(targets), jnp.asarray(centers)
+    if not len(centers):
+        return jnp.zeros(len(targets), targets.dtype)
+    return kernel(_squared_distances_to_nearest(targets, centers), radius)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def coverage_gains(
+    points: Float[AnyArray, "n d"],
+    targets: Float[AnyArray, "m d"],
+    weights: Float[AnyArray, "m"],
+    covered: Float[AnyArray, "m"],
+    kernel: Kernel,
+    radius: float | Array,
+) -> Float[Array, "n"]:
+    """Returns what each point adds to the mean over targets v of w_v times how far v is covered."""
+    more = kernel(_squared_distances(points, targets), radius) - covered[None]
+    return _product(jnp.maximum(more, 0), weights) / len(weights)
+
+
+def cover(
+    points: Float[AnyArray, "n d"],
+    targets: Float[AnyArray, "m d"],
+    weights: Float[AnyArray, "m"],
+    covered: Float[AnyArray, "m"],
+    kernel: Kernel,
+    radius: float,
+    batch_size: int,
+) -> tuple[Int[np.ndarray, "b"], Float[np.ndarray, "b"]]:
+    """Returns a greedy maximisation of the mean of w_v max(covered_v, max_c k(c, v)) over v.
+
+    One after the other, the point c that adds most, with what it adds; v are the targets. No array
+    of all pairs is formed, memory is O((n + m) d).
+
+    Guaranteed: no position twice, and of equal gains the lower position first.
+
+    Raises:
+      ValueError: if `batch_size` exceeds the number of points.
+    """
+    _check_batch_size(batch_size, len(points))
+    # Few at a time are looked at: they are gathered on the host, which needs no program.
+    points, covered = np.asarray(points), jnp.asarray(covered)
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
+
+    def gains(positions: np.ndarray) -> Array:
+        return coverage_gains(points[positions], targets, weights, covered, kernel, radius)
+
+    def choose(position: int) -> None:
+        nonlocal covered
+        covered = _cover_more(points[[position]], targets, covered, kernel, radius)
+
+    return lazy_greedy(gains, choose, len(points), batch_size)
+
+
+def lazy_greedy(
+    gains: Callable[[np.ndarray], AnyArray],
+    choose: Callable[[int], None],
+    size: int,
+    batch_size: int,
+) -> tuple[Int[np.ndarray, "b"], Float[np.ndarray, "b"]]:
+    """Returns a greedy maximisation of a set function whose gains only fall, and the gains.
+
+    The gain of a position when it was last computed bounds what it is now. So gains are computed
+    again for the largest bounds alone, until the largest of all is up to date (Minoux, 1978).
+
+    Guaranteed: no position twice, and of equal gains the lower position first.
+
+    Args:
+      gains: returns the present gains of positions.
+      choose: called with each position that is chosen.
+      size: number of positions.
+      batch_size: how many to choose.
+    """
+    bounds = np.concatenate([np.zeros(0), *(gains(part) for part in _parts(size))])[:size]
+    at_a_time = min(CENTERS_AT_A_TIME, size)
+    seen = np.zeros(size, int)  # How many were chosen when the gain was computed.
+    taken = np.zeros(size, bool)
+    chosen, values = np.empty(batch_size, int), np.empty(batch_size)
+    for step in range(batch_size):
+        while seen[best := int(np.argmax(bounds))] < step:
+            stale = np.where(seen < step, bounds, -np.inf)
+            part = np.argpartition(stale, -at_a_time)[-at_a_time:]
+            part[0] = best  # Of equal bounds any may be in the part.
+            bounds[part] = np.where(taken[part], -np.inf, gains(part))
+            seen[part] = step
+        chosen[step], values[step] = best, bounds[best]
+        bounds[best], taken[best] = -np.inf, True
+        choose(best)
+    return chosen, values
+
+
+def smallest_distance(points: Float[AnyArray, "n d"]) -> float:
+    """Returns the smallest distance between two points that is not 0; 0 if there is none."""
+    points, least = np.asarray(points), np.inf
+    for part in _parts(len(points)):
+        squared = np.asarray(_pairs(points, points[part]))
+        least = min(least, np.min(squared, where=squared > 0, initial=np.inf))
+    return math.sqrt(least) if least < np.inf else 0.0
+
+
+def distances_to_others(
+    some: Float[np.ndarray, "k d"],
+    classes_of_some: Int[np.ndarray, "k"],
+    points: Float[np.ndarray, "n d"],
+    classes: Int[np.ndarray, "n"],
+) -> Float[np.ndarray, "k"]:
+    """Returns the distance of some points to the nearest point of another class; inf without."""
+    least = np.full(len(some), np.inf)
+    for part in _parts(len(points)):
+        squared = np.asarray(_pairs(some, points[part]))
+        other = classes_of_some[:, None] != classes[part]
+        least = np.minimum(least, np.min(squared, axis=1, where=other, initial=np.inf))
+    return np.sqrt(least)
+
+
+def _parts(size: int) -> Iterator[np.ndarray]:
+    """Yields all positions in parts of one length, so that one program serves all.
+
+    The last part goes on with the first positions.
+    """
+    length = min(POINTS_AT_A_TIME, size)
+    for start in range(0, size, length or 1):
+        yield np.arange(start, start + length) % size
+
+
 def _check_batch_size(batch_size: int, size: int) -> None:
     if batch_size > size:
         raise ValueError(f"cannot choose {batch_size} of {size}")
@@ -180,6 +327,18 @@ def _squared_distances(points: Array, centers: Array) -> Array:
 def _product(left: Array, right: Array) -> Array:
     # Accelerators would round to fewer digits than float32 has.
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.jit
+def _pairs(points: Array, others: Array) -> Array:
+    return _squared_distances(points, others)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def _cover_more(
+    point: Array, targets: Array, covered: Array, kernel: Kernel, radius: Array
+) -> Array:
+    return jnp.maximum(covered, kernel(_squared_distances(targets, point)[:, 0], radius))
 
 
 @jax.jit
