@@ -5,6 +5,7 @@ Each for any set size in bounded memory:
 - `set_gradient`: g_S = Σ_{x∈S} ∇_θ ℓ(x, y), one pytree of parameters;
 - `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
 - `gram`, `cross_gram`: g_u·g_v of all pairs, of up to some thousands of examples;
+- `sketch`: a short vector of every example, whose inner products are g_u·g_v up to an error;
 - `per_example_gradients`: g_u itself, for small sets.
 
 `register` tells the factored engine about your own layer, and `verify` checks that.
@@ -23,6 +24,7 @@ from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products
 from dynamical_jax.gradients.set_gradient import set_gradient as set_gradient
 from dynamical_jax.gradients.shares import register as register
+from dynamical_jax.gradients.sketch import sketch as sketch
 from dynamical_jax.gradients.verification import Verification as Verification
 from dynamical_jax.gradients.verification import verify as verify
 from dynamical_jax.types import GradientTerms as GradientTerms

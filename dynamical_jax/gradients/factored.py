@@ -85,9 +85,28 @@ def gradient_terms(
 def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pairs.Form]:
     """Returns the gradients of all examples, layer by layer in forms that `pairs.products` takes.
 
+    Args:
+      apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
+      variables: with all parameters in `params`.
+      x: `[n, ...]` inputs.
+      labels: `[n]`, or None for pseudo-labels.
+
+    Raises:
+      UnsupportedError: if the model has no factored form here. Never a wrong answer.
+    """
+    of_layers = map_layers(pairs.forms_of, apply, variables, x, labels)
+    return [form for of_layer in of_layers for form in of_layer]
+
+
+def map_layers(
+    function: Callable[..., Any], apply: ApplyFn, variables: Variables, x: Any, labels: Any
+) -> list[Any]:
+    """Returns a function of each layer that owns parameters, in the order of their calls.
+
     Zeros are added to what each layer returns; their gradients are the cotangents.
 
     Args:
+      function: of (layer, its variables, its inputs, the cotangent of its output).
       apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
@@ -129,9 +148,8 @@ def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pai
 
     cotangents, all_inputs = jax.grad(loss, has_aux=True)(zeros)
     return [
-        form
+        function(layer, own, all_inputs[path], cotangents[path])
         for path, (layer, own) in layers.items()
-        for form in pairs.forms_of(layer, own, all_inputs[path], cotangents[path])
     ]
 
 

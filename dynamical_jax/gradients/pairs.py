@@ -103,43 +103,87 @@ def forms_of(layer: nn.Module, variables: Any, inputs: Array, cotangent: Any) ->
     return FORMS.get(known, formed)(layer, variables, inputs, cotangent)
 
 
-def of_dense(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
-    """Returns the forms of `nn.Dense`."""
-    setting = shares.dense_setting(variables["params"]["kernel"], inputs, cotangent)
-    return _of_kernel(layer, variables, setting)
+def of_kernel(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the forms of `nn.Dense` and `nn.Conv`."""
+    kernel = kernel_of(layer, variables, inputs, cotangent)
+    bias = [Formed(jnp.sum(kernel.e, axis=(1, 2)))] if "bias" in variables["params"] else []
+    if forms_gradient(kernel.positions, kernel.depth, kernel.features):
+        return [Formed(kernel.for_each(form_gradient)), *bias]
+    return [kernel.factors(kernel.images, kernel.e), *bias]
 
 
-def of_convolution(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
-    """Returns the forms of `nn.Conv`."""
-    setting = shares.convolution_setting(layer, variables["params"]["kernel"], inputs, cotangent)
-    return _of_kernel(layer, variables, setting)
+class Kernel(NamedTuple):
+    """The input of a layer with a kernel as images, and the cotangent of its output.
+
+    Attributes:
+      images: `[n, h, w, c]`.
+      e: `[n, oh, ow, groups · features]`.
+      window: where the taps of the kernel fall.
+      groups: of channels.
+    """
+
+    images: Array
+    e: Array
+    window: convolution.Window
+    groups: int
+
+    @property
+    def positions(self) -> int:
+        """T, of the output."""
+        return math.prod(self.e.shape[1:3])
+
+    @property
+    def depth(self) -> int:
+        """The size d of what one output sees."""
+        return math.prod(self.window.size) * self.images.shape[3] // self.groups
+
+    @property
+    def features(self) -> int:
+        """The outputs p of a group."""
+        return self.e.shape[3] // self.groups
+
+    def factors(self, images: Array, e: Array) -> Factors:
+        """Returns a and e of some of the images."""
+        patches = convolution.image_patches(images, self.window)
+        channels = self.images.shape[3] // self.groups
+        a = patches.reshape(len(e), self.positions, -1, self.groups, channels)
+        a = a.transpose(0, 1, 3, 2, 4).reshape(len(e), self.positions, self.groups, self.depth)
+        return Factors(a, e.reshape(len(e), self.positions, self.groups, self.features))
+
+    def for_each(self, function: Callable[[Array, Array], Array], elements: int = 0) -> Array:
+        """Returns a function of a and e of each image, of so many together as keeps it small.
+
+        Args:
+          function: of a `[T, groups, d]` and e `[T, groups, p]`.
+          elements: that it makes beside the patches; by default those of the gradient.
+        """
+
+        def run(example: tuple[Array, Array]) -> Array:
+            a, e = self.factors(*(part[None] for part in example))
+            return function(a[0], e[0])
+
+        elements = elements or self.groups * self.depth * self.features
+        patches = self.groups * self.depth * self.positions
+        return _for_each(run, (self.images, self.e), patches + elements)
 
 
-def _of_kernel(layer: nn.Module, variables: Any, setting: shares.Setting) -> list[Form]:
+def kernel_of(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> Kernel:
+    """Returns what a layer with a kernel saw, as it saw it."""
+    kernel = variables["params"]["kernel"]
+    if shares.SHARES[type(layer)] is shares.dense_shares:
+        setting = shares.dense_setting(kernel, inputs, cotangent)
+    else:
+        setting = shares.convolution_setting(layer, kernel, inputs, cotangent)
     _, images, e, window, groups = setting
     dtype = shares.accumulation_dtype(variables)
     if layer.dtype is not None:  # The layer multiplies its rounded input.
         images = images.astype(layer.dtype)
-    images, e = images.astype(dtype), e.astype(dtype)
-    height, width, features = e.shape[1:]
-    positions, channels = height * width, images.shape[3] // groups
-    depth = math.prod(window.size) * channels
+    return Kernel(images.astype(dtype), e.astype(dtype), window, groups)
 
-    def factors(images: Array, e: Array) -> Factors:
-        patches = convolution.image_patches(images, window)
-        a = patches.reshape(len(e), positions, -1, groups, channels)
-        a = a.transpose(0, 1, 3, 2, 4).reshape(len(e), positions, groups, depth)
-        return Factors(a, e.reshape(len(e), positions, groups, -1))
 
-    def form(example: tuple[Array, Array]) -> Array:
-        ((a,), (e,)) = factors(*(part[None] for part in example))
-        return jnp.einsum("tgd,tgp->gdp", a, e, precision=PRECISION).reshape(-1)
-
-    bias = [Formed(jnp.sum(e, axis=(1, 2)))] if "bias" in variables["params"] else []
-    if forms_gradient(positions, depth, features // groups):
-        elements = depth * groups * (positions + features // groups)
-        return [Formed(_for_each(form, (images, e), elements)), *bias]
-    return [factors(images, e), *bias]
+def form_gradient(a: Array, e: Array) -> Array:
+    """Returns aᵀe of an example, flattened."""
+    return jnp.einsum("tgd,tgp->gdp", a, e, precision=PRECISION).reshape(-1)
 
 
 def forms_gradient(positions: int, depth: int, features: int) -> bool:
@@ -185,8 +229,8 @@ def flat(gradient: Any) -> Array:
 
 
 FORMS: dict[Callable[..., Any], Callable[..., list[Form]]] = {
-    shares.dense_shares: of_dense,
-    shares.convolution_shares: of_convolution,
+    shares.dense_shares: of_kernel,
+    shares.convolution_shares: of_kernel,
     shares.normalization_shares: of_normalization,
     shares.embedding_shares: of_embedding,
 }

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
 from dynamical_jax.types import (
     ApplyFn,
+    Array,
     Examples,
     GradientTerms,
     OnProgress,
@@ -66,26 +67,58 @@ def norms_and_products(
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if len(x) == 0:
+        return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
+    options = {"chunk_size": chunk_size, "on_progress": on_progress}
+    examples = Examples(x, labels)
+    return GradientTerms(
+        *score_blocks(apply, ENGINES, engine, variables, examples, direction, **options)
+    )
+
+
+def score_blocks(
+    apply: ApplyFn,
+    engines: Mapping[str, Any],
+    engine: str,
+    variables: Variables,
+    examples: Examples,
+    given: Any,
+    *,
+    chunk_size: int | None,
+    on_progress: OnProgress,
+) -> list[np.ndarray]:
+    """Returns what an engine computes of each example, in NumPy, block by block.
+
+    Args:
+      apply: the model.
+      engines: name → function of (apply, variables, x, labels, given) to a sequence of arrays with
+        the examples on their first axis.
+      engine: the name; "vmap" takes the place of "factored" where that does not cover the model.
+      variables: the model's.
+      examples: at least one; labels may be None.
+      given: handed to the engine.
+      chunk_size: as of `norms_and_products`.
+      on_progress: likewise.
+    """
+    x, labels = examples
     if labels is not None:
         contract.check_labels(apply, variables, x, labels)
     contract.check_rows(apply, variables, x)
 
     def arguments(positions: np.ndarray) -> tuple[Any, ...]:
         block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
-        return apply, ENGINES[engine], variables, block, direction
+        return apply, engines[engine], variables, block, given
 
     columns: list[np.ndarray] = []
 
     def score(positions: np.ndarray, count: int) -> None:
         terms = _score_block(*arguments(positions))
         if not columns:
-            columns.extend(np.empty(len(x), term.dtype) for term in terms)
+            columns.extend(np.empty((len(x), *term.shape[1:]), term.dtype) for term in terms)
         for column, term in zip(columns, terms, strict=True):
             # Copied: a view would keep the block's buffer, and with it memory that grows with n.
             column[positions[:count]] = np.asarray(term)[:count]
 
-    if len(x) == 0:
-        return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
     block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
     try:
         if chunk_size is None:
@@ -100,18 +133,10 @@ def norms_and_products(
         # An error of the model itself is raised again by the obvious engine.
         if engine != "factored":
             raise
-        warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=2)
-        return norms_and_products(
-            apply,
-            variables,
-            x,
-            direction,
-            labels=labels,
-            engine="vmap",
-            chunk_size=chunk_size,
-            on_progress=on_progress,
-        )
-    return GradientTerms(*columns)
+        warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=3)
+        options = {"chunk_size": chunk_size, "on_progress": on_progress}
+        return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
+    return columns
 
 
 def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:
@@ -145,6 +170,6 @@ def free_memory() -> int:
 
 @functools.partial(jax.jit, static_argnames=("apply", "engine"))
 def _score_block(
-    apply: ApplyFn, engine: Any, variables: Variables, block: Examples, direction: Params
-) -> GradientTerms:
-    return engine(apply, variables, block.x, block.y, direction)
+    apply: ApplyFn, engine: Any, variables: Variables, block: Examples, given: Any
+) -> Sequence[Array]:
+    return engine(apply, variables, block.x, block.y, given)

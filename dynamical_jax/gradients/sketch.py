@@ -1,0 +1,92 @@
+"""Sketches: short vectors whose inner products are g_u·g_v of any two examples, up to an error."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dynamical_jax.errors import UserError
+from dynamical_jax.gradients import factored, per_example, scoring, sketching
+from dynamical_jax.types import (
+    ApplyFn,
+    Array,
+    Examples,
+    OnProgress,
+    Variables,
+    ignore_progress,
+)
+
+
+def sketch(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any = None,
+    *,
+    size: int = 512,
+    seed: int = 0,
+    engine: str = "factored",
+    chunk_size: int | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> Float[np.ndarray, "n {size}"]:
+    """Returns a vector s_u of each example, such that s_u·s_v is g_u·g_v in expectation, in NumPy.
+
+    The expectation is over seeds. For two examples the standard error of s_u·s_v is about
+    ‖g_u‖ ‖g_v‖ / √size: of the cosine of two gradients 0.04 at 512 numbers. It comes from one
+    forward and one backward pass, as scores do.
+
+    Sketches are linear: the sum of those of a set is the sketch of the set's gradient. Those of one
+    seed, size, engine and shape of inputs go together, also from several calls.
+
+    Args:
+      apply: the model, `apply(variables, x)`.
+      variables: its variables.
+      x: `[n, ...]` the inputs; anything that gathers rows as `x[positions]`.
+      labels: `[n]` the labels; pseudo-labels (the arg-max predictions, Eq. 10) if None.
+      size: how many numbers.
+      seed: of the random signs.
+      engine: "factored", or "vmap", which forms every gradient of a block and takes other signs.
+        Where a model has no factored form, "vmap" takes its place, with a warning that says why.
+      chunk_size: examples of a block; changes memory and speed, not the result. By default as many,
+        up to 256, as fit.
+      on_progress: called with (done, n) after each block.
+
+    Raises:
+      UserError: if the engine is unknown, a label is no class of the model, or the size is below 1.
+    """
+    if engine not in ("factored", "vmap"):
+        raise UserError(f"unknown engine {engine!r}; choose from factored, vmap")
+    if size < 1:
+        raise UserError(f"the size of a sketch must be at least 1, got {size}")
+    if len(x) == 0:
+        return np.zeros((0, size), np.float32)
+    options = {"chunk_size": chunk_size, "on_progress": on_progress}
+    key, examples = jax.random.key(seed), Examples(x, labels)
+    (sketches,) = scoring.score_blocks(
+        apply, _engines(size), engine, variables, examples, key, **options
+    )
+    return sketches
+
+
+@functools.cache  # Programs are compiled for each function: those of one size are shared.
+def _engines(size: int) -> dict[str, Callable[..., tuple[Array]]]:
+    """Returns name → function of (apply, variables, x, labels, key) to sketches of this size."""
+
+    def factored_sketches(
+        apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
+    ) -> tuple[Array]:
+        number = iter(range(2**31))
+        of_layer = lambda *call: sketching.of_layer(
+            jax.random.fold_in(key, next(number)), size, *call
+        )
+        return (sum(factored.map_layers(of_layer, apply, variables, x, labels)),)
+
+    def formed_sketches(
+        apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
+    ) -> tuple[Array]:
+        return (sketching.of_forms(key, size, per_example.forms(apply, variables, x, labels)),)
+
+    return {"factored": factored_sketches, "vmap": formed_sketches}

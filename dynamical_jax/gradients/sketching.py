@@ -1,0 +1,123 @@
+"""A short vector for each g_u, whose inner products are g_u·g_v up to a random error.
+
+Each layer gives a linear map, drawn once for all examples, of its part of g_u to k numbers; the sum
+over layers is the sketch. A kernel's gradient is aᵀe, with a `[T, d]` and e `[T, p]` as in
+`shares.py`, and the map is one of two, whichever takes fewer multiplications:
+
+- *fold*: aᵀe is formed, its elements get signs σ_i τ_j, and every k-th of them are added up;
+- *project*: number m is Σ_t (a_t·r_m)(e_t·q_m) / √k = r_mᵀ aᵀe q_m / √k, without aᵀe.
+
+σ, τ, r and q are random signs. So a product of two numbers is in expectation that of the two
+elements they come from, and 0 for two different elements or two layers: sketches are unbiased.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dynamical_jax.gradients import pairs, shares
+from dynamical_jax.types import Array
+
+WORD = 32
+
+
+def of_layer(
+    key: Array, size: int, layer: nn.Module, variables: Any, inputs: Array, cotangent: Any
+) -> Array:
+    """Returns a layer's part of the sketches, `[n, size]`, from what `pairs` makes forms of."""
+    known = shares.SHARES.get(type(layer), shares.formed_shares)
+    key, key_rest = jax.random.split(key)
+    if pairs.FORMS.get(known) is not pairs.of_kernel:
+        return of_forms(key_rest, size, pairs.forms_of(layer, variables, inputs, cotangent))
+    kernel = pairs.kernel_of(layer, variables, inputs, cotangent)
+    sketch = of_kernel(key, size, kernel)
+    if "bias" in variables["params"]:
+        sketch += fold(key_rest, size, jnp.sum(kernel.e, axis=(1, 2)))
+    return sketch
+
+
+def of_forms(key: Array, size: int, forms: list[pairs.Form]) -> Array:
+    """Returns the sketches `[n, size]` of gradients that are formed, or rows of a table."""
+    keys = jax.random.split(key, len(forms))
+    return sum(
+        of_rows(key, size, form) if isinstance(form, pairs.Rows) else fold(key, size, form.gradient)
+        for key, form in zip(keys, forms, strict=True)
+    )
+
+
+def of_kernel(key: Array, size: int, kernel: pairs.Kernel) -> Array:
+    """Returns the sketches `[n, size]` of the gradients of a kernel."""
+    key_a, key_e, key_shift = jax.random.split(key, 3)
+    dtype, groups = kernel.e.dtype, kernel.groups
+    if folds(kernel.positions, kernel.depth, kernel.features, size):
+        sign_a = signs(key_a, (groups, kernel.depth), dtype)
+        sign_e = signs(key_e, (groups, kernel.features), dtype)
+        # Elements of one output are far apart in the sketch if p and k have no common divisor.
+        spare = next(more for more in range(size) if math.gcd(kernel.features + more, size) == 1)
+
+        def folded(a: Array, e: Array) -> Array:
+            e = jnp.pad(e * sign_e[None], ((0, 0), (0, 0), (0, spare)))
+            gradient = jnp.einsum("tgd,tgp->gdp", a * sign_a[None], e).reshape(-1)
+            return _add_up(gradient, size)
+
+        return _shift(key_shift, kernel.for_each(folded))
+
+    project_a = signs(key_a, (groups, kernel.depth, size), dtype) / math.sqrt(size)
+    project_e = signs(key_e, (groups, kernel.features, size), dtype)
+
+    def projected(a: Array, e: Array) -> Array:
+        left = jnp.einsum("tgd,gdk->tgk", a, project_a)
+        return jnp.sum(left * jnp.einsum("tgp,gpk->tgk", e, project_e), axis=(0, 1))
+
+    return kernel.for_each(projected, 2 * kernel.positions * groups * size)
+
+
+def folds(positions: int, depth: int, features: int, size: int) -> bool:
+    """Returns whether folding aᵀe is cheaper than projecting a and e.
+
+    Multiplications per example and group: T·d·p and the writing of d·p elements, or T·k·(d + p).
+    """
+    forming = (positions + shares.COST_OF_FORMING) * depth * features
+    return forming <= positions * size * (depth + features)
+
+
+def of_rows(key: Array, size: int, form: pairs.Rows) -> Array:
+    """Returns the sketches `[n, size]` of the gradients of a table, by projecting."""
+    key_row, key_e = jax.random.split(key)
+    # The signs of a row follow from its number, so that those of a large table are never held.
+    draw = lambda row: jax.random.bits(jax.random.fold_in(key_row, row), -(-size // WORD))
+    words = jax.vmap(jax.vmap(draw))(form.rows)
+    project_e = signs(key_e, (form.e.shape[-1], size), form.e.dtype) / math.sqrt(size)
+    return jnp.sum(_signs_of(words, size, form.e.dtype) * (form.e @ project_e), axis=1)
+
+
+def fold(key: Array, size: int, gradient: Array) -> Array:
+    """Returns the sketches `[n, size]` of gradients `[n, number of parameters]`, folded."""
+    key_sign, key_shift = jax.random.split(key)
+    signed = gradient * signs(key_sign, gradient.shape[1:], gradient.dtype)[None]
+    return _shift(key_shift, jax.vmap(lambda one: _add_up(one, size))(signed))
+
+
+def _add_up(values: Array, size: int) -> Array:
+    """Adds up every `size`-th of values: their sums, as many as that."""
+    return jnp.sum(jnp.pad(values, (0, -len(values) % size)).reshape(-1, size), axis=0)
+
+
+def _shift(key: Array, sketch: Array) -> Array:
+    """Turns sketches by a random number of places: else small layers would all meet in front."""
+    return jnp.roll(sketch, jax.random.randint(key, (), 0, sketch.shape[1]), axis=1)
+
+
+def signs(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns random signs, of which a draw of 32 bits gives 32."""
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // WORD)), jnp.uint32)
+    return _signs_of(words, shape[-1], dtype)
+
+
+def _signs_of(words: Array, size: int, dtype: Any) -> Array:
+    places = jnp.arange(WORD, dtype=jnp.uint32).reshape(*(1,) * words.ndim, WORD)
+    bits = words[..., None] >> places & 1
+    return 1 - 2 * bits.reshape(*words.shape[:-1], -1)[..., :size].astype(dtype)

@@ -1,0 +1,141 @@
+"""Sketches: their mean over seeds against exact products, and what chunks and layers do to them."""
+
+import functools
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from gradients.gram_test import LAYERS, SIZE, Alone, Shared, drawn, flat_gradients
+
+import dynamical_jax as dj
+from dynamical_jax import gradients
+from dynamical_jax.gradients import factored, sketching
+
+NUM_NUMBERS = 16
+NUM_SEEDS = 300
+# One of each kind; a program each takes a second to compile.
+KINDS = (
+    *("dense", "dense of rows", "groups", "larger than the map", "group norm", "tokens"),
+    *("tokens beyond the table", "of another type", "two outputs"),
+)
+
+
+def assert_unbiased(sketches, gradient):
+    """Of many seeds, `[seeds, n, k]`: the mean of all products is within what chance explains."""
+    expected = gradient @ gradient.T
+    products = np.einsum("suk,svk->suv", *[np.asarray(sketches)] * 2)
+    error = products.mean(axis=0) - expected
+    spread = products.std(axis=0) / np.sqrt(len(products))
+    size = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    # Products that are exact for every seed, as those of a layer with one number, do not spread.
+    assert np.all(np.abs(error) <= 5 * spread + 1e-9 * size), np.max(error / (spread + 1e-9 * size))
+    # Chance explains them all, too: ‖error‖² is about the sum of the variances.
+    assert np.sum(error**2) <= 4 * np.sum(spread**2) + 1e-12 * np.sum(size**2)
+    # The bound is no wider than what a sketch of so many numbers promises.
+    assert np.max(products.std(axis=0) / size) < 4 / np.sqrt(sketches.shape[-1])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", KINDS)
+def test_layer(name):
+    layer, x = LAYERS[name]
+    model = Alone(layer)
+    variables = jax.tree.map(
+        lambda leaf: leaf.astype(float), dict(model.init(jax.random.key(0), x))
+    )
+    y = np.arange(SIZE) % 3
+
+    def sketches(folds, x, key):
+        with mock.patch.object(sketching, "folds", return_value=folds):
+            of_layer = functools.partial(sketching.of_layer, key, NUM_NUMBERS)
+            return sum(factored.map_layers(of_layer, model.apply, variables, x, y))
+
+    keys = jax.random.split(jax.random.key(1), NUM_SEEDS)
+    both = lambda x, key: [sketches(folds, x, key) for folds in (True, False)]
+    for found in jax.jit(jax.vmap(both, (None, 0)))(x, keys):
+        assert_unbiased(found, flat_gradients(model.apply, variables, x, y))
+
+
+@pytest.fixture(params=list(toy.models()))
+def setting(request, float64):
+    model = toy.models()[request.param]
+    return model.apply, toy.variables(model, np.float64), *toy.examples(SIZE)
+
+
+def of_seeds(setting, engine, size):
+    """As `gradients.sketch`, but of all seeds in one program."""
+    apply, variables, x, y = setting
+    sketches = sys.modules["dynamical_jax.gradients.sketch"]._engines(size)[engine]
+    keys = jax.random.split(jax.random.key(0), NUM_SEEDS)
+    program = jax.vmap(lambda x, key: sketches(apply, variables, x, y, key)[0], (None, 0))
+    return jax.jit(program)(x, keys)
+
+
+@pytest.mark.parametrize("engine", ["factored", "vmap"])
+def test_models(setting, engine, recwarn):
+    gradient = flat_gradients(*setting)
+    assert_unbiased(of_seeds(setting, engine, NUM_NUMBERS), gradient)
+    assert not recwarn.list
+
+
+def test_the_error_falls_with_the_root_of_the_size(float64):
+    model = toy.models()["cnn"]
+    setting = (model.apply, toy.variables(model, np.float64), *toy.examples(SIZE))
+    gradient = flat_gradients(*setting)
+    expected, norm = gradient @ gradient.T, np.linalg.norm(gradient, axis=1)
+    errors = []
+    for size in (NUM_NUMBERS, 16 * NUM_NUMBERS):
+        sketches = of_seeds(setting, "factored", size)
+        products = np.einsum("suk,svk->suv", sketches, sketches)
+        errors.append(np.sqrt(np.mean(((products - expected) / np.outer(norm, norm)) ** 2)))
+    assert 3.2 < errors[0] / errors[1] < 5  # √16 = 4.
+    assert 0.7 < errors[1] * np.sqrt(16 * NUM_NUMBERS) < 1.5
+
+
+@pytest.mark.parametrize("engine", ["factored", "vmap"])
+def test_a_seed_is_a_map_of_each_example_alone(setting, engine):
+    apply, variables, x, y = setting
+    sketch = functools.partial(gradients.sketch, apply, variables, size=NUM_NUMBERS, engine=engine)
+    whole = sketch(x, y)
+    assert whole.shape == (SIZE, NUM_NUMBERS)
+    np.testing.assert_array_equal(sketch(x, y), whole)
+    assert not np.allclose(sketch(x, y, seed=1), whole)
+    seen = []
+    parts = sketch(x, y, chunk_size=3, on_progress=lambda done, _: seen.append(done))
+    assert seen == [3, 6, 7]
+    np.testing.assert_allclose(parts, whole, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sketch(x[2:4], y[2:4]), whole[2:4], rtol=1e-9, atol=1e-9)
+    predictions = np.argmax(apply(variables, x).logits, axis=-1)
+    np.testing.assert_allclose(sketch(x), sketch(x, predictions), rtol=1e-9, atol=1e-9)
+
+
+def test_as_many_numbers_as_parameters_lose_nothing():
+    gradient = jnp.asarray(drawn(SIZE, 40), jnp.float32)
+    found = sketching.fold(jax.random.key(0), 40, gradient)
+    np.testing.assert_allclose(found @ found.T, gradient @ gradient.T, rtol=1e-5, atol=1e-4)
+
+
+def test_what_cannot_be_taken_apart_is_formed():
+    x, model = drawn(5, 4).astype(np.float32), Shared()
+    variables = model.init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="called more than once.*using vmap"):
+        found = gradients.sketch(model.apply, variables, x, size=8)
+    np.testing.assert_array_equal(
+        found, gradients.sketch(model.apply, variables, x, size=8, engine="vmap")
+    )
+
+
+def test_bad_arguments():
+    model = toy.models()["cnn"]
+    variables, (x, y) = toy.variables(model), toy.examples(3)
+    with pytest.raises(dj.UserError, match="unknown engine 'warp'; choose from factored, vmap"):
+        gradients.sketch(model.apply, variables, x, y, engine="warp")
+    with pytest.raises(dj.UserError, match="the size of a sketch must be at least 1, got 0"):
+        gradients.sketch(model.apply, variables, x, y, size=0)
+    with pytest.raises(dj.UserError, match="labels must be integers"):
+        gradients.sketch(model.apply, variables, x, y + 5)
+    assert gradients.sketch(model.apply, variables, x[:0]).shape == (0, 512)
