@@ -64,6 +64,10 @@ MATMUL_PRECISION = flags.DEFINE_enum(
 JSON = flags.DEFINE_string("json", None, "JSON file for the results; it is overwritten.")
 
 
+KEY_FLAGS_OF_ONE_TURN = ("models", "batch_sizes", "contenders", "matmul_precision", "json")
+"""Of programs whose contenders do not take turns."""
+
+
 class LeftOutError(Exception):
     """Raised where a contender cannot do its work; the message says why."""
 
@@ -90,8 +94,7 @@ class Settings(NamedTuple):
 def main(argv: list[str], run: Callable[[], None]) -> int | None:
     """Calls `run`; returns the exit status. A `UserError` is printed in one line."""
     try:
-        if len(argv) > 1:
-            raise dj.UserError(f"unexpected argument {argv[1]!r}; flags look like --models=cnn")
+        binary.check_command_line(argv, sys.modules[run.__module__])
         # Otherwise JAX reserves most of a GPU for this process, which computes nothing.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         run()

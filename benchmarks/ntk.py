@@ -14,7 +14,8 @@ from absl import app, flags, logging
 
 from benchmarks import harness
 
-flags.adopt_module_key_flags(harness)
+for _name in harness.KEY_FLAGS_OF_ONE_TURN:
+    flags.declare_key_flag(_name)
 
 CONTENDERS = {
     "empirical_ntk": "ntk_contenders.empirical",

@@ -12,7 +12,8 @@ from absl import app, flags, logging
 from benchmarks import harness
 from dynamical_jax.programs import binary
 
-flags.adopt_module_key_flags(harness)
+for _name in harness.KEY_FLAGS_OF_ONE_TURN:
+    flags.declare_key_flag(_name)
 
 POOL_SIZES = flags.DEFINE_list("pool_sizes", ["5000", "49500"], "Images in each pool.")
 

@@ -13,7 +13,8 @@ from absl import app, flags, logging
 import dynamical_jax as dj
 from benchmarks import harness
 
-flags.adopt_module_key_flags(harness)
+for _name in harness.KEY_FLAGS_OF_ONE_TURN:
+    flags.declare_key_flag(_name)
 
 POOL_SIZE = flags.DEFINE_integer("pool_size", 49_500, "Images to choose from.", lower_bound=1)
 

@@ -167,7 +167,7 @@ class Experiment:
     eval_batch_size: int = 256
 
     def __post_init__(self):
-        if not 0 <= self.seed < 2**32:
+        if not 0 <= self.seed <= streams.LARGEST_SEED:
             raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
         if self.evaluate_every < 0 or self.eval_batch_size < 1:
             raise UserError("evaluate_every must be at least 0, eval_batch_size at least 1")

@@ -27,11 +27,23 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()  # There no more, unless something went wrong.
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Sees to it that an error of the system names a file: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -47,10 +59,39 @@ def append(path: pathlib.Path, value: Any) -> None:
 
     JSON has no infinities: `gamma=inf` is written as the string "inf".
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    add_text(path, json.dumps(finite(value), allow_nan=False) + "\n")
+
+
+def add_text(path: pathlib.Path, text: str) -> None:
+    """Adds lines to a file, all or none, and sees to it that they are on disk.
+
+    What a killed process has left of a line goes first. If the lines cannot be written, the file is
+    what it was.
+    """
+    with naming(path), path.open("ab+", buffering=0) as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
+        left = memoryview(text.encode("utf-8"))
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_lines(file: Any) -> int:
+    """Returns where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def finite(value: Any) -> Any:

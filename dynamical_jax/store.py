@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from dynamical_jax import files
+from dynamical_jax import files, resources
 from dynamical_jax.errors import UserError
 
 T = TypeVar("T")
@@ -60,26 +60,38 @@ class Store:
           description: JSON values.
 
         Raises:
-          UserError: if the disk is full.
+          UserError: if it cannot be written; nothing is left of it then.
         """
         import orbax.checkpoint as ocp  # here, because it takes a while
 
         if not _is_finite(jax.tree.leaves(tree)):
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
         arrays = self._directory / name
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {arrays}: {error.strerror}") from error
         _remove(arrays)
         # With names that sort in the order of the tree.
         leaves = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        resources.check_disk(
+            arrays,
+            resources.tree_bytes(leaves),
+            f"the checkpoint {arrays}",
+            "make place, and give the same command again",
+        )
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(arrays.resolve(), args=ocp.args.StandardSave(leaves))
-        except ValueError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            manifest = {**description, "files": _checksums(arrays)}
+            files.write(arrays.with_suffix(".json"), json.dumps(manifest))
+        except (ValueError, OSError) as error:
+            for left in self._directory.glob(f"{name}*"):
+                _remove(left)  # Also what Orbax has begun under another name.
+            if not isinstance(error, OSError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise UserError(f"cannot write {arrays}: there is no space left") from error
-        manifest = {**description, "files": _checksums(arrays)}
-        files.write(arrays.with_suffix(".json"), json.dumps(manifest))
+            why = getattr(error, "strerror", None) or "there is no space left"
+            raise UserError(f"cannot write {arrays}: {why}") from error
         for old in self._manifests()[NUM_KEPT:]:
             _remove(old.with_suffix(""))
 

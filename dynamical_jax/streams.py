@@ -7,6 +7,9 @@ their own streams. Strategies draw from another.
 import jax
 import numpy as np
 
+LARGEST_SEED = 2**32 - 1
+"""That JAX tells from others: of larger ones it takes the rest."""
+
 NAMES = ("initial_set", "weights", "order", "dropout", "strategy", "noise", "draws")
 
 

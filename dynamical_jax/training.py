@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from dynamical_jax import contract, losses, streams
+from dynamical_jax import contract, losses, resources, streams
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
@@ -211,6 +211,7 @@ def fit(
     """
     count = len(labeled.y)
     capacity = max(capacity or count, count)
+    _check_memory(start, labeled.x, capacity, min(config.batch_size, capacity))
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
     fitted = Examples(buffer.x, labeled.y)  # Evaluated in the buffer, without another copy.
     optimizer = _optimizer(config.optimizer, config.weight_decay)
@@ -272,6 +273,23 @@ def fit(
         labeled_now = look()
         on_epoch(Progress(epoch, variables, optimizer_state), labeled_now)
     return Fit(variables, epoch, labeled_now, config.is_fitted(labeled_now, count))
+
+
+def _check_memory(start: Variables | Progress, x: Any, capacity: int, batch_size: int) -> None:
+    """Raises `UserError` if training takes more memory than is free, whatever the layers take."""
+    variables = start.variables if isinstance(start, Progress) else start
+    row = math.prod(x.shape[1:])
+    # The labeled set; weights, gradient and moments; a batch as floats, and its standardised form.
+    needed = (
+        capacity * row * x.dtype.itemsize
+        + 4 * resources.tree_bytes(variables)
+        + 2 * batch_size * row * 4
+    )
+    resources.check_device_memory(
+        needed,
+        f"training on {capacity} inputs of {'×'.join(map(str, x.shape[1:]))}",
+        "take smaller inputs, fewer labels, or a smaller batch size of training",
+    )
 
 
 def evaluate(

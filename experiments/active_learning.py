@@ -46,14 +46,14 @@ def run(argv: list[str]) -> list[str]:
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     names = STRATEGIES.value
-    if common.PRESET.value and flags.FLAGS["strategies"].using_default_value:
+    if common.PRESET.value and not binary.is_given("strategies"):
         names = paper.strategies()
         flags.FLAGS["strategies"].value = names
     if not names:
         raise dj.UserError(f"no strategy given; choose from {', '.join(dj.STRATEGIES)}")
     if len(set(names)) < len(names):
         raise dj.UserError(f"a strategy is given twice: {','.join(names)}")
-    strategies = {name: strategy.make(name) for name in names}
+    strategies = strategy.make(names)
     budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {name: (chosen, budget) for name, chosen in strategies.items()}
     return common.compare(arms, sys.modules[__name__], "{dataset}-{model}")

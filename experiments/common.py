@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 import dynamical_jax as dj
-from dynamical_jax.programs import options
+from dynamical_jax.programs import binary, options
 from experiments import neutral_flags, paper
 
 PRESET = flags.DEFINE_string(
@@ -26,9 +26,15 @@ DATASET = flags.DEFINE_string(
 )
 INITIAL_SIZE = flags.DEFINE_integer("initial_size", 50, "How many labels the initial set has.")
 NUM_ROUNDS = flags.DEFINE_integer("num_rounds", 6, "How many times labels are queried.")
-NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Repetitions, with seeds from --first_seed on.")
+NUM_SEEDS = flags.DEFINE_integer(
+    "num_seeds", 5, "Repetitions, with seeds from --first_seed on.", upper_bound=10_000
+)
 FIRST_SEED = flags.DEFINE_integer(
-    "first_seed", 0, "First seed; with it seeds can be spread over machines.", lower_bound=0
+    "first_seed",
+    0,
+    "First seed; with it seeds can be spread over machines.",
+    lower_bound=0,
+    upper_bound=dj.streams.LARGEST_SEED,
 )
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Directory for records and picture; by default one below runs/."
@@ -62,6 +68,11 @@ EVALUATE_EVERY = flags.DEFINE_integer(
 )
 flags.adopt_module_key_flags(options)
 
+binary.read_by(TEST_DIR, "dataset", (options.FOLDER,))
+for _flag in (DATA_DIR, DOWNLOAD):
+    binary.read_by(_flag, "dataset", [name for name in dj.datasets.DATASETS if name != "digits"])
+binary.read_by(TEST_FRACTION, "dataset", (options.FOLDER, options.ARRAYS))
+
 INTERRUPTED = "interrupted; the same command continues from here"
 
 
@@ -78,7 +89,7 @@ def apply_preset(names: Iterable[str]) -> None:
         raise dj.UserError(f"unknown preset {PRESET.value!r}; choose from {', '.join(names)}")
     table = paper.tables()[PRESET.value]
     for name, value in table.flags.items():
-        if flags.FLAGS[name].using_default_value:
+        if not binary.is_given(name):
             flags.FLAGS[name].value = value
 
 
@@ -137,7 +148,13 @@ def seeds() -> range:
     """Returns the seeds of the repetitions."""
     if NUM_SEEDS.value < 1:
         raise dj.UserError(f"num_seeds must be at least 1, got {NUM_SEEDS.value}")
-    return range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
+    found = range(FIRST_SEED.value, FIRST_SEED.value + NUM_SEEDS.value)
+    if found[-1] > dj.streams.LARGEST_SEED:
+        raise dj.UserError(
+            f"seeds are at most {dj.streams.LARGEST_SEED}: {NUM_SEEDS.value} from "
+            f"{FIRST_SEED.value} on are too many"
+        )
+    return found
 
 
 def load() -> tuple[dj.Dataset, Any]:
@@ -154,8 +171,13 @@ def load() -> tuple[dj.Dataset, Any]:
 
 def load_dataset() -> dj.Dataset:
     """Returns the data set of the flags; makes JAX keep compiled programs."""
+    name = DATASET.value
+    kind = name
+    if name not in dj.datasets.DATASETS:
+        kind = options.ARRAYS if name.endswith((".npz", ".npy")) else options.FOLDER
+    binary.check_read(dataset=[kind])
     cache_dir = options.prepare_cache_dir()
-    return dj.datasets.load(
+    dataset = dj.datasets.load(
         DATASET.value,
         image_size=options.IMAGE_SIZE.value,
         data_dir=DATA_DIR.value,
@@ -166,6 +188,8 @@ def load_dataset() -> dj.Dataset:
         channels=options.CHANNELS.value,
         unreadable=options.UNREADABLE.value,
     )
+    binary.check_read(data=[dataset.kind])
+    return dataset
 
 
 def make_directory(directory: str) -> pathlib.Path:

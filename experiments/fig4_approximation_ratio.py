@@ -52,6 +52,13 @@ for _name in (
 ):
     flags.declare_key_flag(_name)
 
+FITTED, FOR_ALL_EPOCHS = "training that ends when S is fitted", "--all_epochs"
+for _flag in (
+    *(options.TARGET_ACCURACY, options.TARGET_LOSS, options.TARGET_TOTAL_LOSS),
+    *(options.MIN_EPOCHS, options.LOOK_EVERY),
+):
+    binary.read_by(_flag, "end", (FITTED,))
+
 NAME = "approximation_ratio"
 
 
@@ -63,6 +70,7 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Trains, and computes R meanwhile; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
+    binary.check_read(end=[FOR_ALL_EPOCHS if ALL_EPOCHS.value else FITTED])
     sizes = sorted(set(binary.parse_positive("ratio_sizes", SIZES.value)))
     if common.INITIAL_SIZE.value < 1:
         raise dj.UserError(f"initial_size must be at least 1, got {common.INITIAL_SIZE.value}")

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> list[str]:
     binary.check_command_line(argv, sys.modules[__name__])
     common.apply_preset(PRESETS)
     for name in DERIVED_FLAGS:
-        if not flags.FLAGS[name].using_default_value:
+        if binary.is_given(name):
             raise dj.UserError(f"--{name} follows here from --budget and --rounds")
     strategy = dj.strategies.Dynamical(
         engine=options.ENGINE.value, chunk_size=options.CHUNK_SIZE.value

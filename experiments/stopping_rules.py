@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Trains and measures, or reports on directories of records; returns no failures."""
     if directories := argv[1:]:
+        if given := [name for name in binary.given() if name != "cache_dir"]:
+            raise dj.UserError(f"--{given[0]} has no effect on a report")
         return report(directories)
     binary.check_command_line(argv, sys.modules[__name__])
     seeds, size = common.seeds(), options.BATCH_SIZE.value
@@ -296,7 +298,7 @@ def draw_picture(settings: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
         )
     handles, labels = axes.get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    drawn.savefig(path, dpi=130)
+    dj.plotting.save(drawn, path, dpi=130)
 
 
 def report(directories: Sequence[str]) -> list[str]:

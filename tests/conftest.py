@@ -108,7 +108,9 @@ def run_benchmark(capfd):
         flags.FLAGS([sys.argv[0]])
 
     def run(binary, *arguments, **values):
-        with flagsaver.flagsaver(**{"repetitions": 1, **values}):
+        key_flags = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(binary)}
+        once = {"repetitions": 1} if "repetitions" in key_flags else {}
+        with flagsaver.flagsaver(**{**once, **values}):
             status = binary.main([binary.__name__, *arguments])
         return status, *capfd.readouterr()
 

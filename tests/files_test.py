@@ -1,5 +1,6 @@
 """Files are there wholly or not at all, and hold JSON that any program can read."""
 
+import errno
 import json
 
 import numpy as np
@@ -52,6 +53,29 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
     files.append(path, {"round": 1})
     # Flushed before it is synced: what the kernel does not have cannot reach the disk.
     assert synced == ['{"round": 0}\n', '{"round": 0}\n{"round": 1}\n']
+
+
+def test_lines_that_do_not_fit_on_the_disk_leave_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    files.append(path, {"round": 0})
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        files.append(path, {"round": 1})
+    assert caught.value.filename == str(path)
+    assert path.read_text() == '{"round": 0}\n'
+
+
+@pytest.mark.parametrize("before", ["", '{"round": 0}\n'])
+@pytest.mark.parametrize("size", [5, 200_000])
+def test_what_a_killed_process_has_left_of_a_line_goes(tmp_path, before, size):
+    path = tmp_path / "log.jsonl"
+    path.write_text(before + '{"rou' + "x" * size)
+    files.append(path, {"round": 1})
+    assert path.read_text() == before + '{"round": 1}\n'
 
 
 def test_infinity_is_written_as_a_word(tmp_path):

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 ROOMS = (
     # what everything stands on
     {"errors"},
-    {"files", "types", "streams"},
+    {"files", "types", "streams", "resources"},
     {"contract", "convolution", "store"},
     # the paper's arrays
     {"losses", "dynamics"},

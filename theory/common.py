@@ -240,7 +240,7 @@ def save(
     def picture(path: pathlib.Path) -> None:
         figure = dj.plotting.figure(9.0, 4.0)
         draw(figure)
-        figure.savefig(path, dpi=150)
+        dj.plotting.save(figure, path)
 
     name = pathlib.Path(module.__file__).stem
     results = {"finding": sentence, **results}

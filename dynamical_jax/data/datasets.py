@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from dynamical_jax import files
+from dynamical_jax import files, resources
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
@@ -212,8 +212,13 @@ def _check_examples(what: str, examples: Examples, num_classes: int) -> None:
 def _to_device_unless_large(x: Any) -> Any:
     """Returns the array on the device, unless it is large and not in memory."""
     in_memory = isinstance(x, np.ndarray | jax.Array) and not isinstance(x, np.memmap)
-    small = math.prod(x.shape) * x.dtype.itemsize <= LARGEST_COPY
-    return jnp.asarray(x[:]) if in_memory or small else x
+    size = math.prod(x.shape) * x.dtype.itemsize
+    if not in_memory and size > LARGEST_COPY:
+        return x
+    resources.check_device_memory(
+        size, f"{len(x)} inputs of {'×'.join(map(str, x.shape[1:]))}", "take smaller ones, or fewer"
+    )
+    return jnp.asarray(x[:])
 
 
 def _load_own(
@@ -249,7 +254,7 @@ def _load_digits(image_size: int | None) -> Dataset:
     x = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     y = digits.target.astype(np.int32)
     if image_size is not None:
-        x = np.stack([images.resize(image, image_size, image_size) for image in x])
+        x = images.resize_all(x, image_size)
     test = np.zeros(len(y), bool)
     for label in range(10):
         test[np.flatnonzero(y == label)[::5]] = True
@@ -306,6 +311,9 @@ def _prepared_builder(name: str, data_dir: str | None, download: bool) -> Any:
 def _decode(builder: Any, image_size: int | None) -> dict[str, np.ndarray]:
     """Reads both splits without TensorFlow; decodes and resizes every image."""
     arrays = {}
+    if image_size is not None:
+        count = sum(builder.info.splits[split].num_examples for split in ("train", "test"))
+        images.check_resized(count, image_size, 3)
     for split in ("train", "test"):
         source = builder.as_data_source(split=split)
         x, y = [], []

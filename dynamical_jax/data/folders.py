@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynamical_jax import resources
 from dynamical_jax.data import images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples, Rows
@@ -313,7 +314,11 @@ def _read_arrays(path: str) -> dict[str, Any]:
 def _read_npz(path: str) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
+            size = sum(member.file_size for member in members.zip.infolist())
+            resources.check_memory(size, f"reading {path}", "make a smaller file")
             return dict(members.items())
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except (
@@ -382,7 +387,7 @@ def _npz_images(
         return x
     if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):
         raise UserError(f"{what} must be uint8, grey or RGB, to be resized; got {x.dtype}")
-    return np.stack([images.resize(image, image_size, image_size) for image in x])
+    return images.resize_all(x, image_size)
 
 
 def _npz_vectors(what: str, x: Any, image_size: int | None, channels: int | None) -> Any:

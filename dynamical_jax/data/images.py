@@ -4,14 +4,18 @@ Memory does not grow with the number of images, neither while they are decoded n
 """
 
 import contextlib
+import errno
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import pathlib
+import stat
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
@@ -21,13 +25,19 @@ import numpy as np
 import tqdm
 from PIL import ExifTags, Image, ImageOps
 
-from dynamical_jax import files
+from dynamical_jax import files, resources
 from dynamical_jax.errors import UserError
 
 # Files that differ in size, or that are larger than the next number, are resized to this.
 DEFAULT_SIZE = 64
 LARGEST_OWN_SIDE = 256
 UNREADABLE = ("skip", "refuse")
+# Files that lie beside images, and that nobody takes for one.
+QUIET = (".csv", ".json", ".jsonl", ".lock", ".partial", ".txt", ".ini", ".db")
+# Of kinds that Pillow reads only with another package: its name.
+READERS = {".heic": "pillow-heif", ".heif": "pillow-heif"}
+# What is wrong with a file, and not with the machine.
+WRONG_WITH_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
 # Raise it when decoding or resizing changes, so that older caches are not used.
 FORMAT = 1
 
@@ -91,19 +101,69 @@ class ImageShape(NamedTuple):
 def find(folder: str | os.PathLike) -> list[str]:
     """Returns the paths of all files below a folder with a suffix that Pillow reads, sorted.
 
-    Hidden files and folders are left out.
+    Left out is what is hidden, folders that are links, folders of checkpoints, what is no regular
+    file, and files of other kinds; a warning counts them. Of `QUIET` kinds there is none.
     """
-    suffixes = Image.registered_extensions()
-    readable = {suffix for suffix, name in suffixes.items() if name in Image.OPEN}
-    found = []
-    for directory, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(directory, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in readable
+    readable, found, left_out, broken = _suffixes(), [], Counter(), []
+
+    def fail(error: OSError) -> None:
+        broken.append(f"{error.filename} ({error.strerror})")
+
+    for directory, folders, names in os.walk(folder, onerror=fail):
+        links = {name for name in folders if os.path.islink(os.path.join(directory, name))}
+        left_out["links to folders"] += len(links)
+        left_out["hidden folders"] += sum(name.startswith(".") for name in folders)
+        folders[:] = [
+            name
+            for name in folders
+            if name not in links and not name.startswith(".") and not name.endswith(".checkpoint")
         ]
+        for name in names:
+            path, suffix = os.path.join(directory, name), os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                left_out["hidden"] += suffix in readable
+            elif suffix not in readable:
+                left_out[suffix or "without a suffix"] += suffix not in QUIET
+            elif why := _unusable(path):
+                broken.append(f"{path} ({why})")
+            else:
+                found.append(path)
+    _report_left_out(folder, left_out, broken)
     return sorted(found)
+
+
+def _suffixes() -> set[str]:
+    """The suffixes of files that Pillow reads, with the packages that are installed."""
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+
+def _unusable(path: str) -> str:
+    """Why a path is not that of a regular file; "" if it is."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return f"a link to nothing: {error.strerror}" if os.path.islink(path) else error.strerror
+    return "" if stat.S_ISREG(mode) else "no regular file"
+
+
+def _report_left_out(
+    folder: str | os.PathLike, left_out: Mapping[str, int], broken: Sequence[str]
+) -> None:
+    """Warns of what `find` does not return."""
+    kinds = [
+        f"{count} {kind}{f' (pip install {READERS[kind]})' if kind in READERS else ''}"
+        for kind, count in sorted(left_out.items())
+        if count
+    ]
+    if kinds:
+        warnings.warn(f"left out of {folder}: {', '.join(kinds)}", stacklevel=3)
+    if broken:
+        named = [*broken[:3], *([f"and {len(broken) - 3} more"] if len(broken) > 3 else [])]
+        warnings.warn(f"cannot be read, and are left out: {', '.join(named)}", stacklevel=3)
 
 
 def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
@@ -128,6 +188,25 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         (width, height), Image.Resampling.BILINEAR
     )
     return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def resize_all(x: np.ndarray, size: int) -> np.ndarray:
+    """Resizes uint8 `[n, h, w, c]` to squares, as `resize` does.
+
+    Raises:
+      UserError: if the result does not fit into memory.
+    """
+    check_resized(len(x), size, x.shape[-1])
+    return np.stack([resize(image, size, size) for image in x])
+
+
+def check_resized(count: int, size: int, channels: int) -> None:
+    """Raises `UserError` if images of a size, and a copy of them, do not fit into memory."""
+    resources.check_memory(
+        2 * count * size * size * channels,
+        f"{count} images of {size}×{size}",
+        "give a smaller --image_size",
+    )
 
 
 def thumbnail(path: str | os.PathLike, side: int = 160) -> np.ndarray:
@@ -247,12 +326,21 @@ def decode(
     if array.exists() and report.exists():
         try:
             cached = _read_cache(array, report, len(paths))
+            if any(os.access(paths[position], os.R_OK) for position in cached[1].unopened):
+                cached = None
         except (OSError, ValueError) as error:
             files.set_aside(array, error)
     if cached is None:
         # The report is renamed first: if there is an array, there is its report.
         with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
-            made = _decode_into(partial, paths, infer_shape(paths, size, channels))
+            shape = infer_shape(paths, size, channels)
+            resources.check_disk(
+                array,
+                len(paths) * math.prod(shape),
+                f"{len(paths)} decoded images of {'×'.join(map(str, shape))}",
+                "give another --cache_dir, or a smaller --image_size",
+            )
+            made = _decode_into(partial, paths, shape)
             partial_report.write_bytes(msgspec.json.encode(made))
         cached = _read_cache(array, report, len(paths))
     x, found = cached
@@ -262,10 +350,17 @@ def decode(
 
 
 class _Found(msgspec.Struct):
-    """The report beside a decoded array: its checksum, and position → why it cannot be read."""
+    """The report beside a decoded array.
+
+    Attributes:
+      checksum: of the pixels.
+      unreadable: position → why it cannot be read.
+      unopened: those of them that could not even be opened, which may change.
+    """
 
     checksum: files.Count
     unreadable: dict[files.Count, str]
+    unopened: list[files.Count] = []
 
 
 def _read_cache(array: pathlib.Path, report: pathlib.Path, count: int) -> tuple[OnDisk, _Found]:
@@ -273,7 +368,7 @@ def _read_cache(array: pathlib.Path, report: pathlib.Path, count: int) -> tuple[
     x, found = OnDisk(array), files.read_json(report, _Found)
     if x.ndim != 4 or len(x) != count:
         raise ValueError(f"it is of shape {x.shape}")
-    if max(found.unreadable, default=0) >= count:
+    if max([*found.unreadable, *found.unopened], default=0) >= count:
         raise ValueError(f"{report} counts more than {count} images")
     return x, found
 
@@ -335,22 +430,21 @@ def _header(path: str) -> ImageShape | None:
 def _listing(paths: Sequence[str]) -> str:
     """Returns the names, sizes and times of change of files, as text."""
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
-    try:
-        facts = [os.stat(path) for path in paths]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    return json.dumps(
-        [
-            (os.path.relpath(path, common), fact.st_size, fact.st_mtime_ns)
-            for path, fact in zip(paths, facts, strict=True)
-        ]
-    )
+
+    def facts(path: str) -> tuple[int, int]:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return -1, -1  # It is gone since it was found; decoding it will say so.
+        return found.st_size, found.st_mtime_ns
+
+    return json.dumps([(os.path.relpath(path, common), *facts(path)) for path in paths])
 
 
 def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape) -> _Found:
     """Writes the array; returns its checksum, and the reasons why files cannot be read."""
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
-    offset = array.offset
+    offset, unopened = array.offset, []
     del (
         array
     )  # Pages written through a memory map count as memory, and a full disk kills the process.
@@ -359,7 +453,10 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape)
         try:
             image = read(paths[position], shape)
         except Exception as error:  # See `read`.
-            if getattr(error, "errno", None):  # Not the fault of the file, so it is not remembered.
+            number = getattr(error, "errno", None)
+            if number in WRONG_WITH_FILE:
+                unopened.append(position)
+            elif number:
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
             return _reason(paths[position], error)
         with partial.open("r+b") as file:
@@ -373,7 +470,7 @@ def _decode_into(partial: pathlib.Path, paths: Sequence[str], shape: ImageShape)
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
     # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
-    return _Found(zlib.crc32(json.dumps([shape, pixels]).encode()), broken)
+    return _Found(zlib.crc32(json.dumps([shape, pixels]).encode()), broken, sorted(unopened))
 
 
 def _progress(work: Iterable, total: int, what: str) -> Iterable:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dynamical_jax import contract
+from dynamical_jax import contract, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -107,7 +107,16 @@ def _products(
             f"both sets need inputs of one shape, got {left.x.shape[1:]} and {right.x.shape[1:]}"
         )
     dtype = jax.dtypes.result_type(np.float32, *jax.tree.leaves(variables["params"]))
-    result = np.zeros((len(left.x), len(right.x)), dtype)
+    shape = (len(left.x), len(right.x))
+    resources.check_memory(
+        (3 if symmetric else 1)
+        * shape[0]
+        * shape[1]
+        * dtype.itemsize,  # In the end, two triangles.
+        f"a matrix of {shape[0]} × {shape[1]} products",
+        "take fewer examples",
+    )
+    result = np.zeros(shape, dtype)
     if not result.size:
         return result
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 
-from dynamical_jax import contract
+from dynamical_jax import contract, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -148,24 +147,13 @@ def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:
     """
     while block_size > 1:
         needed = program(block_size).compile().memory_analysis()
-        allowed = free_memory() // 2
+        allowed = resources.free_device_memory() // 2
         if needed is None or needed.temp_size_in_bytes + needed.output_size_in_bytes <= allowed:
             break
         needed_bytes = needed.temp_size_in_bytes + needed.output_size_in_bytes
         guess = max(1, block_size * allowed // needed_bytes)
         block_size = min(block_size // 2, 1 << (guess.bit_length() - 1))
     return block_size
-
-
-def free_memory() -> int:
-    """Returns the bytes that are free on the first device.
-
-    For a CPU this is the memory of the machine, without regard to the limit of a container.
-    """
-    statistics = jax.devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
-    return psutil.virtual_memory().available
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "engine"))

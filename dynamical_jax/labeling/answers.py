@@ -118,10 +118,7 @@ class Log:
         """Adds answers, batches, or names of new classes; they are on disk when this returns."""
         values = [_value(entry) for entry in entries]
         lines = (json.dumps(files.finite(value), allow_nan=False) + "\n" for value in values)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+        files.add_text(self._path, "".join(lines))
         for value in values:
             self._take(value)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dynamical_jax import streams
+from dynamical_jax import files, streams
 from dynamical_jax.data import images
 from dynamical_jax.labeling import tables
 from dynamical_jax.labeling.folder import Folder
@@ -96,11 +96,19 @@ def write(
         f"{pathlib.PurePath(image.path).name[-22:]}"
         for rank, image in enumerate(shown, start=1)
     ]
-    thumbnails = [images.thumbnail(pathlib.Path(folder) / image.path) for image in shown]
+    thumbnails = [_thumbnail(pathlib.Path(folder) / image.path) for image in shown]
     sheet = output.with_suffix(".png")
     contact_sheet(thumbnails, captions, sheet)
     tables.write_proposal(output, proposed, like)
     return sheet
+
+
+def _thumbnail(path: pathlib.Path) -> np.ndarray:
+    """The image of a file, or white: it may be gone since it was decoded."""
+    try:
+        return images.thumbnail(path)
+    except Exception:  # See `images.read`.
+        return np.full((1, 1, 3), 255, np.uint8)
 
 
 def contact_sheet(
@@ -124,7 +132,8 @@ def contact_sheet(
     for axes, image, caption in zip(grid.flat, thumbnails, captions, strict=False):
         axes.imshow(image)
         axes.set_title(caption, fontsize=7, parse_math=False)
-    picture.savefig(path, dpi=110)
+    with files.replacing(path) as partial:
+        picture.savefig(partial, dpi=110, format="png")
 
 
 def _view(folder: Folder, learner: Learner, rows: np.ndarray) -> LearnerView:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dynamical_jax import contract
+from dynamical_jax import contract, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.linear import Linear as Linear
@@ -139,7 +139,13 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     Raises:
       UserError: if the model cannot take images of this size.
     """
-    return _init(model, key, jnp.asarray(x[:1]))
+    x = jnp.asarray(x[:1])
+    needed = resources.tree_bytes(jax.eval_shape(functools.partial(_init, model), key, x))
+    size = "×".join(map(str, x.shape[1:3]))
+    resources.check_device_memory(
+        needed, f"a model of inputs of {size}", "take smaller inputs, or another model"
+    )
+    return _init(model, key, x)
 
 
 def grow(variables: Variables, larger: Variables) -> Variables:

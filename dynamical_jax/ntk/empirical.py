@@ -18,11 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jaxtyping import Float
 
-from dynamical_jax import contract
-from dynamical_jax.errors import UserError
+from dynamical_jax import contract, resources
 from dynamical_jax.gradients import map_blocks
 from dynamical_jax.types import (
     AnyArray,
@@ -69,13 +67,10 @@ def empirical_ntk(
     rows = sum(map(len, sides)) * k
     leaves = jax.tree.leaves(variables["params"])
     size = np.dtype(jnp.result_type(*leaves)).itemsize
-    free = psutil.virtual_memory().available
     shape = (len(x1), len(sides[-1])) + (() if trace else (k, k))
-    if (needed := 2 * math.prod(shape) * 8) > free:
-        raise UserError(
-            f"a kernel of {' × '.join(map(str, shape))} numbers needs {_gib(needed)}, and "
-            f"{_gib(free)} are free: take fewer examples"
-        )
+    needed, numbers = 2 * math.prod(shape) * 8, " × ".join(map(str, shape))
+    resources.check_memory(needed, f"a kernel of {numbers} numbers", "take fewer examples")
+    free = resources.free_memory()
     limit = free // 2 if memory_bytes is None else memory_bytes
     # Each part is held together with its copy in float64.
     parts = _parts(leaves, max(1, limit // (rows * (size + 8))))
@@ -222,7 +217,3 @@ def _add_product(kernel: Array, left: Array, right: Array, trace: bool) -> Array
 @jax.jit
 def _add_combination(total: Array, rows: Array, weights: Array) -> Array:
     return total + jnp.einsum("nkp,nc->kcp", rows.astype(jnp.float64), weights)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

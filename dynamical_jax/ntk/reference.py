@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jaxtyping import Array, Float
 
-from dynamical_jax import contract
+from dynamical_jax import contract, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.ntk.compatibility import neural_tangents
 from dynamical_jax.types import AnyArray, ApplyFn, Params, Variables
@@ -84,7 +83,7 @@ def infinite_width_ntk(
     for _ in range(depth):
         layers += [nt.stax.Conv(1, (3, 3), padding="SAME", W_std=math.sqrt(2)), nt.stax.Relu()]
     _, _, kernel = nt.stax.serial(*layers, nt.stax.GlobalAvgPool(), nt.stax.Dense(1))
-    limit = psutil.virtual_memory().available // 4 if memory_bytes is None else memory_bytes
+    limit = resources.free_memory() // 4 if memory_bytes is None else memory_bytes
     height, width = np.shape(x1)[1:3]
     needed = PAIRS_HELD * 8 * (height * width) ** 2
     if needed > limit:

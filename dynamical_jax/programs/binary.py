@@ -1,10 +1,11 @@
 """Starts programs, checks their command lines, and reports errors in one line."""
 
+import math
 import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,14 @@ from absl import app, flags, logging
 
 from dynamical_jax.errors import UserError
 
-CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.")
+CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.", "benchmarks.")
 """Prefixes of the modules whose flags a program must read, or refuse."""
+
+LARGEST = 2**31 - 1
+"""The largest whole number that a flag takes, besides seeds, which have their own limit."""
+
+_READERS: dict[str, tuple[str, tuple[str, ...]]] = {}
+_MAY_BE_INFINITE: set[str] = set()
 
 
 def start(program: types.ModuleType) -> None:
@@ -35,6 +42,8 @@ def start(program: types.ModuleType) -> None:
 def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
     """Runs a program; returns the exit status. A `UserError` is one line without a traceback.
 
+    Likewise what the system refuses: files, and memory.
+
     Args:
       run: does the work; returns a line for each part that failed.
       interrupted: is printed if the user stops the program.
@@ -52,6 +61,17 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     except BrokenPipeError:  # The reader of our output has stopped reading, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = str(error).partition("\n")[0] or "no more can be had"
+        print(f"error: there is not enough memory: {why}", file=sys.stderr)
+        return 1
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else None
@@ -66,17 +86,83 @@ def _show_warning(message: Any, category: type, *location: Any) -> None:
 def check_command_line(argv: list[str], module: Any) -> None:
     """Raises `UserError` if an argument or a flag of the command line would have no effect.
 
+    Likewise if a number is not finite, where infinity has no meaning, or too large.
+
     Args:
       argv: the command line without its flags.
       module: the program; its key flags are those that it reads.
     """
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
-    read_names = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
-    for module_name, module_flags in flags.FLAGS.flags_by_module_dict().items():
-        for flag in module_flags if module_name.startswith(CHECKED_MODULES) else ():
-            if flag.name not in read_names and not flag.using_default_value:
-                raise UserError(f"--{flag.name} has no effect here; --help lists what has")
+    key_flags = flags.FLAGS.get_key_flags_for_module(module)
+    read_names = {flag.name for flag in key_flags}
+    for name in given():
+        if name not in read_names:
+            raise UserError(f"--{name} has no effect here; --help lists what has")
+    for flag in key_flags:
+        _check_number(flag)
+
+
+def read_by(flag: flags.FlagHolder, kind: str, readers: Iterable[str]) -> None:
+    """Declares that a flag has an effect only where one of `readers` is chosen.
+
+    Args:
+      flag: of a program that calls `check_read`.
+      kind: of the choice, such as "strategy".
+      readers: the choices of that kind that read the flag.
+    """
+    _READERS[flag.name] = kind, tuple(readers)
+
+
+def check_read(**chosen: Collection[str]) -> None:
+    """Raises `UserError` if a flag is given that nothing reads that is chosen.
+
+    Args:
+      **chosen: kind → what is chosen of it. Flags that choices of other kinds read are not looked
+        at: call again when these are known.
+    """
+    for name, (kind, readers) in _READERS.items():
+        if kind in chosen and is_given(name) and not set(readers) & set(chosen[kind]):
+            raise UserError(
+                f"--{name} has no effect with {', '.join(chosen[kind])}, only with "
+                f"{', '.join(readers)}"
+            )
+
+
+def given() -> list[str]:
+    """Returns the names of all flags of ours that are on the command line."""
+    return [
+        flag.name
+        for module_name, module_flags in flags.FLAGS.flags_by_module_dict().items()
+        for flag in (module_flags if module_name.startswith(CHECKED_MODULES) else ())
+        if not flag.using_default_value
+    ]
+
+
+def is_given(name: str) -> bool:
+    """Whether a flag is on the command line."""
+    return not flags.FLAGS[name].using_default_value
+
+
+def list_given(group: Iterable[flags.FlagHolder]) -> str:
+    """Returns those of some flags that are given, as "--optimizer, --max_epochs"; "" for none."""
+    return ", ".join(f"--{flag.name}" for flag in group if is_given(flag.name))
+
+
+def allow_infinity(flag: flags.FlagHolder) -> None:
+    """Declares that infinity is a value of a flag that has a meaning."""
+    _MAY_BE_INFINITE.add(flag.name)
+
+
+def _check_number(flag: flags.Flag) -> None:
+    """Raises `UserError` if a flag is no number that programs can compute with."""
+    value, name = flag.value, f"--{flag.name}"
+    if isinstance(value, float):
+        finite = math.isfinite(value) or (value == math.inf and flag.name in _MAY_BE_INFINITE)
+        if not finite:
+            raise UserError(f"{name} must be a finite number, got {value}")
+    elif isinstance(value, int) and "seed" not in flag.name and abs(value) > LARGEST:
+        raise UserError(f"{name} must be at most {LARGEST}, got {value}")
 
 
 def keep_compiled_programs(cache_dir: str) -> None:
@@ -96,6 +182,9 @@ def parse_positive(flag: str, values: Sequence[str]) -> list[int]:
     Raises:
       UserError: if there are none, or one is no positive integer.
     """
-    if not values or not all(value.isdecimal() and int(value) for value in values):
+    # No more digits than `LARGEST` has: Python refuses to read thousands of them.
+    if not values or not all(
+        value.isdecimal() and len(value) <= 10 and 0 < int(value) <= LARGEST for value in values
+    ):
         raise UserError(f"{flag} must be positive whole numbers, got {','.join(values)!r}")
     return [int(value) for value in values]

@@ -10,7 +10,6 @@ from absl import flags
 
 from dynamical_jax import gradients, models, training
 from dynamical_jax.data import datasets, images
-from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary
 
 MODEL = flags.DEFINE_string(
@@ -117,6 +116,23 @@ LOOK_EVERY = flags.DEFINE_integer(
     "stop.",
 )
 
+FOLDER, ARRAYS = "a folder of images", "a file of arrays"
+binary.read_by(CHANNELS, "dataset", (FOLDER,))
+binary.read_by(UNREADABLE, "dataset", (FOLDER, ARRAYS))
+binary.read_by(STEM, "model", ("resnet18",))
+binary.read_by(HIDDEN, "model", ("mlp",))
+binary.read_by(IMAGE_SIZE, "data", ("images",))
+binary.read_by(FEATURE_SCALE, "data", ("vectors",))
+binary.allow_infinity(TARGET_LOSS)
+binary.allow_infinity(TARGET_TOTAL_LOSS)
+
+OF_MODEL = (MODEL, STEM)
+OF_TRAINING = (
+    *(OPTIMIZER, LEARNING_RATE, SCHEDULE, TRAIN_BATCH_SIZE, WEIGHT_DECAY),
+    *(TARGET_ACCURACY, TARGET_LOSS, TARGET_TOTAL_LOSS, MIN_EPOCHS, MAX_EPOCHS, LOOK_EVERY),
+)
+"""Flags that only the model, and only its training, read."""
+
 
 def training_config() -> training.TrainingConfig:
     """Returns the configuration of training that the flags describe.
@@ -146,11 +162,10 @@ def set_model_defaults(kind: str = "images") -> dict[str, Any]:
       kind: of the data, "images" or "vectors".
 
     Raises:
-      UserError: if there is no such model, it does not take such data, or an option is given that
-        it does not have.
+      UserError: if there is no such model, it does not take such data, or a flag is given that
+        it does not read.
     """
-    if kind != "vectors" and not flags.FLAGS["feature_scale"].using_default_value:
-        raise UserError("--feature_scale has an effect on vectors only, and these are images")
+    binary.check_read(data=[kind])
     if MODEL.value is None:  # Set, so that records hold the model that was used.
         flags.FLAGS["model"].value = models.DEFAULTS[kind]
     models.check_name(MODEL.value, kind)
@@ -166,9 +181,7 @@ def model_options() -> dict[str, Any]:
     Raises:
       UserError: if one is given that the model does not have.
     """
-    for flag, model in (("stem", "resnet18"), ("hidden", "mlp")):
-        if not flags.FLAGS[flag].using_default_value and MODEL.value != model:
-            raise UserError(f"only {model} has --{flag}, and the model is {MODEL.value}")
+    binary.check_read(model=[MODEL.value])
     if MODEL.value == "mlp":
         return {"hidden": tuple(binary.parse_positive("--hidden", HIDDEN.value))}
     return {"stem": STEM.value} if MODEL.value == "resnet18" else {}

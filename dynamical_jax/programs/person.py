@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 from absl import flags
 
-from dynamical_jax import files, labeling, strategies
+from dynamical_jax import files, labeling, strategies, streams
 from dynamical_jax.errors import UserError
-from dynamical_jax.programs import options, strategy
+from dynamical_jax.programs import binary, options, strategy
 from dynamical_jax.runs import records
 
 LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
@@ -28,7 +28,9 @@ STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRA
 OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace tables even where another program wrote them."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers.", lower_bound=0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of all random numbers.", lower_bound=0, upper_bound=streams.LARGEST_SEED
+)
 
 
 class LoggedRound(msgspec.Struct):
@@ -88,7 +90,7 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
     attributes = options.set_model_defaults("images" if FEATURES.value is None else "vectors")
-    chosen = strategy.make(STRATEGY.value)
+    (chosen,) = strategy.make([STRATEGY.value]).values()
     if STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
@@ -105,12 +107,9 @@ def read_options() -> dict[str, Any]:
     Raises:
       UserError: if there is no such file of features, or a flag has no effect beside it.
     """
-    if FEATURES.value is not None:
-        if not os.path.isfile(FEATURES.value):
-            raise UserError(f"there is no file {FEATURES.value}")
-        for flag in (options.IMAGE_SIZE, options.CHANNELS):
-            if flag.value is not None:
-                raise UserError(f"--{flag.name} has no effect beside --features")
+    binary.check_read(dataset=[options.FOLDER if FEATURES.value is None else options.ARRAYS])
+    if FEATURES.value is not None and not os.path.isfile(FEATURES.value):
+        raise UserError(f"there is no file {FEATURES.value}")
     return {
         "features": FEATURES.value,
         "cache_dir": options.prepare_cache_dir(),

@@ -148,7 +148,11 @@ def train(
     """Returns the learner, trained on all labels, and facts about its training for the log."""
     start = labeling.learner.warm_start(folder, config, store)
     if start.fit is not None:
-        print("no labels that the model was not trained on: it stays as it is")
+        unused = binary.list_given(options.OF_TRAINING)
+        print(
+            "no labels that the model was not trained on: it stays as it is"
+            f"{f', without {unused}' if unused else ''}"
+        )
         return start.learner, start.fit
     if start.former_description is not None:
         difference = run_directory.describe_difference(
@@ -172,7 +176,13 @@ def choose(
     """Returns the images to label next, the most wanted first."""
     size, seed = options.BATCH_SIZE.value, person.SEED.value
     if learner is None:
-        print("fewer than two classes are labeled: drawn at random")
+        unused = binary.list_given(
+            (person.STRATEGY, *strategy.OPTIONS, *options.OF_MODEL, *options.OF_TRAINING)
+        )
+        print(
+            "fewer than two classes are labeled: drawn at random"
+            f"{f', without {unused}' if unused else ''}"
+        )
         return labeling.proposal.draw(folder, size, seed)
     with working_bar() as bar:
         return labeling.proposal.choose(chosen, folder, learner, size, seed, bar.scored)

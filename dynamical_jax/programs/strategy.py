@@ -1,9 +1,11 @@
-"""Makes the strategy that the flags describe."""
+"""Makes the strategies that the flags describe."""
+
+from collections.abc import Sequence
 
 from absl import flags
 
 from dynamical_jax import strategies
-from dynamical_jax.programs import options
+from dynamical_jax.programs import binary, options
 
 GAMMA = flags.DEFINE_float(
     "gamma", 2.0, "dynamical, its variants: the weight γ of g_u·g_S in Δ; inf uses g_u·g_S alone."
@@ -39,14 +41,24 @@ OPTIONS = (
     options.ENGINE,
     options.CHUNK_SIZE,
 )
+for _flag in OPTIONS:
+    takers = [name for name in strategies.STRATEGIES if _flag.name in strategies.options(name)]
+    binary.read_by(_flag, "strategy", takers)
+binary.allow_infinity(GAMMA)
+binary.allow_infinity(BETA)
 
 
-def make(name: str) -> strategies.Strategy:
-    """Returns a strategy with those of the flags that it takes.
+def make(names: Sequence[str]) -> dict[str, strategies.Strategy]:
+    """Returns name → strategy, each with those of the flags that it takes.
 
     Raises:
-      UserError: if there is no such strategy, or an option is out of range.
+      UserError: if there is no such strategy, an option is out of range, or a flag is given that
+        none of them takes.
     """
-    option_names = strategies.options(name)
-    values = {flag.name: flag.value for flag in OPTIONS if flag.name in option_names}
-    return strategies.create(name, **values)
+    made = {}
+    for name in names:
+        option_names = strategies.options(name)
+        values = {flag.name: flag.value for flag in OPTIONS if flag.name in option_names}
+        made[name] = strategies.create(name, **values)
+    binary.check_read(strategy=list(made))
+    return made

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dynamical_jax import files
 from dynamical_jax.runs import records
 
 MOST_BANDS = 4
@@ -37,7 +38,7 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    picture.savefig(path, dpi=150)
+    save(picture, path)
 
 
 def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -63,7 +64,13 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     axes.set_xlabel("mean cross-entropy on S while training goes on")
     axes.set_ylabel("approximation ratio R(Q|S)")
     axes.legend(frameon=False)
-    picture.savefig(path, dpi=150)
+    save(picture, path)
+
+
+def save(picture: Any, path: pathlib.Path, dpi: int = 150) -> None:
+    """Writes a figure as PNG, wholly or not at all."""
+    with files.replacing(path) as partial:
+        picture.savefig(partial, dpi=dpi, format="png")
 
 
 def figure(width: float, height: float) -> Any:

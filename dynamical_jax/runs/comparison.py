@@ -1,5 +1,6 @@
 """Runs many experiments one by one; continues stopped ones; a failure does not stop the others."""
 
+import contextlib
 import dataclasses
 import time
 import traceback
@@ -79,9 +80,15 @@ def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) ->
                     )
             except Exception as error:
                 why = str(error).partition("\n")[0]
-                if not isinstance(error, UserError):
+                if isinstance(error, OSError) and error.filename:
+                    why = f"cannot use {error.filename}: {error.strerror}"
+                elif not isinstance(error, UserError):
                     why = f"{type(error).__name__}: {why}"
-                    with (directory.path / ERRORS_NAME).open("a", encoding="utf-8") as file:
+                    # A full disk must not hide the error.
+                    with (
+                        contextlib.suppress(OSError),
+                        (directory.path / ERRORS_NAME).open("a", encoding="utf-8") as file,
+                    ):
                         file.write(f"{run}\n{traceback.format_exc()}\n")
                 bar.write(f"{title} failed: {why}")
                 failures.append(f"{run}: {why}")

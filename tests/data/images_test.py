@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -113,13 +114,58 @@ class TestRead:
         np.testing.assert_array_equal(half, images.resize(pixels(8, 8), 4, 2))
 
 
-def test_find(tmp_path):
-    names = ["b/2.PNG", "a.jpeg", "b/c/1.gif", "b/notes.txt", ".d/3.png", "b/._2.png", "paper.pdf"]
+def test_find(tmp_path, monkeypatch):
+    names = ["b/2.PNG", "a.jpeg", "b/c/1.gif", "b/notes.txt", ".d/3.png", "b/._2.png", "b/.lock"]
+    names += ["b/4.HEIC", "5.heic", "6.cr2", "7", "to_label.checkpoint/d/8", "e/9.png"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    found = [os.path.relpath(path, tmp_path) for path in images.find(tmp_path)]
-    assert found == ["a.jpeg", "b/2.PNG", "b/c/1.gif"]
+    (tmp_path / "f").symlink_to(tmp_path / "e")
+    monkeypatch.setattr(images, "_suffixes", lambda: {".png", ".jpeg", ".gif"})
+    with pytest.warns(UserWarning, match="^left out of ") as warned:
+        found = [os.path.relpath(path, tmp_path) for path in images.find(tmp_path)]
+    assert found == ["a.jpeg", "b/2.PNG", "b/c/1.gif", "e/9.png"]
+    assert str(warned[0].message).partition(": ")[2] == (
+        "1 .cr2, 2 .heic (pip install pillow-heif), 1 hidden, 1 hidden folders, "
+        "1 links to folders, 1 without a suffix"
+    )
+
+
+def test_what_is_no_file_is_named_and_left_out(tmp_path):
+    save(tmp_path / "good.png", pixels())
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    os.mkfifo(tmp_path / "pipe.png")  # To open it would wait for ever.
+    (tmp_path / "linked.png").symlink_to(tmp_path / "good.png")
+    with pytest.warns(UserWarning, match="cannot be read, and are left out") as warned:
+        found = images.find(tmp_path)
+    assert found == [str(tmp_path / "good.png"), str(tmp_path / "linked.png")]
+    for name, why in (
+        ("circle.png", "a link to nothing: Too many levels"),
+        ("dangling.png", "a link to nothing: No such file"),
+        ("pipe.png", "no regular file"),
+    ):
+        assert f"{tmp_path / name} ({why}" in str(warned[0].message)
+
+
+def test_files_that_vanish_are_named_and_read_when_they_are_back(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"{i}.png", pixels(seed=i)) for i in range(3)]
+    read = images.read
+
+    def vanish(path, shape):
+        if path == paths[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return read(path, shape)
+
+    monkeypatch.setattr(images, "read", vanish)
+    with pytest.warns(UserWarning, match=r"1 of 3 image files .*1\.png \(Permission denied\)"):
+        decoded = images.decode(paths, tmp_path / "cache", 4)
+    assert decoded.readable.tolist() == [True, False, True]
+    monkeypatch.setattr(images, "read", read)
+    assert images.decode(paths, tmp_path / "cache", 4).readable.all()  # Not remembered.
+    os.unlink(paths[1])
+    with pytest.warns(UserWarning, match=r"1\.png \(No such file or directory\)"):
+        assert images.decode(paths, tmp_path / "cache", 4).readable.tolist() == [True, False, True]
 
 
 def test_infer(tmp_path):
@@ -243,8 +289,8 @@ class TestDecode:
 
     def test_a_file_that_is_gone(self, paths, tmp_path):
         os.unlink(paths[1])
-        with pytest.raises(dj.UserError, match=r"cannot read .*1\.png: No such file"):
-            images.decode(paths, tmp_path / "cache")
+        with pytest.raises(dj.UserError, match=r"1 of 5 .*1\.png \(No such file or directory\)"):
+            images.decode(paths, tmp_path / "cache", unreadable="refuse")
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -445,12 +445,15 @@ class TestBinaries:
         [
             ({"model": "cnn"}, "cnn takes images, and the data are vectors: these need --model="),
             ({"model": "mlps"}, "unknown model 'mlps'; choose from cnn"),
-            ({"hidden": ["8"]}, "only mlp has --hidden, and the model is linear"),
+            ({"hidden": ["8"]}, "--hidden has no effect with linear, only with mlp"),
             ({"model": "mlp", "hidden": ["8", "0"]}, "--hidden must be positive whole numbers"),
             ({"image_size": 8}, "image_size has no effect on"),
-            ({"channels": 1}, "channels has no effect on"),
-            ({"test_dir": "photos"}, "test_dir has no effect on"),
-            ({"stem": "cifar"}, "only resnet18 has --stem, and the model is linear"),
+            ({"channels": 1}, "--channels has no effect with a file of arrays, only with a folder"),
+            (
+                {"test_dir": "photos"},
+                "--test_dir has no effect with a file of arrays, only with a folder",
+            ),
+            ({"stem": "cifar"}, "--stem has no effect with linear, only with resnet18"),
             ({"initial_size": 45}, "need 53 vectors, but the pool of features has 48"),
         ],
     )

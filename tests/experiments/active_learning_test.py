@@ -1,5 +1,7 @@
 """The binary, run as a user runs it."""
 
+import math
+
 import numpy as np
 import pytest
 from absl import flags
@@ -78,7 +80,7 @@ def test_seeds_can_be_spread(run, tmp_path):
     ("values", "message"),
     [
         ({"dataset": "imagenet"}, "unknown dataset 'imagenet'; choose from digits, cifar10"),
-        ({"stem": "cifar"}, "only resnet18 has --stem, and the model is cnn"),
+        ({"stem": "cifar"}, "--stem has no effect with cnn, only with resnet18"),
         ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
         ({"preset": "table10"}, "unknown preset 'table10'; choose from table2, table3"),
@@ -93,6 +95,15 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"image_size": 3}, "cnn needs images of at least 4×4, got 3×3"),
         ({"model": "vgg11"}, "vgg11 needs images of at least 32×32, got 4×4"),
         ({"gamma": -2.0}, "gamma must be at least 0"),
+        ({"gamma": math.nan}, "--gamma must be a finite number, got nan"),
+        ({"learning_rate": math.inf}, "--learning_rate must be a finite number, got inf"),
+        ({"max_epochs": 10**12}, "--max_epochs must be at most 2147483647, got 1000000000000"),
+        ({"first_seed": 2**32 - 1}, "seeds are at most 4294967295: 2 from 4294967295 on are"),
+        ({"strategies": ["random"], "gamma": 2.0}, "--gamma has no effect with random, only with"),
+        ({"strategies": ["dynamical", "margin"], "beta": 1.0}, "no effect with dynamical, margin"),
+        ({"data_dir": "photos"}, "--data_dir has no effect with digits, only with cifar10, svhn"),
+        ({"feature_scale": "each"}, "--feature_scale has no effect with images, only with vectors"),
+        ({"unreadable": "refuse"}, "--unreadable has no effect with digits, only with a folder"),
         ({"strategies": ["power_margin"], "beta": -1.0}, "beta must be at least 0"),
         ({"strategies": ["dynamical_joint"], "num_candidates": 0}, "must be at least 1, got 0"),
         ({"strategies": ["dynamical_repelled"], "block_size": 0}, "block_size must be at least 1"),
@@ -101,8 +112,11 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"chunk_size": -3}, "chunk size must be at least 1"),
         ({"dataset": "own.npz"}, "there is no file own.npz"),
         ({"dataset": ".ci"}, "no folders; images go into a folder for each class"),
-        ({"channels": 2}, "1 channel (grey) or 3 (RGB), got 2"),
-        ({"test_dir": "photos"}, "test_dir has no effect on digits, only on data of your own"),
+        ({"dataset": ".ci", "channels": 2}, "1 channel (grey) or 3 (RGB), got 2"),
+        (
+            {"test_dir": "photos"},
+            "--test_dir has no effect with digits, only with a folder of imag",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(run, tmp_path, values, message):

@@ -288,7 +288,7 @@ class TestFeatures:
                 {},
                 "where they look like '0/0.png'; it has 0, 1",
             ),
-            ({}, {"image_size": 8}, "--image_size has no effect beside --features"),
+            ({}, {"image_size": 8}, "--image_size has no effect with vectors, only with images"),
             ({}, {"model": "cnn"}, "cnn takes images, and the data are vectors"),
             ({"embedding": np.full((61, 5), np.nan)}, {}, "61 of 61 vectors are not finite"),
         ],

@@ -103,7 +103,7 @@ def test_chunk_size_follows_free_memory(monkeypatch):
     sizes = []
 
     def run(engine, free):
-        monkeypatch.setattr(scoring, "free_memory", lambda: free)
+        monkeypatch.setattr(scoring.resources, "free_device_memory", lambda: free)
         at = []
         terms = gradients.norms_and_products(
             apply,

@@ -180,7 +180,7 @@ def test_short_memory_makes_small_blocks(monkeypatch):
     variables, (x, y) = toy.variables(model), toy.examples(16)
     whole = gradients.gram(model.apply, variables, x, y)
     scoring = sys.modules["dynamical_jax.gradients.scoring"]
-    monkeypatch.setattr(scoring, "free_memory", lambda: 1)
+    monkeypatch.setattr(scoring.resources, "free_device_memory", lambda: 1)
     seen = []
     on_progress = lambda done, total: seen.append(done)
     parts = gradients.gram(model.apply, variables, x, y, on_progress=on_progress)

@@ -137,10 +137,8 @@ def test_parts_cover_the_parameters_within_the_limit():
 
 def test_too_large_says_how_large(monkeypatch):
     model, variables, x = network()
-    monkeypatch.setattr(
-        empirical.psutil, "virtual_memory", lambda: type("free", (), {"available": 300})
-    )
-    with pytest.raises(dj.UserError, match=r"7 × 7 numbers needs 0.0 GiB, and 0.0 GiB are free"):
+    monkeypatch.setattr(empirical.resources, "free_memory", lambda: 300)
+    with pytest.raises(dj.UserError, match=r"7 × 7 numbers needs 1 KiB of memory, and 1 KiB are"):
         ntk.empirical_ntk(model.apply, variables, x)
 
 
