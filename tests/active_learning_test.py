@@ -59,7 +59,8 @@ def test_strategies_of_one_seed_are_paired(dataset):
     for state in states[1:]:
         np.testing.assert_array_equal(state.pool.labeled, states[0].pool.labeled)
         jax.tree.map(np.testing.assert_array_equal, state.variables, states[0].variables)
-    first = [next(experiment(dataset, name, seed=1).run()) for name in dj.STRATEGIES]
+    names = ("dynamical", "random", "badge")
+    first = [next(experiment(dataset, name, seed=1).run()) for name in names]
     assert len({(round_result.test, round_result.epochs) for round_result in first}) == 1
     other = experiment(dataset, seed=2).init()
     assert set(other.pool.labeled) != set(states[0].pool.labeled)

@@ -12,7 +12,23 @@ from benchmarks.task import Task
 TASK = Task("cnn", 3)
 
 
-def test_rows_and_file(run_benchmark, tmp_path):
+CASE = {
+    "model": "cnn",
+    "batch_size": 3,
+    "contenders": {
+        "factored": {"milliseconds": [3.0], "peak_mib": 5.0},
+        "forward_backward": {"milliseconds": [2.0], "peak_mib": 4.0},
+    },
+    "others_share": 0.0,
+    "left_out": {},
+}
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_and_file(run_benchmark, tmp_path, monkeypatch, real):
+    # Where it is real, four processes import JAX and compile, which takes 10 s.
+    if not real:
+        monkeypatch.setattr(harness, "compare", lambda *arguments: CASE)
     path = tmp_path / "results" / "scoring.json"
     contenders = ["factored", "forward_backward"]
     status, output, errors = run_benchmark(
@@ -21,6 +37,7 @@ def test_rows_and_file(run_benchmark, tmp_path):
     assert (status, errors) == (None, "")
     assert "cnn, 3 images" in output
     assert "factored / forward_backward: " in output
+    assert real or "factored / forward_backward: 1.50 (1.50–1.50)" in output
     results = json.loads(path.read_text())
     assert results["command"].startswith("python -m benchmarks.scoring")
     assert set(results["machine"]) == {"cpu", "cores", "system"}

@@ -379,18 +379,19 @@ class TestBinaries:
             del record["seconds"], record["flags"]["output_dir"]
         return rounds
 
-    def test_all_strategies_play(self, run, tmp_path, features):
+    def test_strategies_of_each_kind_play(self, run, tmp_path, features):
+        names = ("dynamical", "dynamical_joint", "power_margin", "coreset", "badge", "albl")
         status, output, errors = run(
-            strategies=list(dj.STRATEGIES), max_epochs=60, learning_rate=0.1
+            strategies=list(names), num_rounds=1, batch_size=8, max_epochs=60, learning_rate=0.1
         )
         assert (status, errors) == (None, "")
         assert "test accuracy (%) on features" in output
         rounds = self.read(tmp_path)
         data = dj.datasets.load(features(), cache_dir=str(tmp_path / "cache"))
-        for name in dj.STRATEGIES:
+        for name in names:
             own = [record for record in rounds if record["strategy"] == name]
             asked = [index for record in own for index in record["initial"] + record["query"]]
-            assert [record["num_labeled"] for record in own] == [8, 12, 16]
+            assert [record["num_labeled"] for record in own] == [8, 16]
             assert len(set(asked)) == 16
             assert np.isin(asked, data.index).all()
             assert own[-1]["test_accuracy"] > 0.6  # Of three classes.

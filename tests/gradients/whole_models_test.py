@@ -8,13 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from flax import linen as nn
 from jax import lax
 
 import dynamical_jax as dj
 from dynamical_jax import gradients
 from dynamical_jax.gradients import factored
+from dynamical_jax.models import resnet
+
+
+class Residual(nn.Module):
+    """The blocks of ResNet-18, with and without a convolution in the shortcut, on few channels."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for stride in (2, 1):
+            x = resnet.BasicBlock(8, stride)(x, train)
+        x = x.mean(axis=(1, 2))
+        return dj.Outputs(nn.Dense(10)(x), x)
+
 
 MODELS = {
+    "residual": (Residual(), (8, 8, 8, 3)),
     "cnn, 8x8": (dj.models.CNN(10), (8, 8, 8, 1)),
     "cnn, 32x32": (dj.models.CNN(10), (8, 32, 32, 3)),
     "resnet18": (dj.models.ResNet18(10), (3, 32, 32, 3)),
@@ -67,7 +82,7 @@ def setting(name):
     return model, variables, x, y, direction, both
 
 
-@pytest.mark.parametrize("name", [*list(MODELS)[:-2], slow("resnet18, cifar stem"), slow("vgg11")])
+@pytest.mark.parametrize("name", [*list(MODELS)[:3], *map(slow, list(MODELS)[3:])])
 def test_models_at_initialization_and_with_any_values(name):
     _, variables, x, y, direction, both = setting(name)
     for values in (variables, checks.draw_like(variables, seed=1)):
@@ -76,7 +91,7 @@ def test_models_at_initialization_and_with_any_values(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["cnn, 8x8", slow("resnet18"), slow("resnet18, cifar stem"), slow("vgg11")],
+    ["residual", "cnn, 8x8", slow("resnet18"), slow("resnet18, cifar stem"), slow("vgg11")],
 )
 def test_models_after_training(name):
     model, variables, x, y, direction, both = setting(name)

@@ -476,7 +476,7 @@ def test_a_killed_process_loses_nothing(settings, photos):
     command = [sys.executable, __file__, str(photos), str(photos.parent)]
     environment = {**os.environ, "PYTHONPATH": f"{toy.ROOT}{os.pathsep}{toy.ROOT / 'tests'}"}
     told = {}
-    for kill_after in (2, 5, 1):
+    for kill_after in (4, 1):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(kill_after):
             path = process.stdout.readline().strip()
@@ -492,8 +492,8 @@ def test_a_killed_process_loses_nothing(settings, photos):
         told = labels
     with start(settings) as sitting:
         assert sitting.labels == told
-        # A label is in the table first: each of the three kills may have kept one from the log.
-        assert len(told.keys() - {one.path for one in sitting.log.answers}) <= 3
+        # A label is in the table first: each of the two kills may have kept one from the log.
+        assert len(told.keys() - {one.path for one in sitting.log.answers}) <= 2
 
 
 def test_a_torn_line_of_the_log_is_dropped(settings):

@@ -89,7 +89,12 @@ def pruned(tree):
     }
 
 
-@pytest.mark.parametrize("key", MODELS)
+def slow(key):
+    return pytest.param(key, marks=pytest.mark.slow)
+
+
+# The large ones take 37 s together.
+@pytest.mark.parametrize("key", ["cnn", *map(slow, list(MODELS)[1:])])
 def test_logits_statistics_and_gradient(key):
     torch.manual_seed(0)
     make, module = MODELS[key]
