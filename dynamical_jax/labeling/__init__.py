@@ -8,7 +8,8 @@
   work and `worker` its thread, `book` what is on disk, `history` what can be taken back;
 - `answers`, `standing`, `review`: all that was answered; how far that is; labels that may be wrong;
 - `classes`: names of classes, and those that are nearly the same;
-- `previews`, `export`, `server`: pictures for a browser, other programs' forms, and the page.
+- `previews`, `export`, `server`: pictures for a browser, a folder for each class, and the page;
+- `label_studio`: its tasks, and the annotations that it exports.
 """
 
 from dynamical_jax.labeling import answers as answers
@@ -17,6 +18,7 @@ from dynamical_jax.labeling import choosing as choosing
 from dynamical_jax.labeling import classes as classes
 from dynamical_jax.labeling import export as export
 from dynamical_jax.labeling import folder as folder
+from dynamical_jax.labeling import label_studio as label_studio
 from dynamical_jax.labeling import learner as learner
 from dynamical_jax.labeling import proposal as proposal
 from dynamical_jax.labeling import review as review

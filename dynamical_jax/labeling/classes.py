@@ -1,6 +1,7 @@
 """Names of classes: which are names at all, and which may be the same class mistyped."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 from dynamical_jax.errors import UserError
 
@@ -22,6 +23,22 @@ def check_name(name: str) -> str:
     if not name.isprintable():
         raise UserError("a class name is one line of printable characters")
     return name
+
+
+def check_known(labels: Mapping[str, str], known: Sequence[str]) -> None:
+    """Raises `UserError` if a label is not one of the known classes.
+
+    Args:
+      labels: path → class name.
+      known: names of classes.
+    """
+    for path, name in labels.items():
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, 1)
+            raise UserError(
+                f"{path} is labeled {name!r}, which is none of --classes"
+                + (f": is it {alike[0]!r}?" if alike else f" ({', '.join(known)})")
+            )
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:

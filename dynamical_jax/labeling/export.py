@@ -1,49 +1,15 @@
-"""Exports labels and predictions in the formats of other programs."""
+"""Makes a folder for each class."""
 
-import json
 import os
 import pathlib
 import re
 import shutil
-import urllib.parse
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from dynamical_jax.errors import UserError
-from dynamical_jax.labeling.tables import Proposed
 
 MARK = ".sorted-by-dynamical-label"
 """Name of a file that `sort` puts into its folder; it replaces no folder without that file."""
-
-
-def label_studio(labels: Mapping[str, str], predictions: Iterable[Proposed]) -> str:
-    """Returns tasks for Label Studio in JSON: annotations, and predictions of the rest.
-
-    They are for the configuration `<Image name="image" value="$image"/><Choices name="label"
-    toName="image">…`, with the folder of images as local storage (`/data/local-files/?d=…`).
-
-    Args:
-      labels: path → class name.
-      predictions: of images that have no label.
-    """
-    tasks = [
-        {"data": _data(path), "annotations": [{"result": _choice(label)}]}
-        for path, label in labels.items()
-    ]
-    tasks += [
-        {
-            "data": _data(image.path),
-            "predictions": [
-                {
-                    "model_version": "dynamical_jax",
-                    "score": image.confidence,
-                    "result": _choice(image.predicted),
-                }
-            ],
-        }
-        for image in predictions
-    ]
-    return json.dumps(tasks, indent=1)
 
 
 def sort(
@@ -79,15 +45,6 @@ def sort(
     except OSError as error:
         raise UserError(f"cannot write {error.filename or into}: {error.strerror}") from error
     return len(labels)
-
-
-def _data(path: str) -> dict[str, Any]:
-    return {"image": "/data/local-files/?d=" + urllib.parse.quote(os.fsencode(path)), "path": path}
-
-
-def _choice(label: str) -> list[dict[str, Any]]:
-    value = {"choices": [label]}
-    return [{"from_name": "label", "to_name": "image", "type": "choices", "value": value}]
 
 
 def _folder_names(labels: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ pixels, or from vectors that a file holds of them.
 """
 
 import pathlib
+import types
 import warnings
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
+from dynamical_jax.labeling import classes as names
 from dynamical_jax.labeling import tables
 from dynamical_jax.types import Rows
 
@@ -116,7 +118,12 @@ def find(folder: str, leave_out: pathlib.Path) -> list[str]:
 
 
 def take_over(
-    table: pathlib.Path, proposal: pathlib.Path, folder: str, paths: Sequence[str]
+    table: pathlib.Path,
+    proposal: pathlib.Path,
+    folder: str,
+    paths: Sequence[str],
+    more: Mapping[pathlib.Path, Mapping[str, str]] = types.MappingProxyType({}),
+    classes: Sequence[str] = (),
 ) -> Update:
     """Adds to a table the labels that were filled in in a proposal; returns all labels.
 
@@ -125,15 +132,21 @@ def take_over(
       proposal: a table that `write_proposal` wrote; need not exist.
       folder: of the images.
       paths: those that `find` found.
+      more: file → further labels, path → class name.
+      classes: names of all classes; by default any name is one.
 
     Raises:
       UserError: if tables cannot be read or contradict each other, or label what is not in the
-        folder. Then nothing was written.
+        folder, or a label is not one of the classes. Then nothing was written.
     """
     with tables.locked(table):  # Another process may add labels, too.
         known = tables.read_labels(table, folder).by_path
         filled = tables.read_labels(proposal, folder)
         labels = tables.join_labels(known, filled.by_path, proposal)
+        for file, by_path in more.items():
+            labels = tables.join_labels(labels, by_path, file)
+        if classes:
+            names.check_known(labels, classes)
         if missing := sorted(set(labels) - set(paths)):
             raise UserError(
                 f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynamical_jax.errors import UserError
-from dynamical_jax.labeling import export, previews, tables
+from dynamical_jax.labeling import export, label_studio, previews, tables
 from dynamical_jax.labeling.session import NewAnswer, Offer, Session
 
 PAGE = pathlib.Path(__file__).parent / "page"
@@ -239,7 +239,8 @@ class _Page:
         return _download(text.encode(), "predictions.csv", "text/csv")
 
     def label_studio(self, request: Request) -> Response:
-        text = export.label_studio(self._session.labels, self._session.predictions())
+        labels, rest = self._session.labels, self._session.predictions()
+        text = label_studio.tasks(self._images, labels, rest)
         return _download(text.encode(), "label-studio.json", "application/json")
 
     def next(self, body: dict[str, Any]) -> dict[str, Any]:

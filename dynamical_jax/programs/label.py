@@ -34,7 +34,6 @@ from dynamical_jax import files, labeling
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, person, strategy
 
-CLASSES = flags.DEFINE_list("classes", [], "Names of classes; more can be added on the page.")
 AUDIT_FRACTION = flags.DEFINE_float(
     "audit_fraction",
     0.1,
@@ -110,7 +109,7 @@ def check_flags(folders: list[str]) -> labeling.choosing.Settings:
         person.read_options(),
         options.BATCH_SIZE.value,
         AUDIT_FRACTION.value,
-        tuple(CLASSES.value),
+        tuple(person.CLASSES.value),
     )
 
 

@@ -22,6 +22,12 @@ FEATURES = flags.DEFINE_string(
     "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images: a "
     "model of vectors learns from these, and the images are only shown.",
 )
+CLASSES = flags.DEFINE_list(
+    "classes",
+    [],
+    "Names of classes. dynamical-select then takes no other label; on the page of dynamical-label "
+    "more can be added.",
+)
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRATEGY_NAMES)}.")

@@ -15,6 +15,9 @@ drawn at random: with so few labels that is hard to beat, and it shows which cla
 Beside to_label.csv and to_label.png are to_label.jsonl, with a line for each round, and
 to_label.checkpoint, the model; remove it to train from the start. To finish,
 --predictions=rest.csv writes the class that the model predicts for each image without a label.
+
+--label_studio=tasks.json writes the images to label next as tasks for Label Studio, too, and
+--annotations=export.json takes over what was annotated there; docs/use.md has the steps.
 """
 
 import contextlib
@@ -41,6 +44,17 @@ PREDICTIONS = flags.DEFINE_string(
     None,
     "File for a table of the class that the model predicts for each unlabeled image.",
 )
+LABEL_STUDIO = flags.DEFINE_string(
+    "label_studio",
+    None,
+    "A .json file for the images to label next as tasks for Label Studio, with the labeling "
+    "configuration beside it, in a .xml file.",
+)
+ANNOTATIONS = flags.DEFINE_string(
+    "annotations",
+    None,
+    "A file that Label Studio exported (JSON, JSON-MIN or CSV), whose annotations become labels.",
+)
 flags.adopt_module_key_flags(options)
 flags.adopt_module_key_flags(person)
 flags.adopt_module_key_flags(strategy)
@@ -64,7 +78,8 @@ def run(argv: list[str]) -> list[str]:
     chosen, config, output = check_flags()
     table = pathlib.Path(person.LABELS.value)
     try:
-        for path in filter(None, (person.OUTPUT.value, person.LABELS.value, PREDICTIONS.value)):
+        written = (person.OUTPUT, person.LABELS, PREDICTIONS, LABEL_STUDIO)
+        for path in filter(None, (flag.value for flag in written)):
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(output.with_suffix(".lock"), timeout=0):
             folder, facts = read_folder(table, output)
@@ -83,6 +98,8 @@ def run(argv: list[str]) -> list[str]:
             line = person.record(sys.modules[__name__], IMAGES.value, folder, facts, query)
             files.append(output.with_suffix(".jsonl"), line)
             print(f"{output}: {len(proposed)} images to label next\n{sheet}")
+            if LABEL_STUDIO.value:
+                write_tasks(proposed, folder.class_names)
             if PREDICTIONS.value and learner is None:
                 print(f"{PREDICTIONS.value} is not written: there is no model yet")
             elif PREDICTIONS.value:
@@ -103,6 +120,10 @@ def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
             f"--images must be a folder of images, got {IMAGES.value}; --help explains more"
         )
     output = person.check_tables(IMAGES.value, {"predictions": PREDICTIONS.value})
+    for name in person.CLASSES.value:
+        labeling.classes.check_name(name)
+    if LABEL_STUDIO.value and pathlib.Path(LABEL_STUDIO.value).suffix != ".json":
+        raise UserError(f"--label_studio must be a .json file, got {LABEL_STUDIO.value}")
     person.read_options()
     return *person.strategy_and_config(), output
 
@@ -112,11 +133,16 @@ def read_folder(
 ) -> tuple[labeling.Folder, dict[str, Any]]:
     """Returns the images, and how many of the new labels the model had predicted."""
     paths = labeling.folder.find(IMAGES.value, output.with_suffix(".png"))
-    update = labeling.folder.take_over(table, output, IMAGES.value, paths)
+    annotated, classes = read_annotations(paths), person.CLASSES.value
+    update = labeling.folder.take_over(table, output, IMAGES.value, paths, annotated, classes)
     if update.num_new:
-        print(f"{update.num_new} labels of {output} added to {table}")
+        sources = " and ".join(map(str, [output, *annotated]))
+        print(f"{update.num_new} labels of {sources} added to {table}")
     if update.num_predicted:
-        print(f"the model had {update.num_right} of {update.num_predicted} of them right")
+        print(
+            f"the model had {update.num_right} of {update.num_predicted} of them right (what a "
+            "strategy asks for is harder than the rest)"
+        )
     folder = labeling.folder.decode(
         IMAGES.value,
         paths,
@@ -130,6 +156,11 @@ def read_folder(
     for path, label, other in folder.conflicts:
         print(f"{path} is labeled {label!r}, but a copy of it {other!r}")
     classes = Counter(folder.labels.values())
+    for one, other in labeling.classes.look_alikes(sorted(classes, key=lambda c: -classes[c])):
+        print(
+            f"{one!r} ({classes[one]} labels) and {other!r} ({classes[other]}) are nearly the same:"
+            " if they are one class, correct the table; --classes takes no other names"
+        )
     counts = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
     print(
         f"{len(paths)} images in {IMAGES.value}: {len(folder.labeled)} labeled"
@@ -140,6 +171,29 @@ def read_folder(
     if not update.num_predicted:
         return folder, {}
     return folder, {"num_right": update.num_right, "num_predicted": update.num_predicted}
+
+
+def read_annotations(paths: list[str]) -> dict[pathlib.Path, dict[str, str]]:
+    """Returns the labels of --annotations, path → class name, by its name; says what it holds."""
+    if ANNOTATIONS.value is None:
+        return {}
+    file = pathlib.Path(ANNOTATIONS.value)
+    found = labeling.label_studio.read(file, IMAGES.value, paths)
+    print(f"{file}: {len(found.labels)} images annotated, {found.num_skipped} skipped or empty")
+    for path, names in found.differing.items():
+        print(f"{path} is annotated {' and '.join(names)}: the latest counts, {found.labels[path]}")
+    if found.foreign:
+        print(f"{len(found.foreign)} images are not in {IMAGES.value}: {found.foreign[0]}")
+    return {file: found.labels}
+
+
+def write_tasks(proposed: list[labeling.Proposed], class_names: list[str]) -> None:
+    """Writes tasks for Label Studio, and its labeling configuration."""
+    tasks = pathlib.Path(LABEL_STUDIO.value)
+    files.write(tasks, labeling.label_studio.tasks(IMAGES.value, {}, proposed))
+    names = person.CLASSES.value or class_names
+    files.write(tasks.with_suffix(".xml"), labeling.label_studio.configuration(names))
+    print(f"{tasks}: tasks for Label Studio; its configuration is {tasks.with_suffix('.xml')}")
 
 
 def train(

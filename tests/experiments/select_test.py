@@ -1,6 +1,7 @@
 """The binary, run as a user runs it who labels images between one run and the next."""
 
 import csv
+import json
 import shutil
 
 import jax
@@ -409,3 +410,40 @@ def test_a_proposal_with_a_column_that_is_mistyped_is_kept(run, pictures, tmp_pa
     assert status == 1
     assert "to_label.csv has the columns path, lable, predicted" in errors
     assert "lable" in proposal.read_text()
+
+
+def test_label_studio_there_and_back(run, pictures, tmp_path):
+    table, (_, truth) = tmp_path / "labels.csv", pictures
+    given = {"label_studio": "tasks.json", "classes": list(NAMES)}
+    run(**given)
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    assert [t["data"]["path"] for t in tasks] == [
+        r["path"] for r in rows_of(tmp_path / "to_label.csv")
+    ]
+    assert (tmp_path / "tasks.xml").read_text().count("<Choice ") == 3
+    for task in tasks:
+        value = {"choices": [truth[task["data"]["path"]]]}
+        task["annotations"] = [{"result": [{"type": "choices", "value": value}]}]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    _, output, errors = run(annotations="export.json", **given)
+    assert "10 labels of to_label.csv and export.json added to labels.csv" in output + errors
+    labeled = {row["path"]: row["label"] for row in rows_of(table)}
+    assert labeled == {task["data"]["path"]: truth[task["data"]["path"]] for task in tasks}
+    again = json.loads((tmp_path / "tasks.json").read_text())
+    assert not labeled.keys() & {task["data"]["path"] for task in again}
+    assert all(task["predictions"][0]["score"] > 1 / 3 for task in again)
+
+
+def test_no_class_but_those_that_are_named(run, pictures, tmp_path):
+    table, names = tmp_path / "labels.csv", list(pictures[1])
+    dj.labeling.add_labels(
+        table, dict(zip(names[:4], ["three", "seven", "sevne", "three"], strict=True))
+    )
+    before = table.read_bytes()
+    status, _, errors = run(classes=["three", "seven"])
+    assert status == 1
+    assert f"{names[2]} is labeled 'sevne', which is none of --classes: is it 'seven'?" in errors
+    assert table.read_bytes() == before
+    assert not (tmp_path / "to_label.csv").exists()
+    _, output, _ = run(batch_size=1)
+    assert "'seven' (1 labels) and 'sevne' (1) are nearly the same" in output
