@@ -27,7 +27,7 @@ from dynamical_jax.types import Array
 
 
 class Window(NamedTuple):
-    """The positions of the taps of a 2-D convolution, for height and width in turn.
+    """The positions of the taps of a convolution, for each axis of the image in turn.
 
     Attributes:
       size: of the kernel, before dilation.
@@ -36,20 +36,19 @@ class Window(NamedTuple):
       dilation: distance between neighbouring taps.
     """
 
-    size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    dilation: tuple[int, int]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
 
-    def output_size(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """Returns height and width of the output for an image of `image_size`."""
-        height, width = (
+    def output_size(self, image_size: Sequence[int]) -> tuple[int, ...]:
+        """Returns the size of the output for an image of `image_size`."""
+        return tuple(
             (image_size[axis] + sum(self.padding[axis]) - self.dilation[axis] * (size - 1) - 1)
             // self.stride[axis]
             + 1
             for axis, size in enumerate(self.size)
         )
-        return height, width
 
 
 def make_window(
@@ -60,7 +59,8 @@ def make_window(
     dilation: Sequence[int] | None = None,
 ) -> Window:
     """Returns the `Window` that these arguments of `lax.conv_general_dilated` describe."""
-    stride, dilation = tuple(stride or (1, 1)), tuple(dilation or (1, 1))
+    ones = (1,) * len(kernel_size)
+    stride, dilation = tuple(stride or ones), tuple(dilation or ones)
     if isinstance(padding, str):
         extents = [d * (size - 1) + 1 for size, d in zip(kernel_size, dilation, strict=True)]
         padding = lax.padtype_to_pads(image_size, extents, stride, padding)
@@ -234,7 +234,7 @@ def crop_kernel(image_size: Sequence[int], kernel: Array, window: Window) -> tup
     """Drops the outer taps that fall on padding for every output."""
     size, padding, kept = [], [], []
     out = window.output_size(image_size)
-    for axis in range(2):
+    for axis in range(len(out)):
         (low, high), dilation = window.padding[axis], window.dilation[axis]
         last = (out[axis] - 1) * window.stride[axis]
         seen = [
@@ -247,30 +247,32 @@ def crop_kernel(image_size: Sequence[int], kernel: Array, window: Window) -> tup
         size.append(stop - first)
         padding.append((low - first * dilation, high - (window.size[axis] - stop) * dilation))
     window = window._replace(size=tuple(size), padding=tuple(padding))
-    return kernel[kept[0], kept[1]], window
+    return kernel[tuple(kept)], window
 
 
 def image_patches(images: Array, window: Window) -> Array:
-    """Returns the inputs that each output sees, `[n, oh, ow, kh·kw·c]`.
+    """Returns the inputs that each output sees, `[n, oh, ow, kh·kw·c]` of images with two axes.
 
     By slicing, because `lax.conv_general_dilated_patches` is a convolution itself and as slow on
     CPU as the one to be avoided.
     """
-    patches = jnp.stack(_shifted(images, window), axis=3)
-    return patches.reshape(*patches.shape[:3], -1)
+    patches = jnp.stack(_shifted(images, window), axis=-2)
+    return patches.reshape(*patches.shape[:-2], -1)
 
 
 def _shifted(images: Array, window: Window, fill: float = 0.0) -> list[Array]:
     """For each tap, in row-major order, the inputs `[n, oh, ow, c]` that it meets."""
-    n, _, _, c = images.shape
-    out = window.output_size(images.shape[1:3])
+    n, *size, c = images.shape
+    out = window.output_size(size)
     none = (0, 0, 0)
     pads = [none, *((low, high, 0) for low, high in window.padding), none]
     images = lax.pad(images, jnp.asarray(fill, images.dtype), pads)
     shifts = []
     for taps in np.ndindex(*window.size):
         start = [tap * dilation for tap, dilation in zip(taps, window.dilation, strict=True)]
-        stop = [start[axis] + (out[axis] - 1) * window.stride[axis] + 1 for axis in range(2)]
+        stop = [
+            start[axis] + (length - 1) * window.stride[axis] + 1 for axis, length in enumerate(out)
+        ]
         shifts.append(lax.slice(images, (0, *start, 0), (n, *stop, c), (1, *window.stride, 1)))
     return shifts
 

@@ -19,11 +19,11 @@ from dynamical_jax.gradients.blocks import map_blocks as map_blocks
 from dynamical_jax.gradients.factored import UnsupportedError as UnsupportedError
 from dynamical_jax.gradients.gram import cross_gram as cross_gram
 from dynamical_jax.gradients.gram import gram as gram
+from dynamical_jax.gradients.kinds import register as register
 from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products
 from dynamical_jax.gradients.set_gradient import set_gradient as set_gradient
-from dynamical_jax.gradients.shares import register as register
 from dynamical_jax.gradients.sketch import sketch as sketch
 from dynamical_jax.gradients.verification import Verification as Verification
 from dynamical_jax.gradients.verification import verify as verify

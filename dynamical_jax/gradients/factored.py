@@ -21,6 +21,7 @@ parent or its path.
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ from flax.linen import module as linen_module
 from jax.extend import core as extend_core
 
 from dynamical_jax import contract, losses
-from dynamical_jax.gradients import pairs, shares
+from dynamical_jax.gradients import kinds, pairs, shares
+from dynamical_jax.gradients.kinds import Layer
 from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
 
 
@@ -127,7 +129,7 @@ def map_layers(
 
     shapes: dict[tuple[str, ...], Any] = {}
 
-    def measure(layer: nn.Module, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
+    def measure(layer: Layer, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
         shapes[path] = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), outputs
         )
@@ -135,12 +137,12 @@ def map_layers(
 
     jax.eval_shape(lambda: run(measure))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    layers: dict[tuple[str, ...], tuple[nn.Module, Variables]] = {}
+    layers: dict[tuple[str, ...], tuple[Layer, Variables]] = {}
 
     def loss(zeros: Any) -> tuple[Array, Any]:
         all_inputs = {}
 
-        def add(layer: nn.Module, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
+        def add(layer: Layer, own: Variables, path: Any, inputs: Any, outputs: Any) -> Any:
             layers[path], all_inputs[path] = (layer, own), inputs
             return jax.tree.map(jnp.add, outputs, zeros[path])
 
@@ -248,13 +250,13 @@ def _tapped(
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, path = context.module, context.module.path
         own = _subtree(variables["params"], path)
-        names = shares.own_parameters(own)
+        names = _own_parameters(own)
         name = "/".join(path) or type(module).__name__
         if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
             _check_running_average(module, kwargs, name)
         if running or not names or context.method_name == "setup":
             return call(*args, **kwargs)
-        why = _unsupported_reason(module, context.method_name, args, own, names)
+        kind, why = _kind_or_reason(module, context.method_name, args, own, names)
         if model_variables is not None:
             why = why or _foreign_variables_reason(module, model_variables)
         if any(path == earlier.path for earlier in calls):
@@ -272,7 +274,7 @@ def _tapped(
         collections = {**module.variables, "params": own}
         running.append(path)
         try:
-            layer = _freestanding(module, kwargs, name)
+            layer = Layer(kind, _freestanding(module, kwargs, name).apply)
             try:
                 outputs = layer.apply(collections, args[0])
             except errors.FlaxError as error:  # It uses a module from outside.
@@ -293,7 +295,7 @@ def _tapped(
 def _foreign_variables_reason(module: nn.Module, model_variables: Variables) -> str | None:
     """Returns why a layer, applied by itself, would read other variables than in the model."""
     read = core.unfreeze(module.variables)
-    for collection in ("params",) if type(module) in shares.SHARES else {*read, *model_variables}:
+    for collection in ("params",) if type(module) in kinds.KINDS else {*read, *model_variables}:
         own = _leaves(_subtree(model_variables.get(collection, {}), module.path))
         leaves = _leaves(read.get(collection, {}))
         if further := sorted(set(leaves) - set(own)):
@@ -310,22 +312,45 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _unsupported_reason(
+def _kind_or_reason(
     module: nn.Module, method: str, args: Any, own: Any, names: list[str]
-) -> str | None:
+) -> tuple[kinds.Kind | None, str | None]:
+    """Returns what a layer does, or why its shares are not known to add up."""
     if method != "__call__":
-        return f"it is used through {method}"
+        return None, f"it is used through {method}"
     if len(args) != 1 or not hasattr(args[0], "shape"):
-        return "it is called with other than one input"
-    if type(module) in shares.SHARES:
-        if foreign := set(own) - {"kernel", "bias", "scale", "embedding"}:
-            return f"its scope holds further parameters ({', '.join(sorted(foreign))})"
-        return shares.unsupported_reason(module, args[0].ndim)
-    if len(names) < len(own):
-        return f"{type(module).__name__} owns parameters beside further layers"
-    if module.scope.rngs or module.scope.mutable:
-        return f"{type(module).__name__} may depend on random or mutable state of the call"
-    return None
+        return None, "it is called with other than one input"
+    if type(module) in kinds.KINDS:
+        if foreign := set(own) - {"kernel", "bias", "scale", "embedding", "value"}:
+            why = f"its scope holds further parameters ({', '.join(sorted(foreign))})"
+            return None, why
+    elif len(names) < len(own):
+        return None, f"{type(module).__name__} owns parameters beside further layers"
+    elif module.scope.rngs or module.scope.mutable:
+        return None, f"{type(module).__name__} may depend on random or mutable state of the call"
+    elif _reads(type(module), frozenset({"path", "parent"})):
+        return None, f"{type(module).__name__} may depend on its place in the model"
+    kind = kinds.kind_of(module, args[0].shape)
+    return (None, kind) if isinstance(kind, str) else (kind, None)
+
+
+@functools.cache
+def _reads(layer: type, names: frozenset[str]) -> bool:
+    """Returns whether the code of a class, its bases of Flax excepted, has one of these names."""
+
+    def of(code: types.CodeType) -> set[str]:
+        inner = (of(value) for value in code.co_consts if isinstance(value, types.CodeType))
+        return set(code.co_names).union(*inner)
+
+    functions = [
+        inspect.unwrap(function)
+        for base in layer.__mro__
+        if not base.__module__.startswith(("flax.", "builtins"))
+        for name, function in vars(base).items()
+        if callable(function) and (name == "__call__" or not name.startswith("__"))
+    ]
+    codes = (function.__code__ for function in functions if hasattr(function, "__code__"))
+    return any(names & of(code) for code in codes)
 
 
 def _check_running_average(module: nn.BatchNorm, kwargs: Any, name: str) -> None:
@@ -341,13 +366,13 @@ def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
         options.pop("use_running_average", None)  # Checked before.
         module = module.clone(use_running_average=True, parent=None)
     # None is the default of every option of registered layers; for others it may be a value.
-    if any(value is not None or type(module) not in shares.SHARES for value in options.values()):
+    if any(value is not None or type(module) not in kinds.KINDS for value in options.values()):
         raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
     return module.clone(parent=None)
 
 
 def _no_tap(
-    layer: nn.Module, variables: Variables, path: tuple[str, ...], inputs: Any, outputs: Any
+    layer: Layer, variables: Variables, path: tuple[str, ...], inputs: Any, outputs: Any
 ) -> Any:
     del layer, variables, path, inputs
     return outputs
@@ -356,15 +381,14 @@ def _no_tap(
 def _share_tap(
     direction: Params,
     probe: Array,
-    layer: nn.Module,
+    layer: Layer,
     variables: Variables,
     path: tuple[str, ...],
     inputs: Any,
     outputs: Any,
 ) -> Any:
     """Returns `outputs`; in the backward pass the cotangent of `probe` is the layer's share."""
-    shares_function = shares.SHARES.get(type(layer), shares.formed_shares)
-    share = functools.partial(shares_function, layer)
+    share = functools.partial(shares.shares_of, layer)
 
     @jax.custom_vjp
     def tap(outputs: Any, probe: Any, variables: Any, direction: Any, inputs: Any) -> Any:
@@ -388,3 +412,8 @@ def _subtree(tree: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree.get(key, {}) if isinstance(tree, Mapping) else {}
     return tree
+
+
+def _own_parameters(tree: Any) -> list[str]:
+    """Returns the names of the parameters, not of the further layers, in a layer's `params`."""
+    return [name for name, value in tree.items() if not isinstance(value, Mapping)]

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import lax
 
 from dynamical_jax import convolution
-from dynamical_jax.gradients import shares
+from dynamical_jax.gradients import kinds, shares
+from dynamical_jax.gradients.kinds import Layer
 from dynamical_jax.types import Array
 
 # Accelerators would round to fewer digits than float32 has, and distances are differences.
@@ -97,16 +97,15 @@ PRODUCTS: dict[type[Form], Callable[[Any, Any], Array]] = {
 }
 
 
-def forms_of(layer: nn.Module, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
+def forms_of(layer: Layer, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
     """Returns the forms of the gradients in a layer's parameters, by the kind of layer it is."""
-    known = shares.SHARES.get(type(layer), shares.formed_shares)
-    return FORMS.get(known, formed)(layer, variables, inputs, cotangent)
+    return FORMS.get(type(layer.kind), formed)(layer, variables, inputs, cotangent)
 
 
-def of_kernel(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
-    """Returns the forms of `nn.Dense` and `nn.Conv`."""
+def of_kernel(layer: Layer, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the forms of a layer with a kernel."""
     kernel = kernel_of(layer, variables, inputs, cotangent)
-    bias = [Formed(jnp.sum(kernel.e, axis=(1, 2)))] if "bias" in variables["params"] else []
+    bias = [Formed(kernel.bias_gradient)] if "bias" in variables["params"] else []
     if forms_gradient(kernel.positions, kernel.depth, kernel.features):
         return [Formed(kernel.for_each(form_gradient)), *bias]
     return [kernel.factors(kernel.images, kernel.e), *bias]
@@ -116,8 +115,8 @@ class Kernel(NamedTuple):
     """The input of a layer with a kernel as images, and the cotangent of its output.
 
     Attributes:
-      images: `[n, h, w, c]`.
-      e: `[n, oh, ow, groups · features]`.
+      images: `[n, *sizes, c]`.
+      e: `[n, *positions, groups · features]`.
       window: where the taps of the kernel fall.
       groups: of channels.
     """
@@ -130,22 +129,27 @@ class Kernel(NamedTuple):
     @property
     def positions(self) -> int:
         """T, of the output."""
-        return math.prod(self.e.shape[1:3])
+        return math.prod(self.e.shape[1:-1])
 
     @property
     def depth(self) -> int:
         """The size d of what one output sees."""
-        return math.prod(self.window.size) * self.images.shape[3] // self.groups
+        return math.prod(self.window.size) * self.images.shape[-1] // self.groups
 
     @property
     def features(self) -> int:
         """The outputs p of a group."""
-        return self.e.shape[3] // self.groups
+        return self.e.shape[-1] // self.groups
+
+    @property
+    def bias_gradient(self) -> Array:
+        """The gradients `[n, groups · features]` of a bias."""
+        return jnp.sum(self.e, axis=tuple(range(1, self.e.ndim - 1)))
 
     def factors(self, images: Array, e: Array) -> Factors:
         """Returns a and e of some of the images."""
         patches = convolution.image_patches(images, self.window)
-        channels = self.images.shape[3] // self.groups
+        channels = self.images.shape[-1] // self.groups
         a = patches.reshape(len(e), self.positions, -1, self.groups, channels)
         a = a.transpose(0, 1, 3, 2, 4).reshape(len(e), self.positions, self.groups, self.depth)
         return Factors(a, e.reshape(len(e), self.positions, self.groups, self.features))
@@ -167,18 +171,11 @@ class Kernel(NamedTuple):
         return _for_each(run, (self.images, self.e), patches + elements)
 
 
-def kernel_of(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> Kernel:
+def kernel_of(layer: Layer, variables: Any, inputs: Array, cotangent: Array) -> Kernel:
     """Returns what a layer with a kernel saw, as it saw it."""
-    kernel = variables["params"]["kernel"]
-    if shares.SHARES[type(layer)] is shares.dense_shares:
-        setting = shares.dense_setting(kernel, inputs, cotangent)
-    else:
-        setting = shares.convolution_setting(layer, kernel, inputs, cotangent)
-    _, images, e, window, groups = setting
     dtype = shares.accumulation_dtype(variables)
-    if layer.dtype is not None:  # The layer multiplies its rounded input.
-        images = images.astype(layer.dtype)
-    return Kernel(images.astype(dtype), e.astype(dtype), window, groups)
+    setting = shares.setting_of(layer.kind, variables["params"], inputs, cotangent, dtype)
+    return Kernel(setting.images, setting.e, setting.window, setting.groups)
 
 
 def form_gradient(a: Array, e: Array) -> Array:
@@ -194,20 +191,24 @@ def forms_gradient(positions: int, depth: int, features: int) -> bool:
     return depth * features <= positions**2 * (depth + features)
 
 
-def of_normalization(
-    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
-) -> list[Form]:
+def of_normalization(layer: Layer, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
     """Returns the forms of a normalisation: scale and bias have small gradients."""
     gradients = shares.normalization_gradients(layer, variables, inputs, cotangent)
     return [Formed(gradients[name]) for name in sorted(variables["params"])]
 
 
-def of_embedding(layer: nn.Module, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
-    """Returns the form of `nn.Embed`: no array of tokens × rows of the table."""
+def of_embedding(layer: Layer, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the form of an embedding: no array of tokens × rows of the table."""
     return [Rows(*shares.embedding_rows(layer, variables, inputs, cotangent))]
 
 
-def formed(layer: nn.Module, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
+def of_bare(layer: Layer, variables: Any, inputs: Array, cotangent: Array) -> list[Form]:
+    """Returns the form of a parameter that every example is given: its cotangent."""
+    dtype = shares.accumulation_dtype(variables)
+    return [Formed(cotangent.reshape(len(cotangent), -1).astype(dtype))]
+
+
+def formed(layer: Layer, variables: Any, inputs: Array, cotangent: Any) -> list[Form]:
     """Returns the form of any layer, its gradients formed for one example after another."""
     rest = {name: value for name, value in variables.items() if name != "params"}
 
@@ -228,10 +229,11 @@ def flat(gradient: Any) -> Array:
     return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in leaves])
 
 
-FORMS: dict[Callable[..., Any], Callable[..., list[Form]]] = {
-    shares.dense_shares: of_kernel,
-    shares.convolution_shares: of_kernel,
-    shares.normalization_shares: of_normalization,
-    shares.embedding_shares: of_embedding,
+FORMS: dict[type[kinds.Kind], Callable[..., list[Form]]] = {
+    kinds.Contraction: of_kernel,
+    kinds.Convolution: of_kernel,
+    kinds.Normalization: of_normalization,
+    kinds.Embedding: of_embedding,
+    kinds.Bare: of_bare,
 }
-"""By the shares of a layer, so that one that is registered like another has its forms as well."""
+"""Kind of layer → its forms. Gradients of layers of other kinds are formed."""

@@ -9,23 +9,24 @@ its rows) and e `[T, p]` the cotangents at the T positions of the output. Two fo
 
 The cheaper is taken for each layer, as in mixed ghost clipping (Bu et al., 2022, arXiv:2205.10683).
 
-Each function takes (layer, variables, direction, inputs, cotangent): a Flax module without parent,
-its variables, its part of v, and arrays with the examples u on their first axis. It returns the
-layer's part of (‖g_u‖², g_u·v), each `[n]`.
+Each function takes (layer, variables, direction, inputs, cotangent): a `kinds.Layer`, its
+variables, its part of v, and arrays with the examples u on their first axis. It returns the layer's
+part of (‖g_u‖², g_u·v), each `[n]`.
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+import numpy as np
 from jax import lax
 
 from dynamical_jax import convolution
-from dynamical_jax.errors import UserError
+from dynamical_jax.gradients import kinds
+from dynamical_jax.gradients.kinds import Layer
 from dynamical_jax.types import Array
 
 Shares = tuple[Array, Array]
@@ -43,77 +44,137 @@ CHUNK_ELEMENTS = 2**18
 COST_OF_FORMING = 8
 
 
-def dense_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+def shares_of(
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Any
 ) -> Shares:
-    """Shares of `nn.Dense`, for inputs `[n, ..., d]`."""
-    setting = dense_setting(direction["kernel"], inputs, cotangent)
-    return _kernel_shares(layer, variables, direction, inputs, setting)
+    """Returns the shares of a layer, by its kind."""
+    return SHARES[type(layer.kind)](layer, variables, direction, inputs, cotangent)
 
 
-def convolution_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+def kernel_shares(
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
-    """Shares of `nn.Conv`, for inputs `[n, length, c]` or `[n, height, width, c]`."""
-    setting = convolution_setting(layer, direction["kernel"], inputs, cotangent)
-    return _kernel_shares(layer, variables, direction, inputs, setting)
+    """Shares of a layer with a kernel, by the cheaper form."""
+    setting = setting_of(layer.kind, direction, inputs, cotangent, accumulation_dtype(variables))
+    kernel, bias, images, e, window, groups, precision = setting
+    if forms_gradient(images.shape, e.shape, window, groups):
+        parts = {"kernel": _split_into_groups(kernel, groups)}
+        if bias is not None:
+            parts["bias"] = bias
+
+        def share(example: tuple[Array, Array]) -> Shares:
+            return _square_and_product(_form_gradient(*example, parts, window, precision), parts)
+
+        taps_and_channels = math.prod(window.size) * images.shape[-1]
+        size = taps_and_channels * (math.prod(e.shape[1:-1]) + e.shape[-1] // groups)
+        return lax.map(share, (images, e), batch_size=_chunk(size, len(images)))
+
+    squared_norm = _gram_squared_norm(images, e, window, groups, precision)
+    product = jnp.sum(_apply_kernel(setting) * e, axis=tuple(range(1, e.ndim)))
+    if bias is not None:
+        gradient = jnp.sum(e, axis=tuple(range(1, e.ndim - 1)))
+        squared_norm += jnp.sum(gradient**2, axis=-1)
+        product += gradient @ bias
+    return squared_norm, product
 
 
 class Setting(NamedTuple):
-    """A layer with a kernel, as a convolution of images.
+    """A layer with a kernel, as a convolution of images with any number of axes.
 
     Attributes:
-      kernel: `[kh, kw, c / groups, p]`, without taps that meet no pixel.
-      images: `[n, h, w, c]`, its input.
-      e: `[n, oh, ow, p]`, the cotangent of its output.
+      kernel: `[*taps, c / groups, p]`, v or parameters, without taps that meet no pixel.
+      bias: `[p]` likewise, or None.
+      images: `[n, *sizes, c]`, its input.
+      e: `[n, *positions, p]`, the cotangent of its output.
       window: where the taps fall.
       groups: of channels.
+      precision: of its products.
     """
 
     kernel: Array
+    bias: Array | None
     images: Array
     e: Array
     window: convolution.Window
     groups: int
+    precision: Any
 
 
-def dense_setting(kernel: Array, inputs: Array, cotangent: Array) -> Setting:
-    """Returns what `nn.Dense` does to inputs `[n, ..., d]`: a convolution by one tap."""
-    n, depth = inputs.shape[0], inputs.shape[-1]
-    images = inputs.reshape(n, -1, 1, depth)
-    e = cotangent.reshape(n, -1, 1, cotangent.shape[-1])
-    window = convolution.make_window((1, 1), (1, 1))
-    return Setting(kernel.reshape(1, 1, depth, -1), images, e, window, 1)
-
-
-def convolution_setting(
-    layer: nn.Module, kernel: Array, inputs: Array, cotangent: Array
+def setting_of(
+    kind: kinds.Contraction | kinds.Convolution,
+    parameters: Any,
+    inputs: Array,
+    cotangent: Array,
+    dtype: Any,
 ) -> Setting:
-    """Returns what `nn.Conv` does to inputs `[n, length, c]` or `[n, height, width, c]`."""
-    rank = inputs.ndim - 2
+    """Returns a layer with a kernel, and what it met, as a convolution of images.
 
-    def per_axis(value: Any) -> tuple[int, ...]:
-        return (value,) * rank if isinstance(value, int) else tuple(value or (1,) * rank)
+    Args:
+      kind: what it does.
+      parameters: "kernel" and perhaps "bias", or v at their place.
+      inputs: `[n, ...]` its inputs.
+      cotangent: `[n, ...]` the cotangents of its outputs.
+      dtype: of the images and e.
+    """
+    if kind.dtype is not None:  # The layer multiplies its rounded input.
+        inputs = inputs.astype(kind.dtype)
+    make = _contraction if isinstance(kind, kinds.Contraction) else _convolution
+    bias = parameters.get("bias")
+    return make(kind, parameters["kernel"], bias, inputs.astype(dtype), cotangent.astype(dtype))
 
-    strides = per_axis(layer.strides)
-    dilation = per_axis(layer.kernel_dilation)
-    padding = nn.linear.canonicalize_padding(layer.padding, rank)
-    if isinstance(padding, str):
-        sizes = zip(dilation, kernel.shape[:rank], strict=True)
-        extents = [spread * (size - 1) + 1 for spread, size in sizes]
-        padding = lax.padtype_to_pads(inputs.shape[1:-1], extents, strides, padding)
-    images, e = inputs, cotangent
-    if rank == 1:  # An image of height one.
-        images, e, kernel = images[:, None], e[:, None], kernel[None]
-        strides, dilation, padding = (1, *strides), (1, *dilation), [(0, 0), *padding]
-    image_size = images.shape[1:3]
-    window = convolution.make_window(image_size, kernel.shape[:2], strides, padding, dilation)
-    kernel, window = convolution.crop_kernel(image_size, kernel, window)
-    return Setting(kernel, images, e, window, layer.feature_group_count)
+
+def _contraction(
+    kind: kinds.Contraction, kernel: Array, bias: Array | None, inputs: Array, cotangent: Array
+) -> Setting:
+    """A convolution by one tap: axes of the kernel are groups, channels or features."""
+    of_inputs, of_kernel, of_outputs = kind.spec.replace("->", ",").split(",")
+    positions = [axis for axis in of_inputs if axis not in of_kernel]
+    groups = [axis for axis in of_kernel if axis in of_inputs and axis in of_outputs]
+    channels = [axis for axis in of_kernel if axis not in of_outputs]
+    features = [axis for axis in of_kernel if axis not in of_inputs]
+
+    def arranged(array: Array, axes: str, *parts: list[str]) -> Array:
+        order = [axes.index(axis) for part in parts for axis in part]
+        sizes = [math.prod(array.shape[axes.index(axis)] for axis in part) for part in parts]
+        return array.transpose(order).reshape(sizes)
+
+    length = dict(zip(of_kernel, kernel.shape, strict=True))
+    if bias is not None:
+        of_bias = "".join(axis for axis in of_outputs if axis in of_kernel)
+        bias = bias.reshape([length[axis] for axis in of_bias])
+        bias = arranged(bias, of_bias, groups + features)
+    example, positions = positions[:1], positions[1:]
+    return Setting(
+        arranged(kernel, of_kernel, channels, groups + features)[None],
+        bias,
+        arranged(inputs, of_inputs, example, positions, groups + channels),
+        arranged(cotangent, of_outputs, example, positions, groups + features),
+        convolution.make_window((1,), (1,)),
+        math.prod(length[axis] for axis in groups),
+        kind.precision,
+    )
+
+
+def _convolution(
+    kind: kinds.Convolution, kernel: Array, bias: Array | None, images: Array, e: Array
+) -> Setting:
+    if kind.transposed:
+        rank = len(kind.strides)
+        kernel = jnp.flip(kernel, range(rank)).swapaxes(rank, rank + 1)
+    if max(kind.input_dilation) > 1:
+        interior = [0, *(dilation - 1 for dilation in kind.input_dilation), 0]
+        pads = [(0, 0, zeros) for zeros in interior]
+        images = lax.pad(images, jnp.zeros((), images.dtype), pads)
+    sizes = images.shape[1:-1]
+    window = convolution.make_window(
+        sizes, kernel.shape[:-2], kind.strides, kind.padding, kind.kernel_dilation
+    )
+    kernel, window = convolution.crop_kernel(sizes, kernel, window)
+    return Setting(kernel, bias, images, e, window, kind.groups, kind.precision)
 
 
 def normalization_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
     """Shares of a normalisation: per feature, sums of normalised input times e, and of e."""
     gradients = normalization_gradients(layer, variables, inputs, cotangent)
@@ -123,13 +184,16 @@ def normalization_shares(
 
 
 def normalization_gradients(
-    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
+    layer: Layer, variables: Any, inputs: Array, cotangent: Array
 ) -> dict[str, Array]:
     """Returns gradients `[n, features]` in scale and bias, whether or not the layer has them."""
     n, features = inputs.shape[0], inputs.shape[-1]
-    off = {name: False for name in ("use_scale", "use_bias") if hasattr(layer, name)}
     dtype = accumulation_dtype(variables)
-    normalized = layer.clone(**off).apply({**variables, "params": {}}, inputs)
+    plain = {
+        name: (jnp.ones_like if name == "scale" else jnp.zeros_like)(leaf)
+        for name, leaf in variables["params"].items()
+    }
+    normalized = layer.apply({**variables, "params": plain}, inputs)
     e = cotangent.reshape(n, -1, features).astype(dtype)
     return {
         "scale": jnp.sum(normalized.reshape(e.shape).astype(dtype) * e, axis=1),
@@ -138,12 +202,12 @@ def normalization_gradients(
 
 
 def embedding_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Array
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Array
 ) -> Shares:
-    """Shares of `nn.Embed`: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'.
+    """Shares of an embedding: tokens t, t' of one example share a row, so Σ [t = t'] e_t·e_t'.
 
-    A token beyond the table has no row. `nn.Embed` returns NaN for it, which the model has to mask,
-    and it adds nothing to any gradient.
+    A token beyond the table has no row. Flax returns NaN for it, which the model has to mask, and
+    it adds nothing to any gradient.
     """
     rows, e = embedding_rows(layer, variables, inputs, cotangent)
     same = (rows[:, :, None] == rows[:, None, :]).astype(e.dtype)
@@ -153,23 +217,30 @@ def embedding_shares(
 
 
 def embedding_rows(
-    layer: nn.Module, variables: Any, inputs: Array, cotangent: Array
+    layer: Layer, variables: Any, inputs: Array, cotangent: Array
 ) -> tuple[Array, Array]:
     """Returns the row `[n, T]` of each token, −1 if there is none, and e `[n, T, p]`, then 0."""
-    n = inputs.shape[0]
-    e = cotangent.reshape(n, -1, layer.features).astype(accumulation_dtype(variables))
-    if layer.num_embeddings == 1:  # There `nn.Embed` takes the one row for every token.
+    n, size = inputs.shape[0], layer.kind.num_embeddings
+    e = cotangent.reshape(n, -1, layer.kind.features).astype(accumulation_dtype(variables))
+    if size == 1:  # There Flax takes the one row for every token.
         rows = jnp.zeros(e.shape[:2], int)
-    else:  # Indexed as `nn.Embed` does: tokens below zero count from the end.
-        rows = jnp.take(
-            jnp.arange(layer.num_embeddings), inputs.reshape(n, -1), mode="fill", fill_value=-1
-        )
+    else:  # Indexed as Flax does: tokens below zero count from the end.
+        rows = jnp.take(jnp.arange(size), inputs.reshape(n, -1), mode="fill", fill_value=-1)
     e = jnp.where((rows >= 0)[..., None], e, 0)
     return rows, e
 
 
+def bare_shares(
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Array
+) -> Shares:
+    """Shares of a parameter that every example is given: the cotangent is the gradient."""
+    (v,) = jax.tree.leaves(direction)
+    e = cotangent.reshape(len(cotangent), -1).astype(accumulation_dtype(variables))
+    return jnp.sum(e**2, axis=1), e @ v.reshape(-1)
+
+
 def formed_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, cotangent: Any
+    layer: Layer, variables: Any, direction: Any, inputs: Array, cotangent: Any
 ) -> Shares:
     """Shares of any layer, from the gradient of its parameters for one example after another."""
     rest = {name: value for name, value in variables.items() if name != "params"}
@@ -184,33 +255,21 @@ def formed_shares(
     return lax.map(share, (inputs, cotangent), batch_size=_chunk(size, len(inputs)))
 
 
-def _kernel_shares(
-    layer: nn.Module, variables: Any, direction: Any, inputs: Array, setting: Setting
-) -> Shares:
-    """Returns shares by the cheaper form."""
-    kernel, images, e, window, groups = setting
-    dtype = accumulation_dtype(variables)
-    if layer.dtype is not None:  # The layer multiplies its rounded input.
-        inputs, images = inputs.astype(layer.dtype), images.astype(layer.dtype)
-    images, e = images.astype(dtype), e.astype(dtype)
-    if forms_gradient(images.shape, e.shape, window, groups):
-        parts = {**direction, "kernel": _split_into_groups(kernel, groups)}
+def custom_shares(layer: Layer, *arguments: Any) -> Shares:
+    """Shares of a layer by the function that was registered for it."""
+    return layer.kind.shares(layer.kind.layer, *arguments)
 
-        def share(example: tuple[Array, Array]) -> Shares:
-            return _square_and_product(
-                _form_gradient(*example, parts, window, layer.precision), parts
-            )
 
-        taps_and_channels = math.prod(window.size) * images.shape[-1]
-        size = taps_and_channels * (math.prod(e.shape[1:3]) + e.shape[-1] // groups)
-        return lax.map(share, (images, e), batch_size=_chunk(size, len(images)))
-
-    squared_norm = _gram_squared_norm(images, e, window, groups, layer.precision)
-    if "bias" in direction:
-        squared_norm += jnp.sum(jnp.sum(e, axis=(1, 2)) ** 2, axis=-1)
-    wide = layer.clone(dtype=dtype)  # v may overflow the type that the layer computes in.
-    outputs = wide.apply({**variables, "params": direction}, inputs)
-    return squared_norm, jnp.sum(outputs.reshape(e.shape) * e, axis=(1, 2, 3))
+SHARES: dict[type[kinds.Kind], Callable[..., Shares]] = {
+    kinds.Contraction: kernel_shares,
+    kinds.Convolution: kernel_shares,
+    kinds.Normalization: normalization_shares,
+    kinds.Embedding: embedding_shares,
+    kinds.Bare: bare_shares,
+    kinds.Formed: formed_shares,
+    kinds.Custom: custom_shares,
+}
+"""Kind of layer → its shares."""
 
 
 def forms_gradient(
@@ -225,9 +284,9 @@ def forms_gradient(
     writing of d·p elements; the other way takes T·d·p for the product with v, and for the norm
     pixels²·channels and T²·(taps + p). T·d·p is on both sides.
     """
-    taps, channels = math.prod(window.size), image_shape[3] // groups
-    positions, features = math.prod(e_shape[1:3]), e_shape[3] // groups
-    pixels = math.prod(image_shape[1:3])
+    taps, channels = math.prod(window.size), image_shape[-1] // groups
+    positions, features = math.prod(e_shape[1:-1]), e_shape[-1] // groups
+    pixels = math.prod(image_shape[1:-1])
     forming = COST_OF_FORMING * taps * channels * features
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
@@ -249,7 +308,7 @@ def _square_and_product(gradient: Any, direction: Any) -> Shares:
 
 
 def _split_into_groups(kernel: Array, groups: int) -> Array:
-    """Reorders a kernel `[kh, kw, c/groups, p]` to `[groups, p/groups, taps, c/groups]`."""
+    """Reorders a kernel `[*taps, c/groups, p]` to `[groups, p/groups, taps, c/groups]`."""
     *taps, channels, features = kernel.shape
     kernel = kernel.reshape(math.prod(taps), channels, groups, features // groups)
     return kernel.transpose(2, 3, 0, 1)
@@ -258,7 +317,7 @@ def _split_into_groups(kernel: Array, groups: int) -> Array:
 def _form_gradient(
     image: Array, e: Array, direction: Any, window: convolution.Window, precision: Any
 ) -> dict[str, Array]:
-    """Returns the gradient of one example, with image `[h, w, c]` and e `[oh, ow, p]`."""
+    """Returns the gradient of one example, with image `[*sizes, c]` and e `[*positions, p]`."""
     groups, _, taps, channels = direction["kernel"].shape
     patches = convolution.image_patches(image[None], window).reshape(-1, taps, groups, channels)
     e = e.reshape(len(patches), groups, -1)
@@ -280,101 +339,44 @@ def _gram_squared_norm(
     none = (0, 0, 0)
     pads = [none, *((low, high, 0) for low, high in window.padding), none]
     images = lax.pad(images, jnp.zeros((), images.dtype), pads)
-    _, h, w, c = images.shape
+    *sizes, c = images.shape[1:]
     product = functools.partial(jnp.einsum, precision=precision)
-    pixels = images.reshape(n, h * w, groups, c // groups)
-    pixel_gram = product("nsgc,ntgc->ngst", pixels, pixels).reshape(n, groups, h, w, h, w)
+    pixels = images.reshape(n, -1, groups, c // groups)
+    pixel_gram = product("nsgc,ntgc->ngst", pixels, pixels).reshape(n, groups, *sizes, *sizes)
     patch_gram = 0
-    for i in range(window.size[0]):
-        for j in range(window.size[1]):
-            start = (i * window.dilation[0], j * window.dilation[1])
-            stop = tuple(
-                start[axis] + (out[axis] - 1) * window.stride[axis] + 1 for axis in range(2)
-            )
-            patch_gram += lax.slice(
-                pixel_gram,
-                (0, 0, *start, *start),
-                (n, groups, *stop, *stop),
-                (1, 1, *window.stride, *window.stride),
-            )
+    for tap in np.ndindex(*window.size):
+        start = [place * window.dilation[axis] for axis, place in enumerate(tap)]
+        stop = [
+            start[axis] + (length - 1) * window.stride[axis] + 1 for axis, length in enumerate(out)
+        ]
+        patch_gram += lax.slice(
+            pixel_gram,
+            (0, 0, *start, *start),
+            (n, groups, *stop, *stop),
+            (1, 1, *window.stride, *window.stride),
+        )
     e = e.reshape(n, -1, groups, p // groups)
     e_gram = product("nsgp,ntgp->ngst", e, e)
     return jnp.sum(patch_gram.reshape(e_gram.shape) * e_gram, axis=(1, 2, 3))
 
 
-SHARES: dict[type[nn.Module], Callable[..., Shares]] = {
-    nn.Dense: dense_shares,
-    nn.Conv: convolution_shares,
-    nn.BatchNorm: normalization_shares,
-    nn.LayerNorm: normalization_shares,
-    nn.RMSNorm: normalization_shares,
-    nn.GroupNorm: normalization_shares,
-    nn.Embed: embedding_shares,
-}
-"""Type of layer → function. Gradients of other layers without inner layers are formed."""
-
-
-def register(
-    layer: type[nn.Module],
-    *,
-    like: type[nn.Module] | None = None,
-    shares: Callable[..., Shares] | None = None,
-) -> None:
-    """Tells the factored engine how your own layer adds to ‖g_u‖² and g_u·v.
-
-    Scores are exact without registration, too, but then gradients are formed example by example,
-    which takes longer. A wrong registration gives wrong scores: `gradients.verify` finds it.
-
-    Args:
-      layer: a class of Flax Linen modules that own parameters.
-      like: a registered type that has, in evaluation mode, the same parameters under the same names
-        and the same output.
-      shares: a function like those of this file, instead of `like`.
-
-    Raises:
-      UserError: unless exactly one of `like` and `shares` is given, and `like` is registered.
-    """
-    if (like is None) == (shares is None):
-        raise UserError("register(layer, like=…) or register(layer, shares=…): give one of the two")
-    if like is not None and like not in SHARES:
-        registered = ", ".join(known.__name__ for known in SHARES)
-        raise UserError(f"{like.__name__} is not registered itself; registered are {registered}")
-    SHARES[layer] = SHARES[like] if shares is None else shares
-
-
-CONVOLUTIONS = (None, lax.conv_general_dilated, convolution.conv_general_dilated)
-
-
-def unsupported_reason(layer: nn.Module, ndim: int) -> str | None:
-    """Returns why the shares of this layer's type do not hold with its options; None if they do."""
-    if getattr(layer, "promote_dtype", nn.dtypes.promote_dtype) is not nn.dtypes.promote_dtype:
-        return "its promote_dtype may do anything"
-    if isinstance(layer, nn.Dense) and (layer.dot_general or layer.dot_general_cls):
-        return "its dot_general may do anything"
-    if isinstance(layer, nn.Conv):
-        rank = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
-        if layer.conv_general_dilated not in CONVOLUTIONS or layer.conv_general_dilated_cls:
-            return "its conv_general_dilated may do anything"
-        if layer.mask is not None:
-            return "its kernel is masked"
-        if rank not in (1, 2) or ndim != rank + 2:
-            return "its input is not [n, length, c] or [n, height, width, c]"
-        if any(dilation != 1 for dilation in jax.tree.leaves(layer.input_dilation)):
-            return "its input is dilated"
-        if layer.padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-            return f"its padding is {layer.padding}"
-    if isinstance(layer, nn.BatchNorm) and layer.axis not in (-1, ndim - 1):
-        return "its features are not the last axis"
-    if isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
-        if getattr(layer, "feature_axes", -1) not in (-1, (-1,), ndim - 1, (ndim - 1,)):
-            return "its features are not the last axis"
-        if any(axis in (0, -ndim) for axis in jax.tree.leaves(layer.reduction_axes)):
-            return "its statistics mix examples"
-        if layer.axis_name is not None:
-            return "its statistics mix examples"
-    return None
-
-
-def own_parameters(tree: Any) -> list[str]:
-    """Returns the names of the parameters, not of the further layers, in a layer's `params`."""
-    return [name for name, value in tree.items() if not isinstance(value, Mapping)]
+def _apply_kernel(setting: Setting) -> Array:
+    """Returns the images convolved with the kernel, `[n, *positions, p]`, in the type of e."""
+    kernel, _, images, e, window, groups, precision = setting
+    kernel = kernel.astype(e.dtype)  # In the type that the layer computes in v may overflow.
+    if window == convolution.make_window(images.shape[1:-1], (1,) * len(window.size)):
+        parts = images.reshape(*images.shape[:-1], groups, -1)
+        kernel = kernel.reshape(*kernel.shape[-2:-1], groups, -1)
+        outputs = jnp.einsum("n...gc,cgp->n...gp", parts, kernel, precision=precision)
+        return outputs.reshape(e.shape)
+    channels_last = f"N{'DHW'[-len(window.size) :]}C"
+    return convolution.conv_general_dilated(
+        images,
+        kernel,
+        window.stride,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=(channels_last, f"{channels_last[1:-1]}IO", channels_last),
+        feature_group_count=groups,
+        precision=precision,
+    )

@@ -16,26 +16,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from dynamical_jax.gradients import pairs, shares
+from dynamical_jax.gradients.kinds import Layer
 from dynamical_jax.types import Array
 
 WORD = 32
 
 
 def of_layer(
-    key: Array, size: int, layer: nn.Module, variables: Any, inputs: Array, cotangent: Any
+    key: Array, size: int, layer: Layer, variables: Any, inputs: Array, cotangent: Any
 ) -> Array:
     """Returns a layer's part of the sketches, `[n, size]`, from what `pairs` makes forms of."""
-    known = shares.SHARES.get(type(layer), shares.formed_shares)
     key, key_rest = jax.random.split(key)
-    if pairs.FORMS.get(known) is not pairs.of_kernel:
+    if pairs.FORMS.get(type(layer.kind)) is not pairs.of_kernel:
         return of_forms(key_rest, size, pairs.forms_of(layer, variables, inputs, cotangent))
     kernel = pairs.kernel_of(layer, variables, inputs, cotangent)
     sketch = of_kernel(key, size, kernel)
     if "bias" in variables["params"]:
-        sketch += fold(key_rest, size, jnp.sum(kernel.e, axis=(1, 2)))
+        sketch += fold(key_rest, size, kernel.bias_gradient)
     return sketch
 
 

@@ -19,6 +19,7 @@ from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.linear import Linear as Linear
 from dynamical_jax.models.mlp import MLP as MLP
 from dynamical_jax.models.ntk_cnn import NTKCNN as NTKCNN
+from dynamical_jax.models.parameter import Parameter as Parameter
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
 from dynamical_jax.models.vgg import VGG11 as VGG11

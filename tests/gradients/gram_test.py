@@ -58,6 +58,12 @@ class Tokens(nn.Module):
         return nn.Dense(3)(nn.Embed(5, 4)(x).mean(axis=1))
 
 
+class Shifted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.tanh(x + dj.models.Parameter((1, 5, 4), nn.initializers.normal())(x))
+
+
 def drawn(*shape):
     return np.random.default_rng(0).normal(size=shape)
 
@@ -73,6 +79,10 @@ LAYERS = {
     "groups": (nn.Conv(6, (3, 3), feature_group_count=2, strides=2), IMAGES),
     "larger than the map": (nn.Conv(6, (7, 9), strides=(2, 1)), IMAGES),
     "sequence": (nn.Conv(6, (3,), strides=2), IMAGES[:, :, 0]),
+    "volume": (nn.Conv(6, (2, 1, 3)), drawn(SIZE, 3, 2, 3, 4)),
+    "transposed": (nn.ConvTranspose(3, (3, 2), strides=(2, 1)), IMAGES),
+    "kernel for each head": (nn.Einsum((5, 4, 2), "abhc,hcp->aphb"), IMAGES),
+    "parameter": (Shifted(), IMAGES),
     "layer norm": (nn.LayerNorm(), IMAGES),
     "group norm": (nn.GroupNorm(2, use_scale=False), IMAGES),
     "rms norm": (nn.RMSNorm(), IMAGES),

@@ -25,6 +25,7 @@ CONVOLUTIONS = {
     "dilation, strides": {"kernel_dilation": 2, "strides": 2, "padding": 2},
     "groups": {"feature_group_count": 2},
     "depthwise": {"feature_group_count": 4, "strides": 2},
+    "dilated input": {"input_dilation": (2, 3), "padding": 2, "strides": 2},
     "ours": {"conv_general_dilated": dj.convolution.conv_general_dilated},
 }
 SMALL_MAPS = {
@@ -99,6 +100,7 @@ NORMALIZATIONS = {
     "root mean square": nn.RMSNorm(),
     "group": nn.GroupNorm(2),
     "group, no scale": nn.GroupNorm(2, use_scale=False),
+    "instance": nn.InstanceNorm(),
     "group of one": nn.GroupNorm(num_groups=None, group_size=1),
 }
 
@@ -165,6 +167,85 @@ def test_tokens_beyond_the_table_that_are_not_masked_are_refused():
             dj.STRATEGIES[name]().query(jax.random.key(0), view, 1)
 
 
+VOLUMES = {
+    "3x3x2": {"kernel_size": (3, 3, 2)},
+    "strides, dilation, groups": {
+        "kernel_size": (2, 3, 1),
+        "strides": (1, 2, 1),
+        "kernel_dilation": (1, 1, 2),
+        "padding": "VALID",
+        "feature_group_count": 2,
+    },
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", VOLUMES.values(), ids=VOLUMES)
+def test_convolution_of_volumes(options):
+    volumes = checks.draw((checks.NUM_EXAMPLES, 3, 4, 2, 4))
+    checks.check_terms(checks.single_layer(conv(**options)), volumes, engines=checks.BOTH_FORMS)
+
+
+TRANSPOSED = {
+    "strides": {"kernel_size": (3, 2), "strides": (2, 1)},
+    "valid": {"kernel_size": (2, 3), "strides": (3, 2), "padding": "VALID", "use_bias": False},
+    "turned": {"kernel_size": (3, 2), "strides": (2, 3), "transpose_kernel": True},
+    "dilation, numbers": {"kernel_size": 3, "kernel_dilation": 2, "padding": 3, "strides": (2,)},
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed_convolution(options):
+    x = checks.images(4, 3) if options["kernel_size"] != 3 else checks.images(4, 1)[:, :, 0]
+    layer = nn.ConvTranspose(features=3, **options)
+    checks.check_terms(checks.single_layer(layer), x, engines=checks.BOTH_FORMS)
+
+
+CONTRACTIONS = {
+    "to heads": nn.DenseGeneral((2, 3)),
+    "from heads": nn.DenseGeneral(5, axis=(-2, -1), use_bias=False),
+    "axes in another order": nn.DenseGeneral((2, 3), axis=(3, 1)),
+    "einsum": nn.Einsum((4, 3), "...d,dp->...p"),
+    "a kernel for each head": nn.Einsum((3, 4, 5), "abhc,hcp->abhp"),
+    "turned": nn.Einsum((5, 3, 4), "abhc,phc->apbh"),
+    "everything": nn.Einsum((2, 5, 3, 4), "abhc,qphc->ahqbp", use_bias=False),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("layer", CONTRACTIONS.values(), ids=CONTRACTIONS)
+def test_contractions(layer):
+    checks.check_terms(checks.single_layer(layer), checks.images(2, 3), engines=checks.BOTH_FORMS)
+
+
+class Tokens(nn.Module):
+    """A class token, positions and a scale, each one line."""
+
+    @nn.compact
+    def __call__(self, x):
+        normal = nn.initializers.normal()
+        x = jnp.concatenate([dj.models.Parameter((1, 4), normal, name="token")(x), x], axis=1)
+        x = x + dj.models.Parameter(x.shape[1:], normal, name="positions")(x)
+        return nn.tanh(x * dj.models.Parameter((1, 4), normal, name="scale")(x))
+
+
+@pytest.mark.usefixtures("float64")
+def test_parameters_by_themselves():
+    model = checks.model_from(lambda self, x: nn.Dense(3)(Tokens()(x).mean(axis=1)))
+    checks.check_terms(model, checks.draw((checks.NUM_EXAMPLES, 3, 4)))
+
+
+@pytest.mark.usefixtures("float64")
+def test_attention():
+    def function(self, x):
+        attention = nn.MultiHeadDotProductAttention(2, normalize_qk=True)
+        return attention(x, jnp.sin(x), deterministic=True)
+
+    model = checks.model_from(function)
+    checks.check_terms(model, checks.draw((checks.NUM_EXAMPLES, 3, 4)), engines=checks.BOTH_FORMS)
+
+
 class Scaled(nn.Module):
     """A custom layer with parameters made in `setup`, one of them a list."""
 
@@ -183,11 +264,7 @@ class Overridden(nn.Dense):
 
 
 LAYERS = {
-    "DenseGeneral": (nn.DenseGeneral((2, 3), axis=(1, 3)), checks.images),
-    "Einsum": (nn.Einsum((4, 3), "...d,dp->...p"), checks.rows),
-    "ConvTranspose": (nn.ConvTranspose(3, (3, 2), strides=(2, 1)), checks.images),
     "ConvLocal": (nn.ConvLocal(3, (3, 2)), checks.images),
-    "InstanceNorm": (nn.InstanceNorm(), checks.images),
     "PReLU": (nn.PReLU(), checks.rows),
     "of one's own": (Scaled(), checks.images),
     "a subclass of a known one": (Overridden(3), checks.images),

@@ -67,6 +67,13 @@ class Gated(nn.Module):
         return self.gate(x) * self.param("scale", nn.initializers.ones, (3,)).reshape(1, 3)
 
 
+class KnowsItsPlace(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (4, 3))
+        return len(self.path) * (x @ kernel)
+
+
 class WithOption(nn.Module):
     @nn.compact
     def __call__(self, x, scale=2.0):
@@ -130,6 +137,10 @@ def not_called(self, x):
 
 def doubled(lhs, rhs, *arguments, **options):
     return 2 * lax.conv_general_dilated(lhs, rhs, *arguments, **options)
+
+
+def twice_the_product(*arguments, **options):
+    return 2 * lax.dot_general(*arguments, **options)
 
 
 def conv_layer(**options):
@@ -199,17 +210,32 @@ REFUSED = {
         lambda self, x: nn.BatchNorm(True, axis=1)(x.reshape(-1, 2, 2)),
         "its features are not the last axis",
     ),
-    "dot_general": (lambda self, x: nn.Dense(3, dot_general=lax.dot_general)(x), anything),
+    "dot_general": (lambda self, x: nn.Dense(3, dot_general=twice_the_product)(x), anything),
     "promote_dtype": (lambda self, x: nn.Dense(3, promote_dtype=lambda *a, **_: a)(x), anything),
     "another convolution": (conv_layer(conv_general_dilated=doubled), anything),
     "masked kernel": (conv_layer(mask=jnp.ones((3, 3, 1, 3))), "layer: its kernel is masked"),
     "circular": (conv_layer(padding="CIRCULAR"), "layer: its padding is CIRCULAR"),
     "reflect": (conv_layer(padding="REFLECT"), "layer: its padding is REFLECT"),
-    "dilated input": (conv_layer(input_dilation=2, padding=2), "layer: its input is dilated"),
     "two axes of examples": (conv_layer(kernel_size=(3,)), "layer: its input is not"),
-    "3-D": (
-        lambda self, x: conv_layer(kernel_size=(2, 2, 2))(self, x.reshape(-1, 1, 2, 2, 1)),
-        "layer: its input is not",
+    "kernel for each example": (
+        lambda self, x: nn.DenseGeneral(3, batch_dims=0, name="layer")(x),
+        "layer: its kernel has an axis of examples",
+    ),
+    "sum over an input": (
+        lambda self, x: nn.Einsum((3, 3), "abc,de->abde", name="layer")(x.reshape(-1, 2, 2)),
+        "layer: an axis is summed by itself",
+    ),
+    "diagonal": (
+        lambda self, x: nn.Einsum((2, 3), "abb,bd->abd", name="layer")(x.reshape(-1, 2, 2)),
+        "layer: an axis is met twice",
+    ),
+    "transposed, circular": (
+        lambda self, x: nn.ConvTranspose(2, (2,), padding="CIRCULAR", name="layer")(x[..., None]),
+        "layer: its padding is CIRCULAR",
+    ),
+    "knows its place": (
+        lambda self, x: KnowsItsPlace(name="layer")(x),
+        "layer: KnowsItsPlace may depend on its place",
     ),
 }
 

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 import dynamical_jax as dj
 from dynamical_jax import gradients
-from dynamical_jax.gradients import shares
+from dynamical_jax.gradients import kinds, shares
 
 
 class Renamed(nn.Dense):
@@ -34,15 +34,19 @@ class Net(nn.Module):
 
 def doubled_shares(layer, variables, direction, inputs, cotangent):
     """By the chain rule a gradient of twice the size: four times the square, twice the product."""
-    plain = nn.Dense(layer.features, use_bias=False)
-    squared_norm, product = shares.dense_shares(plain, variables, direction, inputs, cotangent)
+    squared_norm, product = dense_shares(layer, variables, direction, inputs, cotangent)
     return 4 * squared_norm, 2 * product
+
+
+def dense_shares(layer, *arguments):
+    plain = kinds.Layer(kinds.kind_of(nn.Dense(layer.features), arguments[2].shape), None)
+    return shares.kernel_shares(plain, *arguments)
 
 
 @pytest.fixture
 def setting(monkeypatch):
     """A model with a layer of a kind, its variables and inputs; registrations end with the test."""
-    monkeypatch.setattr(shares, "SHARES", dict(shares.SHARES))
+    monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
 
     def make(kind):
         model = toy.standardized(Net(kind))
@@ -63,7 +67,7 @@ def test_shares(setting, capsys):
 
 
 def test_wrong_registration_is_found(setting):
-    gradients.register(Doubled, shares=shares.dense_shares)
+    gradients.register(Doubled, shares=dense_shares)
     assert gradients.verify(*setting(Doubled)).squared_norm > 0.1
 
 
@@ -86,12 +90,12 @@ def test_inner_product_alone_is_found(setting):
     ("options", "message"),
     [
         ({}, "give one of the two"),
-        ({"like": nn.Dense, "shares": shares.dense_shares}, "give one of the two"),
-        ({"like": nn.LSTMCell}, "LSTMCell is not registered itself; registered are Dense, Conv"),
+        ({"like": nn.Dense, "shares": dense_shares}, "give one of the two"),
+        ({"like": nn.LSTMCell}, "LSTMCell is not registered itself; registered are Dense, "),
     ],
 )
 def test_bad_registrations(options, message):
-    before = dict(shares.SHARES)
+    before = dict(kinds.KINDS)
     with pytest.raises(dj.UserError, match=message):
         gradients.register(Renamed, **options)
-    assert before == shares.SHARES
+    assert before == kinds.KINDS
