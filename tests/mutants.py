@@ -78,7 +78,7 @@ FAULTS = (
     Fault(
         "shares of bias dropped",
         "dynamical_jax/gradients/shares.py",
-        "squared_norm += jnp.sum(jnp.sum(e, axis=(1, 2)) ** 2, axis=-1)",
+        "squared_norm += jnp.sum(gradient**2, axis=-1)",
         "pass",
         GRADIENTS,
     ),
@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "dilation ignored",
         "dynamical_jax/gradients/shares.py",
-        "start = (i * window.dilation[0], j * window.dilation[1])",
-        "start = (i, j)",
+        "start = [place * window.dilation[axis] for axis, place in enumerate(tap)]",
+        "start = list(tap)",
         GRADIENTS,
     ),
     Fault(
