@@ -35,13 +35,16 @@ Background = Callable[[Any], np.ndarray]
 
 
 class MLP(nn.Module):
-    """A network of the plane, with the embedding that some strategies look at."""
+    """A network of the plane, with the embedding and the dropout that some strategies look at.
+
+    It is trained without dropout, so that it is one network for all strategies.
+    """
 
     @nn.compact
     def __call__(self, x: Any) -> dj.Outputs:
         """Returns logits and embedding of points `[n, 2]`."""
         for _ in range(2):
-            x = nn.tanh(nn.Dense(32)(x))
+            x = nn.Dropout(0.3, deterministic=True)(nn.tanh(nn.Dense(32)(x)))
         return dj.Outputs(nn.Dense(len(CLASS_COLORS))(x), x)
 
 
@@ -103,12 +106,17 @@ def background(strategy: strategies.Strategy, task: Task, points: np.ndarray) ->
     if isinstance(strategy, strategies.TypiClust):
         nearest = NearestNeighbors(n_neighbors=20).fit(look(task.view()).unlabeled)
         return 1 / np.mean(nearest.kneighbors(scored.unlabeled)[0], axis=1)
+    # What is to be covered is the pool, not the plane.
     if isinstance(scored, strategies.coverage.Coverage):
-        # What is to be covered is the pool, not the plane.
-        of_pool = look(task.view())._replace(points=scored.points)
-        *covering, radius = of_pool
+        *covering, radius = look(task.view())._replace(points=scored.points)
         gains = strategies.selection.coverage_gains(*covering, strategy.kernel, radius)
         return np.asarray(gains)
+    if isinstance(scored, strategies.bait.Fisher):
+        factors = strategies.bait.information(*scored, BATCH_SIZE)[0]
+        of_pool = strategies.bait.information(*look(task.view()), BATCH_SIZE)[1:]
+        return np.asarray(strategies.selection.trace_falls(factors, *of_pool))
+    if isinstance(strategy, strategies.BatchBald):
+        return np.asarray(strategies.bald.mutual_information(scored))
     return first_look(scored)
 
 

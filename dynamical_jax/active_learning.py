@@ -14,7 +14,7 @@ from dynamical_jax import contract, models, streams, training
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.data.pool import Oracle, Pool, initial_pool
 from dynamical_jax.errors import UserError
-from dynamical_jax.strategies import LearnerView, Strategy, check_embedding
+from dynamical_jax.strategies import LearnerView, Strategy, check_model
 from dynamical_jax.types import Examples, Rows, Variables
 
 
@@ -199,7 +199,7 @@ class Experiment:
                 f"the model has {num_outputs} outputs, but {self.dataset.name} has {num_classes} "
                 "classes"
             )
-        check_embedding(self.strategy, outputs)
+        check_model(self.strategy, self.model.apply, variables, self.dataset.pool.x)
         return State(0, pool, variables, self.strategy.init())
 
     def step(

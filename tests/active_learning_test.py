@@ -55,7 +55,7 @@ def test_speed_options_change_no_record(dataset):
 
 
 def test_strategies_of_one_seed_are_paired(dataset):
-    states = [experiment(dataset, name, seed=1).init() for name in dj.STRATEGIES]
+    states = [experiment(dataset, name, seed=1).init() for name in toy.STRATEGIES]
     for state in states[1:]:
         np.testing.assert_array_equal(state.pool.labeled, states[0].pool.labeled)
         jax.tree.map(np.testing.assert_array_equal, state.variables, states[0].variables)

@@ -15,7 +15,10 @@ from dynamical_jax import contract, gradients, ntk, training
 from dynamical_jax.gradients import per_example
 
 KEY = jax.random.key(0)
-NEED_EMBEDDING = ("coreset", "badge", "albl")
+NEED_EMBEDDING = (
+    *("coreset", "badge", "albl", "bait"),
+    *("typiclust", "probcover", "max_herding", "uncertainty_herding"),
+)
 
 
 class MLP(nn.Module):
@@ -81,7 +84,7 @@ def make_view(model, **fields):
 
 
 def queries(view):
-    return {name: make().query(KEY, view, 5) for name, make in dj.STRATEGIES.items()}
+    return {name: make().query(KEY, view, 5) for name, make in toy.STRATEGIES.items()}
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -89,7 +92,7 @@ class TestAnyModel:
     def test_strategies(self, model):
         # Each with one model: what a model may return is the same for all, as tested below.
         view, pair = make_view(model), isinstance(model.model, ConvNet)
-        for name, make in dj.STRATEGIES.items():
+        for name, make in toy.STRATEGIES.items():
             if isinstance(model.model, MLP) and name in NEED_EMBEDDING:
                 message = rf"{make.__name__} needs embeddings: let the model return \(logits, emb"
                 with pytest.raises(dj.UserError, match=message):

@@ -38,7 +38,7 @@ class TestGallery:
     @pytest.mark.parametrize("name", sorted({*dj.STRATEGIES} - {"typiclust"}))
     def test_background_is_what_the_first_point_is_chosen_by(self, task, name):
         strategy, view = dj.STRATEGIES[name](), task.view()
-        query = strategy.query(gallery.KEY, view, 5)
+        query = strategy.query(gallery.KEY, view, gallery.BATCH_SIZE)
         scores = gallery.background(strategy, task, view.unlabeled)
         assert scores[query.positions[0]] == np.max(scores)
         # Distances in coreset come from products, here from differences.

@@ -63,12 +63,21 @@ def standardized(module: nn.Module) -> nn.Module:
     return dj.models.Standardized(module, MEAN, STD)
 
 
+# Those that a model without dropout will do for.
+STRATEGIES = {name: make for name, make in dj.STRATEGIES.items() if not make().needs_dropout}
+
+
 @functools.cache  # Programs are compiled for each object: share them.
 def models() -> dict[str, nn.Module]:
     return {
         "cnn": standardized(dj.models.CNN(NUM_CLASSES)),
         "batch_norm": standardized(ConvBatchNorm()),
     }
+
+
+@functools.cache
+def with_dropout() -> nn.Module:
+    return standardized(ConvBatchNorm(dropout=0.5))
 
 
 def variables(model: nn.Module, dtype=None, seed: int = 0) -> dict:

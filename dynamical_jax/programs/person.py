@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from absl import flags
 
-from dynamical_jax import files, labeling, strategies, streams
+from dynamical_jax import files, labeling, models, strategies, streams
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, strategy
 from dynamical_jax.runs import records
@@ -102,6 +102,8 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
             f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"
         )
+    if chosen.needs_dropout and not getattr(models.MODELS[options.MODEL.value], "dropout", 0):
+        raise UserError(f"{STRATEGY.value} needs a model with dropout: choose vgg11")
     training = options.training_config()
     scale = options.FEATURE_SCALE.value
     return chosen, labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)

@@ -31,6 +31,9 @@ RADIUS = flags.DEFINE_float(
 TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "uncertainty_herding: logits are divided by it."
 )
+NUM_NETWORKS = flags.DEFINE_integer(
+    "num_networks", 20, "bald, batch_bald: how many networks are drawn by dropout."
+)
 OPTIONS = (
     GAMMA,
     BETA,
@@ -38,6 +41,7 @@ OPTIONS = (
     BLOCK_SIZE,
     RADIUS,
     TEMPERATURE,
+    NUM_NETWORKS,
     options.ENGINE,
     options.CHUNK_SIZE,
 )

@@ -11,10 +11,13 @@ from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import selection as selection
 from dynamical_jax.strategies.albl import ALBL as ALBL
 from dynamical_jax.strategies.badge import Badge as Badge
+from dynamical_jax.strategies.bait import Bait as Bait
+from dynamical_jax.strategies.bald import Bald as Bald
 from dynamical_jax.strategies.base import LearnerView as LearnerView
 from dynamical_jax.strategies.base import Query as Query
 from dynamical_jax.strategies.base import Strategy as Strategy
-from dynamical_jax.strategies.base import check_embedding as check_embedding
+from dynamical_jax.strategies.base import check_model as check_model
+from dynamical_jax.strategies.batch_bald import BatchBald as BatchBald
 from dynamical_jax.strategies.confidence import Confidence as Confidence
 from dynamical_jax.strategies.coreset import Coreset as Coreset
 from dynamical_jax.strategies.diverse import DynamicalDiverse as DynamicalDiverse
@@ -45,6 +48,9 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "probcover": ProbCover,
     "max_herding": MaxHerding,
     "uncertainty_herding": UncertaintyHerding,
+    "bait": Bait,
+    "bald": Bald,
+    "batch_bald": BatchBald,
     "power_margin": power_margin,
     "dynamical_sampled": dynamical_sampled,
     "dynamical_joint": DynamicalJoint,

@@ -75,6 +75,11 @@ class ALBL(Strategy):
         return any(arm.needs_embedding for arm in self.arms.values())
 
     @property
+    def needs_dropout(self) -> bool:
+        """Whether any arm needs a model with dropout."""
+        return any(arm.needs_dropout for arm in self.arms.values())
+
+    @property
     def _minimum_probability(self) -> float:
         if self.minimum_probability is None:
             return 1 / (10 * len(self.arms))

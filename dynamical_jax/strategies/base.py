@@ -12,13 +12,12 @@ import numpy as np
 
 from dynamical_jax import contract
 from dynamical_jax.errors import UserError
-from dynamical_jax.strategies import selection
+from dynamical_jax.strategies import dropout, selection
 from dynamical_jax.types import (
     ApplyFn,
     Array,
     Examples,
     OnProgress,
-    Outputs,
     Variables,
     ignore_progress,
 )
@@ -79,9 +78,11 @@ class Strategy(abc.ABC):
 
     Attributes:
       needs_embedding: whether the model has to return an embedding beside its logits.
+      needs_dropout: whether the model has to have `Dropout` layers of Flax Linen.
     """
 
     needs_embedding: ClassVar[bool] = False
+    needs_dropout: ClassVar[bool] = False
 
     def init(self) -> Any:
         """Returns the state before the first query; None for strategies that keep none."""
@@ -115,12 +116,10 @@ class Strategy(abc.ABC):
 
         Raises:
           UserError: if `batch_size` is not between 1 and the number of unlabeled examples, or a
-            score is not finite, or the model returns no embedding and one is needed.
+            score is not finite, or the model lacks an embedding or dropout that is needed.
         """
         check_batch_size(batch_size, view)
-        if self.needs_embedding:
-            outputs = contract.output_shapes(view.apply, view.variables, view.unlabeled)
-            check_embedding(self, outputs)
+        check_model(self, view.apply, view.variables, view.unlabeled)
         state = self.init() if state is None else state
         key_score, key_select = jax.random.split(key)
         start = time.perf_counter()
@@ -135,12 +134,27 @@ class Strategy(abc.ABC):
         return query._replace(seconds=seconds, facts=facts)
 
 
-def check_embedding(strategy: Strategy, outputs: Outputs) -> None:
-    """Raises `UserError` if a strategy needs the embedding that a model does not return."""
-    if strategy.needs_embedding and outputs.embedding is None:
+def check_model(strategy: Strategy, apply: ApplyFn, variables: Variables, x: Any) -> None:
+    """Raises `UserError` if a strategy needs an embedding or dropout that a model does not have.
+
+    Nothing is computed.
+
+    Args:
+      strategy: the strategy.
+      apply: the model, as in `LearnerView`.
+      variables: its variables.
+      x: `[n, ...]` inputs.
+    """
+    name = type(strategy).__name__
+    if strategy.needs_embedding and contract.output_shapes(apply, variables, x).embedding is None:
         raise UserError(
-            f"{type(strategy).__name__} needs embeddings: let the model return (logits, "
-            "embedding), the embedding [n, d] being what its last layer is given"
+            f"{name} needs embeddings: let the model return (logits, embedding), the embedding "
+            "[n, d] being what its last layer is given"
+        )
+    if strategy.needs_dropout and not dropout.num_dropout_layers(apply, variables, x):
+        raise UserError(
+            f"{name} needs a model with dropout, and this one calls no flax.linen.Dropout of a "
+            "rate above 0"
         )
 
 

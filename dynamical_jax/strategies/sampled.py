@@ -52,6 +52,11 @@ class Sampled(Strategy):
         """Whether the scoring strategy needs an embedding."""
         return self.of.needs_embedding
 
+    @property
+    def needs_dropout(self) -> bool:
+        """Whether the strategy that scores does."""
+        return self.of.needs_dropout
+
     def init(self) -> Any:
         """Returns the state of the strategy that scores."""
         return self.of.init()

@@ -22,8 +22,9 @@ KEY = jax.random.key(0)
 per_example_gradients = jax.jit(gradients.per_example_gradients, static_argnums=0)
 
 
-def make_view(size=20, seed=0, **fields):
-    model = toy.models()["cnn"]
+def make_view(size=20, seed=0, strategy=None, **fields):
+    needs_dropout = strategy is not None and dj.STRATEGIES[strategy]().needs_dropout
+    model = toy.with_dropout() if needs_dropout else toy.models()["cnn"]
     given = {
         "apply": model.apply,
         "variables": toy.variables(model),
@@ -51,7 +52,7 @@ class TestContract:
 
     @pytest.mark.parametrize("batch_size", [1, 5, 20])
     def test_as_many_as_asked_for_and_none_twice(self, name, batch_size):
-        query = dj.STRATEGIES[name]().query(KEY, make_view(), batch_size)
+        query = dj.STRATEGIES[name]().query(KEY, make_view(strategy=name), batch_size)
         assert query.positions.shape == query.scores.shape == (batch_size,)
         assert len(np.unique(query.positions)) == batch_size
         assert query.positions.min() >= 0
@@ -63,6 +64,7 @@ class TestContract:
         images = toy.images(30)
         pool = dj.pool.initial_pool(30, 18, np.random.default_rng(0))
         view = make_view(
+            strategy=name,
             labeled=dj.Examples(images[pool.labeled], toy.labels(18)),
             unlabeled=Rows(images, pool.unlabeled),
         )
@@ -72,24 +74,27 @@ class TestContract:
         assert len(after.unlabeled) == 0
 
     def test_same_key_same_query(self, name):
-        one, two = (dj.STRATEGIES[name]().query(KEY, make_view(), 5) for _ in range(2))
+        one, two = (dj.STRATEGIES[name]().query(KEY, make_view(strategy=name), 5) for _ in range(2))
         np.testing.assert_array_equal(one.positions, two.positions)
         np.testing.assert_array_equal(one.scores, two.scores)
 
     def test_identical_examples_are_not_chosen_twice(self, name):
-        view = make_view(unlabeled=np.repeat(toy.images(2), 10, axis=0))
+        view = make_view(strategy=name, unlabeled=np.repeat(toy.images(2), 10, axis=0))
         query = dj.STRATEGIES[name]().query(KEY, view, 20)
         assert len(np.unique(query.positions)) == 20
 
     @pytest.mark.parametrize("batch_size", [0, -1, 21])
     def test_impossible_batch_sizes(self, name, batch_size):
         with pytest.raises(dj.UserError, match=rf"cannot query {batch_size} of 20 .* 1 and 20"):
-            dj.STRATEGIES[name]().query(KEY, make_view(), batch_size)
+            dj.STRATEGIES[name]().query(KEY, make_view(strategy=name), batch_size)
 
     def test_pool_may_live_on_host_or_device(self, name):
         images = toy.images(20)
         pools = images, jnp.asarray(images), Rows(jnp.asarray(images), np.arange(20))
-        queries = [dj.STRATEGIES[name]().query(KEY, make_view(unlabeled=x), 5) for x in pools]
+        queries = [
+            dj.STRATEGIES[name]().query(KEY, make_view(strategy=name, unlabeled=x), 5)
+            for x in pools
+        ]
         for query in queries[1:]:
             np.testing.assert_array_equal(query.positions, queries[0].positions)
 
@@ -133,7 +138,7 @@ def test_a_non_finite_input_is_no_query(name):
     x = toy.images(20).astype(np.float32)
     x[3] = np.nan
     with pytest.raises(dj.UserError, match=r"1 of 20 .* not finite"):
-        dj.STRATEGIES[name]().query(KEY, make_view(unlabeled=x), 5)
+        dj.STRATEGIES[name]().query(KEY, make_view(strategy=name, unlabeled=x), 5)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, math.inf])

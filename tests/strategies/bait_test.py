@@ -1,0 +1,82 @@
+"""BAIT, with every trace of an inverse written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dynamical_jax as dj
+from dynamical_jax import strategies
+from dynamical_jax.strategies import selection
+
+GENERATOR = np.random.default_rng(0)
+OUTPUTS = GENERATOR.normal(size=(60, 3 + 5)).astype(np.float32) * ([1.5] * 3 + [1, 3, 1, 2, 1])
+OUTPUTS = OUTPUTS.astype(np.float32)
+
+
+def split(variables, x):
+    return dj.Outputs(x[:, :3], x[:, 3:])
+
+
+def trace(inverse_of, target):
+    return np.trace(np.linalg.inv(inverse_of) @ target)
+
+
+def reference(points, start, target, batch_size):
+    """Twice as many as asked for, then the fewer: every trace anew."""
+    outer = points[:, :, None] * points[:, None]
+    chosen, falls = [], []
+    for _ in range(min(2 * batch_size, len(points))):
+        before = trace(start + outer[chosen].sum(axis=0), target)
+        left = [i for i in range(len(points)) if i not in chosen]
+        after = [trace(start + outer[[*chosen, i]].sum(axis=0), target) for i in left]
+        chosen.append(left[int(np.argmin(after))])
+        falls.append(before - min(after))
+    kept = list(range(len(chosen)))
+    while len(kept) > batch_size:
+        without = [[j for j in kept if j != i] for i in kept]
+        rows = [[chosen[j] for j in each] for each in without]
+        kept = without[np.argmin([trace(start + outer[each].sum(axis=0), target) for each in rows])]
+    return [chosen[j] for j in kept], [falls[j] for j in kept]
+
+
+@pytest.mark.parametrize("num_labeled", [0, 10])
+def test_against_traces_of_inverses(num_labeled):
+    x = OUTPUTS.astype(np.float64)
+    p = np.exp(x[:, :3])
+    p = (p / p.sum(axis=1, keepdims=True)).max(axis=1)
+    # The binary Fisher information, from its two gradients: p is the sigmoid of a logit along h.
+    gradients = [(1 - p)[:, None] * x[:, 3:], -p[:, None] * x[:, 3:]]
+    information = sum(
+        odds[:, None, None] * g[:, :, None] * g[:, None]
+        for odds, g in zip((p, 1 - p), gradients, strict=True)
+    )
+    b, m = 7, num_labeled
+    start = np.eye(5)
+    if m:
+        start = start + m / (m + b) * information[:m].mean(axis=0)
+    v = np.sqrt(b / (m + b)) * np.sqrt(p * (1 - p))[:, None] * x[:, 3:]
+    np.testing.assert_allclose(v[:, :, None] * v[:, None], b / (m + b) * information)
+    expected, falls = reference(v[m:], start, information.mean(axis=0), b)
+
+    view = dj.LearnerView(split, {}, dj.Examples(OUTPUTS[:m], np.zeros(m, int)), OUTPUTS[m:])
+    query = strategies.Bait().query(jax.random.key(0), view, b)
+    np.testing.assert_array_equal(query.positions, expected)
+    np.testing.assert_allclose(query.scores, falls, rtol=1e-3)
+
+
+def test_updates_of_the_inverse_stay_true_over_many_choices():
+    points = np.random.default_rng(1).normal(size=(300, 40)).astype(np.float32)
+    points *= np.geomspace(0.01, 3, 300, dtype=np.float32)[:, None]
+    second = (points.T @ points / 300).astype(np.float32)
+    points, second = jnp.asarray(points), jnp.asarray(second)
+    trace = selection._Trace.of(jnp.eye(40), points, second)
+    update = jax.jit(selection._Trace.update, static_argnames="sign")
+    for position in range(300):
+        trace = update(trace, points, second, jnp.asarray(position), sign=1)
+    points, second = np.asarray(points, float), np.asarray(second)
+    inverse = np.linalg.inv(np.eye(40) + points.T @ points)
+    np.testing.assert_allclose(trace.inverse, inverse, atol=2e-5)
+    seen = points @ inverse
+    np.testing.assert_allclose(trace.norms, np.sum(seen * points, axis=1), atol=1e-3)
+    np.testing.assert_allclose(trace.weighted, np.sum(seen @ second * seen, axis=1), atol=1e-3)
