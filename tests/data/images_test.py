@@ -230,6 +230,37 @@ class TestDecode:
         files = {one.x.path for one in (before, *others, touched, changed)}
         assert len(files) == 5
 
+    def test_only_what_is_new_or_changed_is_decoded(self, paths, tmp_path, monkeypatch):
+        with open(paths[4], "wb") as file:
+            file.write(b"no image")
+        with pytest.warns(UserWarning, match="1 of 5"):
+            images.decode(paths, tmp_path / "cache", 6, 3)
+        save(tmp_path / "photos" / "1.png", pixels(seed=9))
+        new = save(tmp_path / "photos" / "new" / "0.png", pixels(seed=8))
+        os.unlink(paths[3])
+        paths = [*paths[:3], paths[4], new]
+        decoded, read = [], images.read
+        monkeypatch.setattr(images, "read", lambda *args: decoded.append(args[0]) or read(*args))
+        with pytest.warns(UserWarning, match="1 of 5"):
+            again = images.decode(paths, tmp_path / "cache", 6, 3)
+        assert sorted(decoded) == sorted([paths[1], paths[3], new])
+        assert again.readable.tolist() == [True, True, True, False, True]
+        with pytest.warns(UserWarning, match="1 of 5"):
+            afresh = images.decode(paths, tmp_path / "other", 6, 3)
+        np.testing.assert_array_equal(again.x[:], afresh.x[:])
+        assert again.checksum == afresh.checksum
+
+    def test_what_was_not_used_for_a_month_is_removed(self, paths, tmp_path):
+        old, kept = (images.decode(paths, tmp_path / "cache", size).x.path for size in (5, 6))
+        for path in (old, kept):
+            os.utime(path, (0, 0))
+        images.decode(paths, tmp_path / "cache", 6)  # It is used again.
+        images.decode(paths, tmp_path / "cache", 7)
+        left = {path.name for path in (tmp_path / "cache").glob("*-????????.*")}
+        assert len(left) == 4
+        assert {kept.name, kept.with_suffix(".json").name} < left
+        assert images.decode(paths, tmp_path / "cache", 5).x.path == old
+
     def test_broken_files(self, paths, tmp_path):
         with open(paths[1], "r+b") as file:
             file.truncate(60)
@@ -368,6 +399,30 @@ def test_preview_of_a_large_photograph(tmp_path):
     content, kind = images.preview(tmp_path / "photo.jpg", 800)
     with Image.open(io.BytesIO(content)) as larger:
         assert (kind, larger.size) == ("image/jpeg", (600, 800))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    """Nearly what the whole one becomes; so memory is bounded for photographs of any size."""
+    y, x = np.mgrid[:1200, :1600]
+    smooth = np.stack([127 + 120 * np.sin(x / 90), 127 + 120 * np.cos(y / 70), (x + y) / 12], -1)
+    path = save(tmp_path / "photo.jpg", smooth.astype(np.uint8), quality=95)
+    sizes, resize = [], images.resize
+    monkeypatch.setattr(images, "resize", lambda x, h, w: sizes.append(x.shape) or resize(x, h, w))
+    small = images.read(path, ImageShape(64, 64, 3)).astype(int)
+    monkeypatch.setattr(images, "DRAFT", 10**6)
+    whole = images.read(path, ImageShape(64, 64, 3))
+    assert sizes == [(150, 200, 3), (1200, 1600, 3)]
+    assert np.abs(small - whole).mean() < 1
+    # What is not much larger than is wanted stays whole.
+    monkeypatch.setattr(images, "DRAFT", 2)
+    images.read(path, ImageShape(700, 700, 1))
+    assert sizes[-1] == (1200, 1600, 1)
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
+    red = images.read(tmp_path / "a.jpg", ImageShape(2, 2, 3))[0, 0]
+    assert np.abs(red.astype(int) - RED).max() < 10
 
 
 def test_preview_of_a_small_picture_has_its_pixels(tmp_path):
