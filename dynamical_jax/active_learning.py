@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from dynamical_jax import contract, models, streams, training
+from dynamical_jax import contract, models, parallel, streams, training
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.data.pool import Oracle, Pool, initial_pool
 from dynamical_jax.errors import UserError
@@ -152,6 +153,8 @@ class Experiment:
       evaluate_every: number of epochs between evaluations on the test set; 0 for one after the
         last epoch only.
       eval_batch_size: number of examples evaluated at a time; changes no result.
+      mesh: devices among which the work is divided, as `parallel.make_mesh` makes it; changes
+        results by rounding only.
 
     Raises:
       UserError: on construction, if the budget exceeds the pool.
@@ -165,6 +168,7 @@ class Experiment:
     seed: int = 0
     evaluate_every: int = 0
     eval_batch_size: int = 256
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         if not 0 <= self.seed <= streams.LARGEST_SEED:
@@ -232,7 +236,11 @@ class Experiment:
             nonlocal best, test, last_test_epoch
             with stopwatch("evaluate"):
                 test = training.evaluate(
-                    self.model.apply, variables, self.dataset.test_examples, self.eval_batch_size
+                    self.model.apply,
+                    variables,
+                    self.dataset.test_examples,
+                    self.eval_batch_size,
+                    self.mesh,
                 )
             best, last_test_epoch = max(best, test.accuracy), epoch
 
@@ -263,6 +271,7 @@ class Experiment:
                 eval_batch_size=self.eval_batch_size,
                 on_epoch=on_epoch,
                 call_every=self.evaluate_every or None,
+                mesh=self.mesh,
             )
         if last_test_epoch != fit.epochs:
             look_at_test(fit.epochs, fit.variables)
@@ -277,10 +286,12 @@ class Experiment:
                 Examples(Rows(images, rows), labeled.y),
                 Rows(images, pool.unlabeled),
                 reporter.scored,
+                self.mesh,
             )
             key = streams.key(self.seed, "strategy", state.round_index)
             chosen = self.strategy.query(key, view, self.budget.batch_size, strategy_state)
             stopwatch.seconds.update(chosen.seconds)
+            parallel.check_agreement(f"the query of round {state.round_index}", chosen.positions)
             scores, strategy_state, facts = chosen.scores, chosen.state, chosen.facts
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]

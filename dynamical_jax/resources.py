@@ -28,8 +28,8 @@ def free_memory() -> int:
 
 
 def free_device_memory() -> int:
-    """Returns the bytes that are free on the first device; of a CPU, `free_memory`."""
-    statistics = jax.devices()[0].memory_stats()
+    """Returns the bytes that are free on the first device of this host; of a CPU, `free_memory`."""
+    statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     return free_memory()

@@ -81,7 +81,7 @@ class Store:
             "make place, and give the same command again",
         )
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(arrays.resolve(), args=ocp.args.StandardSave(leaves))
             manifest = {**description, "files": _checksums(arrays)}
             files.write(arrays.with_suffix(".json"), json.dumps(manifest))
@@ -118,7 +118,7 @@ class Store:
                 if files.read_json(path, _Manifest).files != _checksums(arrays):
                     raise ValueError("files are missing or not what was written")
                 description = files.read_json(path, form)
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                with _checkpointer() as checkpointer:
                     leaves = checkpointer.restore(arrays.resolve(), args=ocp.args.StandardRestore())
                 leaves = [leaves[name] for name in sorted(leaves)]
                 if not _is_finite(leaves):
@@ -145,6 +145,19 @@ class Store:
         for path in (arrays, arrays.with_suffix(".json")):
             if path.exists():
                 path.rename(aside.parent / path.name)
+
+
+def _checkpointer() -> Any:
+    """Returns Orbax's writer and reader, which wait for no other process of the same run."""
+    import orbax.checkpoint as ocp
+
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process-{here}"
+    )
+    return ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    )
 
 
 def unflatten(like: Any, leaves: list[np.ndarray], growing: int = 0) -> Any:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, resources, streams
+from dynamical_jax import contract, losses, parallel, resources, streams
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
@@ -186,6 +187,7 @@ def fit(
     eval_batch_size: int = 256,
     on_epoch: OnEpoch = lambda progress, labeled: None,
     call_every: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Fit:
     """Trains a model on the labeled set until the targets of `config` are met.
 
@@ -204,6 +206,7 @@ def fit(
       on_epoch: called after each look at S, each multiple of `call_every` and the last epoch; where
         an epoch takes long, after each of them. Must not keep arrays, whose memory is reused.
       call_every: number of epochs; with None the looks decide alone.
+      mesh: devices among which each batch is divided, as `parallel.make_mesh` makes it.
 
     Raises:
       DivergedError: if a loss is not finite.
@@ -213,18 +216,21 @@ def fit(
     capacity = max(capacity or count, count)
     _check_memory(start, labeled.x, capacity, min(config.batch_size, capacity))
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
-    fitted = Examples(buffer.x, labeled.y)  # Evaluated in the buffer, without another copy.
+    # Evaluated in the buffer, without another copy; with a mesh its rows are divided anew.
+    fitted = Examples(buffer.x if mesh is None else labeled.x, labeled.y)
+    buffer = parallel.replicate(buffer, mesh)
     optimizer = _optimizer(config.optimizer, config.weight_decay)
     # `begin` copies the variables, since the epochs donate theirs.
     progress = start if isinstance(start, Progress) else begin(start, config)
-    epoch, variables, optimizer_state = progress
+    epoch, *state = progress
+    variables, optimizer_state = parallel.replicate(state, mesh)
     contract.check_labels(model.apply, variables, labeled.x, labeled.y)
 
     def look() -> Evaluation | None:
         """Returns the evaluation on S if it is due after this epoch, else None."""
         if epoch == 0 or (epoch % config.look_every and epoch != config.max_epochs):
             return None
-        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size)
+        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size, mesh)
         if not math.isfinite(evaluation.loss):
             raise DivergedError(
                 f"training diverged: after epoch {epoch} the loss is not finite; a learning rate "
@@ -265,6 +271,7 @@ def fit(
                 len(epochs),
                 count,
                 key,
+                mesh,
             )
         )
         short = time.perf_counter() - started < SHORT_CALL
@@ -293,31 +300,45 @@ def _check_memory(start: Variables | Progress, x: Any, capacity: int, batch_size
 
 
 def evaluate(
-    apply: ApplyFn, variables: Variables, examples: Examples, batch_size: int = 256
+    apply: ApplyFn,
+    variables: Variables,
+    examples: Examples,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
-    size = len(examples.y)
+    size, devices = len(examples.y), parallel.num_devices(mesh)
+    variables = parallel.replicate(variables, mesh)
 
     def totals(positions: np.ndarray, count: int) -> np.ndarray:
-        block = Examples(examples.x[positions], examples.y[positions])
-        mask = np.arange(len(positions)) < count
-        return np.asarray(_evaluate_block(apply, variables, block, mask), np.float64)
+        block = Examples(*(parallel.rows(part, positions, mesh) for part in examples))
+        mask = parallel.rows(np.arange(len(positions)) < count, np.arange(len(positions)), mesh)
+        of_devices = parallel.fetch(_evaluate_block(apply, mesh, variables, block, mask))
+        return np.sum(of_devices, axis=0, dtype=np.float64)
 
-    correct, loss = sum(map_blocks(totals, size, bucketed(size, batch_size))) / size
+    block_size = bucketed(-(-size // devices), batch_size) * devices
+    correct, loss = sum(map_blocks(totals, size, block_size, smallest=devices)) / size
     return Evaluation(float(correct), float(loss))
 
 
-@functools.partial(jax.jit, static_argnames="apply")
-def _evaluate_block(apply: ApplyFn, variables: Variables, block: Examples, mask: Array) -> Array:
-    logits = contract.as_outputs(apply(variables, block.x), len(block.x)).logits
-    correct = jnp.argmax(logits, axis=-1) == block.y
-    loss = losses.cross_entropy(logits, block.y)
-    return jnp.stack([jnp.vdot(mask, correct.astype(loss.dtype)), jnp.vdot(mask, loss)])
+@functools.partial(jax.jit, static_argnames=("apply", "mesh"))
+def _evaluate_block(
+    apply: ApplyFn, mesh: Mesh | None, variables: Variables, block: Examples, mask: Array
+) -> Array:
+    """Returns numbers of right predictions and sums of losses, a row for each device."""
+
+    def totals(variables: Variables, block: Examples, mask: Array) -> Array:
+        logits = contract.as_outputs(apply(variables, block.x), len(block.x)).logits
+        correct = jnp.argmax(logits, axis=-1) == block.y
+        loss = losses.cross_entropy(logits, block.y)
+        return jnp.stack([jnp.vdot(mask, correct.astype(loss.dtype)), jnp.vdot(mask, loss)])[None]
+
+    return parallel.on_each(totals, mesh, False, True, True)(variables, block, mask)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "optimizer", "batch_size"),
+    static_argnames=("model", "optimizer", "batch_size", "mesh"),
     donate_argnames=("variables", "optimizer_state"),
 )
 def _epochs(
@@ -333,6 +354,7 @@ def _epochs(
     num_epochs: Array,
     count: Array,
     key: Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Variables, Any]:
     """Runs epochs `first`, `first` + 1, …, with the first rows of `orders` and `learning_rates`."""
 
@@ -345,7 +367,7 @@ def _epochs(
         )
         return _epoch(
             *(model, optimizer, batch_size, variables, optimizer_state, buffer),
-            *(orders[index], count, jax.random.fold_in(key, first + index)),
+            *(orders[index], count, jax.random.fold_in(key, first + index), mesh),
         )
 
     return jax.lax.fori_loop(0, num_epochs, run, (dict(variables), optimizer_state))
@@ -361,6 +383,7 @@ def _epoch(
     order: Array,
     count: Array,
     key: Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Variables, Any]:
     """Runs one epoch over the first `count` entries of `order`."""
     num_steps = (count + batch_size - 1) // batch_size
@@ -371,12 +394,14 @@ def _epoch(
         # Equal shares, so that no step has only a few examples.
         start = index * share + jnp.minimum(index, rest)
         stop = start + share + (index < rest)
-        slots = start + jnp.arange(batch_size)
+        slots = start + jnp.arange(parallel.multiple(batch_size, mesh))
         rows = order[jnp.minimum(slots, len(order) - 1)]
         batch = Examples(buffer.x[rows], buffer.y[rows])
+        batch, mask = parallel.divided((batch, slots < stop), mesh)
         gradient, _, statistics = batch_gradient(
-            model, variables, batch, slots < stop, jax.random.fold_in(key, index)
+            model, variables, batch, mask, jax.random.fold_in(key, index)
         )
+        gradient, statistics = parallel.together((gradient, statistics), mesh)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         return {**statistics, "params": params}, optimizer_state

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 from absl import flags
 
 import dynamical_jax as dj
@@ -44,6 +45,40 @@ CHECKPOINT_EVERY = flags.DEFINE_integer(
     20,
     "How many epochs apart checkpoints are saved, from which the same command continues.",
     lower_bound=1,
+)
+NUM_DEVICES = flags.DEFINE_integer(
+    "num_devices",
+    None,
+    "Devices among which a run is divided; by default all, those of other hosts included.",
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One run on several hosts, each started with the same command: Slurm, Open MPI, Kubernetes and "
+    "Cloud TPU are recognised; elsewhere give the three flags that follow.",
+)
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "With --distributed: host:port of process 0."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --distributed: how many.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --distributed: which one, from 0.")
+WORKERS = flags.DEFINE_integer(
+    "workers",
+    None,
+    "How many runs are played at a time, each in a process of its own with a share of the cores, "
+    "or of the GPUs. By default they are played one by one.",
+    lower_bound=1,
+)
+RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address",
+    None,
+    "Spreads the runs over this Ray cluster: auto, or host:port. Needs the extra 'cluster'.",
+)
+CPUS_PER_RUN = flags.DEFINE_float(
+    "cpus_per_run", 1.0, "With --ray_address: cores of a run.", lower_bound=0.0
+)
+GPUS_PER_RUN = flags.DEFINE_float(
+    "gpus_per_run", 0.0, "With --ray_address: GPUs of a run, such as 0.25.", lower_bound=0.0
 )
 
 TEST_DIR = flags.DEFINE_string(
@@ -107,6 +142,8 @@ def compare(
       A line for each run that failed.
     """
     all_seeds = seeds()
+    executor = _executor(len(arms) * len(all_seeds))
+    mesh = _join(executor)
     dataset, model = load()
     training = options.training_config()
     used = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(module)}
@@ -119,7 +156,16 @@ def compare(
     runs = [
         dj.comparison.Run(
             name,
-            dj.Experiment(dataset, model, strategy, budget, training, seed, EVALUATE_EVERY.value),
+            dj.Experiment(
+                dataset,
+                model,
+                strategy,
+                budget,
+                training,
+                seed,
+                EVALUATE_EVERY.value,
+                mesh=mesh,
+            ),
             identity,
         )
         for seed in all_seeds
@@ -134,14 +180,58 @@ def compare(
     deciding_flags |= {
         name: value for name, value in used.items() if name not in neutral_flags.FLAGS
     }
+    dj.parallel.check_agreement("flags, data and code", (deciding_flags, dj.records.environment()))
+    if jax.process_index() > 0:
+        dj.comparison.follow(runs)
+        return []
     with dj.run_directory.open_locked(output_dir, deciding_flags) as directory:
-        failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value)
+        failures = dj.comparison.play(runs, directory, CHECKPOINT_EVERY.value, executor)
         summarize(directory.rounds)
     if failures:
         failures.append(
             f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
         )
     return failures
+
+
+def _join(executor: dj.comparison.Executor | None) -> jax.sharding.Mesh | None:
+    """Returns the devices of a run, those of other hosts included if the flags say so."""
+    if DISTRIBUTED.value:
+        if executor is not None:
+            raise dj.UserError("--distributed is one run at a time: leave out --workers and Ray")
+        dj.parallel.join(COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    for name in ("coordinator_address", "num_processes", "process_id"):
+        if not DISTRIBUTED.value and not flags.FLAGS[name].using_default_value:
+            raise dj.UserError(f"--{name} has no effect without --distributed")
+    if executor is None:
+        return dj.parallel.make_mesh(NUM_DEVICES.value)
+    if NUM_DEVICES.value is not None:
+        raise dj.UserError("--num_devices is of one run at a time: leave out --workers and Ray")
+    return None
+
+
+def _executor(num_runs: int) -> dj.comparison.Executor | None:
+    """Returns what plays the runs elsewhere than in this process, if the flags say so."""
+    if RAY_ADDRESS.value is None:
+        for name in ("cpus_per_run", "gpus_per_run"):
+            if not flags.FLAGS[name].using_default_value:
+                raise dj.UserError(f"--{name} has no effect without --ray_address")
+        if WORKERS.value is None:
+            return None
+        if WORKERS.value > num_runs:
+            raise dj.UserError(f"--workers={WORKERS.value} is more than the {num_runs} runs")
+        from dynamical_jax.runs import processes
+
+        executor = processes.Processes(WORKERS.value)
+    elif WORKERS.value is not None:
+        raise dj.UserError("give --workers, for this machine, or --ray_address, not both")
+    else:
+        from dynamical_jax.runs import cluster
+
+        executor = cluster.Ray(RAY_ADDRESS.value, CPUS_PER_RUN.value, GPUS_PER_RUN.value)
+    # This process only keeps the books: it leaves the GPU to those that train.
+    jax.config.update("jax_platforms", "cpu")
+    return executor
 
 
 def seeds() -> range:

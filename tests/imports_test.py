@@ -15,7 +15,7 @@ ROOMS = (
     # what everything stands on
     {"errors"},
     {"files", "types", "streams", "resources"},
-    {"contract", "convolution", "store"},
+    {"contract", "convolution", "store", "parallel"},
     # the paper's arrays
     {"losses", "dynamics"},
     # a network, and what is made of it
@@ -96,7 +96,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         "import sys, dynamical_jax, experiments.active_learning\n"
         "import dynamical_jax.programs.select, dynamical_jax.programs.label\n"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch',"
-        " 'starlette', 'uvicorn'}\n"
+        " 'starlette', 'uvicorn', 'ray', 'dynamical_jax.runs.processes'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

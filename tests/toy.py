@@ -1,8 +1,11 @@
 """Small data and small models that the tests share."""
 
 import functools
+import os
 import pathlib
 import re
+import signal
+import warnings
 
 import jax
 import numpy as np
@@ -123,3 +126,16 @@ RECORDS = [
 
 def python_blocks(page: pathlib.Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+class Lethal(dj.strategies.Strategy):
+    """Ends its process, as the kernel does where memory runs out."""
+
+    def score(self, key, view, state):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failing(dj.strategies.Strategy):
+    def score(self, key, view, state):
+        warnings.warn("about to fall", stacklevel=2)
+        raise FloatingPointError("fell over\nbadly")

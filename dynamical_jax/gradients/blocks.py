@@ -29,6 +29,7 @@ def map_blocks(
     size: int,
     block_size: int,
     on_progress: OnProgress = ignore_progress,
+    smallest: int = 1,
 ) -> list[Any]:
     """Returns `run(positions, count)` of each block of `size` rows.
 
@@ -39,6 +40,7 @@ def map_blocks(
       size: number of rows.
       block_size: rows of a block.
       on_progress: called with (done, total) after each block.
+      smallest: size of the smallest blocks, a row for each device.
     """
     results, start = [], 0
     while start < size:
@@ -46,7 +48,7 @@ def map_blocks(
         try:
             results.append(jax.block_until_ready(run(positions, count)))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or block_size == 1:
+            if "RESOURCE_EXHAUSTED" not in str(error) or block_size <= smallest:
                 raise
             block_size //= 2
             continue

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dynamical_jax import contract, resources
+from dynamical_jax import contract, parallel, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -43,6 +44,7 @@ def norms_and_products(
     engine: str = "factored",
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    mesh: Mesh | None = None,
 ) -> GradientTerms:
     """Returns ‖g_u‖², g_u·v and the label used for every example u, in NumPy.
 
@@ -60,6 +62,8 @@ def norms_and_products(
         as many, up to `LARGEST_CHUNK_SIZE`, as need at most half of the free memory, as the
         compiler estimates it. If memory runs out all the same, it is halved.
       on_progress: called with (done, total) after each block.
+      mesh: devices that score a part of the examples each, `chunk_size` at a time, as
+        `parallel.make_mesh` makes it.
 
     Raises:
       UserError: if the engine is unknown or a label is no class of the model.
@@ -68,7 +72,7 @@ def norms_and_products(
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if len(x) == 0:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
-    options = {"chunk_size": chunk_size, "on_progress": on_progress}
+    options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
     examples = Examples(x, labels)
     return GradientTerms(
         *score_blocks(apply, ENGINES, engine, variables, examples, direction, **options)
@@ -85,6 +89,7 @@ def score_blocks(
     *,
     chunk_size: int | None,
     on_progress: OnProgress,
+    mesh: Mesh | None = None,
 ) -> list[np.ndarray]:
     """Returns what an engine computes of each example, in NumPy, block by block.
 
@@ -98,33 +103,41 @@ def score_blocks(
       given: handed to the engine.
       chunk_size: as of `norms_and_products`.
       on_progress: likewise.
+      mesh: likewise.
     """
     x, labels = examples
     if labels is not None:
         contract.check_labels(apply, variables, x, labels)
     contract.check_rows(apply, variables, x)
 
+    variables, given = parallel.replicate((variables, given), mesh)
+
     def arguments(positions: np.ndarray) -> tuple[Any, ...]:
-        block = Examples(x[positions], None if labels is None else np.asarray(labels)[positions])
-        return apply, engines[engine], variables, block, given
+        y = None if labels is None else parallel.rows(np.asarray(labels), positions, mesh)
+        block = Examples(parallel.rows(x, positions, mesh), y)
+        return apply, engines[engine], variables, block, given, mesh
 
     columns: list[np.ndarray] = []
 
     def score(positions: np.ndarray, count: int) -> None:
-        terms = _score_block(*arguments(positions))
+        terms = parallel.fetch(_score_block(*arguments(positions)))
         if not columns:
             columns.extend(np.empty((len(x), *term.shape[1:]), term.dtype) for term in terms)
         for column, term in zip(columns, terms, strict=True):
             # Copied: a view would keep the block's buffer, and with it memory that grows with n.
-            column[positions[:count]] = np.asarray(term)[:count]
+            column[positions[:count]] = term[:count]
 
-    block_size = bucketed(len(x), LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size)
+    devices = parallel.num_devices(mesh)
+    limit = LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size
+    block_size = bucketed(-(-len(x) // devices), limit)  # For each device.
     try:
         if chunk_size is None:
             # The program that is compiled to find out is the one that `_score_block` then runs.
-            program = lambda size: _score_block.lower(*arguments(block_at(0, size, len(x))[0]))
+            program = lambda size: _score_block.lower(
+                *arguments(block_at(0, size * devices, len(x))[0])
+            )
             block_size = fitting_block_size(program, block_size)
-        map_blocks(score, len(x), block_size, on_progress)
+        map_blocks(score, len(x), block_size * devices, on_progress, devices)
     except UserError:
         raise
     except (factored.UnsupportedError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -133,7 +146,7 @@ def score_blocks(
         if engine != "factored":
             raise
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=3)
-        options = {"chunk_size": chunk_size, "on_progress": on_progress}
+        options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
         return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
     return columns
 
@@ -156,8 +169,16 @@ def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:
     return block_size
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "engine"))
+@functools.partial(jax.jit, static_argnames=("apply", "engine", "mesh"))
 def _score_block(
-    apply: ApplyFn, engine: Any, variables: Variables, block: Examples, given: Any
+    apply: ApplyFn,
+    engine: Any,
+    variables: Variables,
+    block: Examples,
+    given: Any,
+    mesh: Mesh | None = None,
 ) -> Sequence[Array]:
-    return engine(apply, variables, block.x, block.y, given)
+    def score(variables: Variables, block: Examples, given: Any) -> Sequence[Array]:
+        return engine(apply, variables, block.x, block.y, given)
+
+    return parallel.on_each(score, mesh, False, True, False)(variables, block, given)

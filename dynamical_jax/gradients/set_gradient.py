@@ -6,14 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses
+from dynamical_jax import contract, losses, parallel
 from dynamical_jax.gradients.blocks import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Params, Variables
 
 
 def set_gradient(
-    apply: ApplyFn, variables: Variables, examples: Examples, chunk_size: int = 128
+    apply: ApplyFn,
+    variables: Variables,
+    examples: Examples,
+    chunk_size: int = 128,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Returns g_S = Σ_{x∈S} ∇_θ ℓ(x, y), a pytree of parameters, accumulated block by block.
 
@@ -23,28 +28,36 @@ def set_gradient(
       examples: the set S.
       chunk_size: how many examples at a time; halved if memory runs out. Changes memory and speed,
         not the result.
+      mesh: devices that take a part of the examples each, `chunk_size` at a time.
 
     Raises:
       UserError: if a label is no class of the model.
     """
     contract.check_labels(apply, variables, examples.x, examples.y)
     labels = np.asarray(examples.y)
-    block_size = bucketed(len(labels), chunk_size)
-    # Summed in float32 at least, since there are many terms.
-    total = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, leaf)), variables["params"]
-    )
+    devices = parallel.num_devices(mesh)
+    block_size = bucketed(-(-len(labels) // devices), chunk_size) * devices
+    variables = parallel.replicate(variables, mesh)
+    total = None
 
     def add(positions: np.ndarray, count: int) -> None:
         nonlocal total
         weights = np.arange(len(positions)) < count
-        block = Examples(examples.x[positions], labels[positions])
-        gradient = _block_gradient(apply, variables, block, weights)
+        parts = (examples.x, labels)
+        block = Examples(*(parallel.rows(part, positions, mesh) for part in parts))
+        weights = parallel.rows(weights, np.arange(len(positions)), mesh)
+        gradient = _block_gradient(apply, mesh, variables, block, weights)
         # Memory that runs out must do so before the sum is touched.
-        total = _add(total, jax.block_until_ready(gradient))
+        gradient = jax.block_until_ready(gradient)
+        total = gradient if total is None else _add(total, gradient)
 
-    map_blocks(add, len(labels), block_size)
-    return total
+    map_blocks(add, len(labels), block_size, smallest=devices)
+    if total is None:
+        return jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.result_type(jnp.float32, leaf)),
+            variables["params"],
+        )
+    return parallel.total(total, mesh)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -52,12 +65,24 @@ def _add(total: Params, gradient: Params) -> Params:
     return jax.tree.map(jnp.add, total, gradient)
 
 
-@functools.partial(jax.jit, static_argnames="apply")
-def _block_gradient(apply: ApplyFn, variables: Variables, block: Examples, weights: Any) -> Params:
-    rest = {name: value for name, value in variables.items() if name != "params"}
+@functools.partial(jax.jit, static_argnames=("apply", "mesh"))
+def _block_gradient(
+    apply: ApplyFn, mesh: Mesh | None, variables: Variables, block: Examples, weights: Any
+) -> Params:
+    """Returns the gradient of the block; with a mesh, a row for each device."""
 
-    def loss(params: Params) -> Array:
-        outputs = contract.as_outputs(apply({"params": params, **rest}, block.x), len(block.x))
-        return jnp.vdot(weights, losses.cross_entropy(outputs.logits, block.y))
+    def gradient(variables: Variables, block: Examples, weights: Any) -> Params:
+        rest = {name: value for name, value in variables.items() if name != "params"}
 
-    return jax.grad(loss)(variables["params"])
+        def loss(params: Params) -> Array:
+            outputs = contract.as_outputs(apply({"params": params, **rest}, block.x), len(block.x))
+            return jnp.vdot(weights, losses.cross_entropy(outputs.logits, block.y))
+
+        # Summed in float32 at least, since there are many terms.
+        summed = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)),
+            jax.grad(loss)(variables["params"]),
+        )
+        return summed if mesh is None else jax.tree.map(lambda leaf: leaf[None], summed)
+
+    return parallel.on_each(gradient, mesh, False, True, True)(variables, block, weights)

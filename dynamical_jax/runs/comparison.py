@@ -1,55 +1,48 @@
-"""Runs many experiments one by one; continues stopped ones; a failure does not stop the others."""
+"""Runs many experiments; continues stopped ones; a failure does not stop the others."""
 
 import contextlib
-import dataclasses
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
 
+import jax
 from tqdm import tqdm
 
-from dynamical_jax.active_learning import Experiment, Round, State
+from dynamical_jax import parallel
+from dynamical_jax.active_learning import State
 from dynamical_jax.errors import UserError
-from dynamical_jax.runs import records
+from dynamical_jax.runs import playing, records
 from dynamical_jax.runs.checkpoints import Checkpoints
-from dynamical_jax.runs.progress import Bar
+from dynamical_jax.runs.playing import Run as Run
+from dynamical_jax.runs.progress import Bar, Bars
 from dynamical_jax.runs.run_directory import RunDirectory
+from dynamical_jax.training import Evaluation
 
 ERRORS_NAME = "errors.log"
 
-# A round gets no checkpoint if it can be repeated in fewer seconds than this.
-WORTH_SAVING = 2.0
 
-# Fields of a record that may differ when a round is repeated.
-NEUTRAL_FIELDS = {"seconds", "flags", "versions", "device", "git_commit"}
+Beginning = Callable[[int], playing.Start]
+"""Returns from where the run of a number is played now: all that is recorded and saved."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One strategy with one seed.
+Executor = Callable[[Mapping[int, Run], Beginning], Generator[tuple[int, playing.Told], None, None]]
+"""Plays runs wherever it likes, and yields (number of the run, what it tells).
 
-    Attributes:
-      strategy: the name under which it is recorded.
-      experiment: the experiment to run.
-      identity: fields of each of its records, beside the strategy and the seed.
-    """
-
-    strategy: str
-    experiment: Experiment
-    identity: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        return f"{self.strategy}, seed {self.experiment.seed}"
-
-    @property
-    def num_rounds(self) -> int:
-        """Number of rounds, in each of which the model is trained."""
-        return self.experiment.budget.num_rounds + 1
+It is given number → run, in the order in which they should be started, and a function that it calls
+with the number of a run when it starts it. What one run tells must be yielded in its order, with
+`finished` or `failed` at the end. A run that was lost, with its machine, may be started again, from
+a new beginning. `processes.Processes` is one; `processes.play_elsewhere` does the work there.
+"""
 
 
-def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) -> list[str]:
+def play(
+    runs: Sequence[Run],
+    directory: RunDirectory,
+    checkpoint_every: int,
+    executor: Executor | None = None,
+) -> list[str]:
     """Runs the rounds of each run that are not recorded yet; records and prints each round.
+
+    If this process is the first of several hosts', the others `follow` it.
 
     If a run fails, the next one follows. The traceback of an error that is no `UserError` is
     written to `errors.log`.
@@ -58,97 +51,153 @@ def play(runs: Sequence[Run], directory: RunDirectory, checkpoint_every: int) ->
       runs: in the order in which they are run.
       directory: holds the rounds so far.
       checkpoint_every: number of epochs of training between checkpoints.
+      executor: plays them elsewhere; if None they are played here, one by one.
 
     Returns:
       A line for each run that failed.
     """
-    failures = []
-    left = _TimeLeft(sum(run.num_rounds - len(_done(run, directory)) for run in runs))
-    with Bar() as bar:
-        for number, run in enumerate(runs, start=1):
-            title = f"[{number}/{len(runs)}] {run}"
-            bar.start(title, run.num_rounds - 1, run.experiment.training_config.max_epochs)
-            try:
-                for round_result in _play(run, directory, checkpoint_every, bar):
-                    left.rounds -= 1
-                    bar.status = f"test accuracy {round_result.test.accuracy:.2%}, {left}"
-                    bar.write(
-                        f"{title}, round {round_result.round_index}/{run.num_rounds - 1}: "
-                        f"{round_result.num_labeled} labels, {round_result.epochs} epochs"
-                        f"{'' if round_result.converged else ' (not converged)'}, "
-                        f"{sum(round_result.seconds.values()):.1f} s, {bar.status}"
-                    )
-            except Exception as error:
-                why = str(error).partition("\n")[0]
-                if isinstance(error, OSError) and error.filename:
-                    why = f"cannot use {error.filename}: {error.strerror}"
-                elif not isinstance(error, UserError):
-                    why = f"{type(error).__name__}: {why}"
-                    # A full disk must not hide the error.
-                    with (
-                        contextlib.suppress(OSError),
-                        (directory.path / ERRORS_NAME).open("a", encoding="utf-8") as file,
-                    ):
-                        file.write(f"{run}\n{traceback.format_exc()}\n")
-                bar.write(f"{title} failed: {why}")
-                failures.append(f"{run}: {why}")
-                left.rounds -= run.num_rounds - len(_done(run, directory))
+    failures: list[str] = []
+    left = _TimeLeft(sum(run.num_rounds for run in runs))
+    todo: dict[int, Run] = {}
+    with Bars() as bars:
+        books: dict[int, _Book] = {}
+        for number, run in enumerate(runs):
+            title = f"[{number + 1}/{len(runs)}] {run}"
+            book = books[number] = _Book(run, title, directory, bars, left, failures)
+            left.without(len(book.done))
+            if len(book.done) < run.num_rounds:
+                todo[number] = run
+            else:
+                book.checkpoints.remove()  # The process may have been killed before it did this.
+
+        def begin(number: int) -> playing.Start:
+            return playing.Start(books[number].done, books[number].restore(), checkpoint_every)
+
+        if executor is None:
+            for number, run in todo.items():
+                start = begin(number)
+                parallel.broadcast((number, start))
+                playing.play(run, start, books[number])
+            parallel.broadcast(None)
+        else:
+            with contextlib.closing(executor(todo, begin)) as told_by:
+                for number, told in told_by:
+                    told.to(books[number])
     return failures
 
 
-def _done(run: Run, directory: RunDirectory) -> list[records.Record]:
-    return directory.done[run.strategy, run.experiment.seed]
+def follow(runs: Sequence[Run]) -> None:
+    """Plays, on another host, what the first one plays, and keeps nothing.
+
+    Args:
+      runs: the same as in `play`, on the first host.
+    """
+    while (told := parallel.broadcast()) is not None:
+        number, start = told
+        playing.play(runs[number], start, _Follower())
 
 
-def _play(run: Run, directory: RunDirectory, checkpoint_every: int, bar: Bar) -> Iterator[Round]:
-    """Yields each round that was not recorded before, after it is recorded."""
-    checkpoints = Checkpoints(directory.checkpoints(run.strategy, run.experiment.seed), bar.write)
-    done = _done(run, directory)
-    if len(done) == run.num_rounds:
-        checkpoints.remove()  # The process may have been killed before it did this.
-        return
-    state = checkpoints.restore(run.experiment)
-    # A record is written before the checkpoint that follows it.
-    if state is None or state.round_index > len(done):
-        checkpoints.remove()  # Checkpoints that do not fit the records must not be used later.
-        state = run.experiment.init()
-    else:
-        epoch = f", epoch {state.underway.epoch}" if state.underway else ""
-        bar.write(f"{run}: continued at round {state.round_index}{epoch}")
-    saved = time.perf_counter()
-    last = (state.round_index, state.underway.epoch // checkpoint_every if state.underway else 0)
+class _Follower(playing.Listener):
+    """Hears a run of which another process keeps the books."""
 
-    def save(state: State) -> None:
-        nonlocal saved, last
-        now = (state.round_index, state.underway.epoch // checkpoint_every)
-        if now > last and now[1] > 0:  # Called after each epoch, or less often.
-            checkpoints.save(state)
-            saved, last = time.perf_counter(), now
-
-    while state.round_index < run.num_rounds:
-        state, round_result = run.experiment.step(state, bar, save)
-        identity = {**run.identity, "strategy": run.strategy, "seed": run.experiment.seed}
-        record = records.make(round_result, identity)
-        if round_result.round_index < len(done):
-            _check_same(record, done[round_result.round_index])
-        else:
-            directory.append(record)
-            yield round_result
-        if state.round_index < run.num_rounds and time.perf_counter() > saved + WORTH_SAVING:
-            checkpoints.save(state)
-            saved = time.perf_counter()
-    checkpoints.remove()
+    def failed(self, why: str, trace: str | None) -> None:
+        _check_together(why, trace)
 
 
-def _check_same(repeated: records.Record, recorded: records.Record) -> None:
-    repeated = records.json_round_trip(repeated)
-    names = [name for name in repeated if repeated[name] != recorded.get(name)]
-    if differing := [name for name in names if name not in NEUTRAL_FIELDS]:
+def _check_together(why: str, trace: str | None) -> None:
+    """Ends this process where it alone may have failed: the others would wait for it for ever."""
+    if jax.process_count() > 1 and trace is not None:
         raise UserError(
-            f"round {repeated['round']} came out differently when it was played again "
-            f"({', '.join(differing)}): the rounds of one run need one machine and one version of "
-            "the packages; use another --output_dir"
+            f"the processes of this run have lost each other ({why}); the same command, on all of "
+            "them, continues"
         )
+
+
+class _Book(playing.Listener):
+    """Keeps what comes of a run: records and checkpoints on disk, lines and a bar to look at."""
+
+    def __init__(
+        self,
+        run: Run,
+        title: str,
+        directory: RunDirectory,
+        bars: Bars,
+        left: "_TimeLeft",
+        failures: list[str],
+    ):
+        self._run, self._title, self._directory = run, title, directory
+        self._bars, self._left, self._failures = bars, left, failures
+        self._bar: Bar | None = None
+        path = directory.checkpoints(run.strategy, run.experiment.seed)
+        self.checkpoints = Checkpoints(path, bars.write)
+
+    @property
+    def done(self) -> list[records.Record]:
+        """The records so far."""
+        return self._directory.done[self._run.strategy, self._run.experiment.seed]
+
+    def restore(self) -> State | None:
+        """Returns the state to continue from; None where the run is played from its beginning."""
+        state = self.checkpoints.restore(self._run.experiment)
+        # A record is written before the checkpoint that follows it.
+        if state is None or state.round_index > len(self.done):
+            self.checkpoints.remove()  # What does not fit the records must not be used later.
+            return None
+        epoch = f", epoch {state.underway.epoch}" if state.underway else ""
+        self._bars.write(f"{self._run}: continued at round {state.round_index}{epoch}")
+        return state
+
+    def started(self) -> None:
+        if self._bar is None:  # Not where a run is started again.
+            self._bar = self._bars.take()
+        run = self._run
+        self._bar.start(self._title, run.num_rounds - 1, run.experiment.training_config.max_epochs)
+
+    def begin(self, round_index: int) -> None:
+        self._bar.begin(round_index)
+
+    def epoch(self, epoch: int, labeled: Evaluation | None, target: float | None) -> None:
+        self._bar.epoch(epoch, labeled, target)
+
+    def scored(self, done: int, total: int) -> None:
+        self._bar.scored(done, total)
+
+    def record(self, record: records.Record) -> None:
+        self._directory.append(record)
+        self._left.rounds -= 1
+        self._bar.status = f"test accuracy {record['test_accuracy']:.2%}, {self._left}"
+        self._bars.write(
+            f"{self._title}, round {record['round']}/{self._run.num_rounds - 1}: "
+            f"{record['num_labeled']} labels, {record['epochs']} epochs"
+            f"{'' if record['converged'] else ' (not converged)'}, "
+            f"{sum(record['seconds'].values()):.1f} s, {self._bar.status}"
+        )
+
+    def save(self, state: State) -> None:
+        self.checkpoints.save(state)
+
+    def finished(self) -> None:
+        self.checkpoints.remove()
+        self._release()
+
+    def failed(self, why: str, trace: str | None) -> None:
+        if trace is not None:
+            # A full disk must not hide the error.
+            with (
+                contextlib.suppress(OSError),
+                (self._directory.path / ERRORS_NAME).open("a", encoding="utf-8") as file,
+            ):
+                file.write(f"{self._run}\n{trace}\n")
+        _check_together(why, trace)
+        self._bars.write(f"{self._title} failed: {why}")
+        self._failures.append(f"{self._run}: {why}")
+        self._left.rounds -= self._run.num_rounds - len(self.done)
+        self._release()
+
+    def _release(self) -> None:
+        if self._bar is not None:
+            self._bars.give_back(self._bar)
+            self._bar = None
 
 
 class _TimeLeft:
@@ -157,6 +206,11 @@ class _TimeLeft:
     def __init__(self, rounds: int):
         self.rounds = self._at_first = rounds
         self._start = time.perf_counter()
+
+    def without(self, rounds: int) -> None:
+        """Leaves out rounds that were played before."""
+        self.rounds -= rounds
+        self._at_first -= rounds
 
     def __str__(self) -> str:
         played = self._at_first - self.rounds

@@ -9,13 +9,16 @@ from dynamical_jax.training import Evaluation
 class Bar(Reporter):
     """Shows the progress of `active_learning.Experiment`.
 
+    Args:
+      position: on which line of the terminal, 0 for the first.
+
     Attributes:
       status: text at the end of the bar, about the whole comparison.
     """
 
-    def __init__(self):
+    def __init__(self, position: int = 0):
         # disable=None: off where standard error is no terminal.
-        self._bar = tqdm.tqdm(disable=None, leave=False, dynamic_ncols=True)
+        self._bar = tqdm.tqdm(disable=None, leave=False, dynamic_ncols=True, position=position)
         self.status = ""
 
     def __enter__(self) -> "Bar":
@@ -69,3 +72,35 @@ class Bar(Reporter):
             self._bar.set_description_str(f"{self._round}, {part}")
         self._bar.set_postfix_str("; ".join(filter(None, (detail, self.status))), refresh=False)
         self._bar.update(done - self._bar.n)
+
+
+class Bars:
+    """A bar for each run that is being played, on lines below each other."""
+
+    def __init__(self):
+        self._bars: list[Bar] = []
+        self._free: list[Bar] = []
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for bar in self._bars:
+            bar.__exit__()
+
+    def take(self) -> Bar:
+        """Returns a bar that no other run uses, the uppermost."""
+        if not self._free:
+            self._bars.append(Bar(len(self._bars)))
+            return self._bars[-1]
+        bar = min(self._free, key=self._bars.index)
+        self._free.remove(bar)
+        return bar
+
+    def give_back(self, bar: Bar) -> None:
+        """Lets another run have a bar."""
+        self._free.append(bar)
+
+    def write(self, line: str) -> None:
+        """Prints a line to standard output without breaking the bars."""
+        tqdm.tqdm.write(line)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dynamical_jax import contract
 from dynamical_jax.errors import UserError
@@ -35,6 +36,7 @@ class LearnerView:
       unlabeled: `[n, ...]` inputs of the unlabeled set U; anything that gathers rows as
         `unlabeled[positions]` with an integer array: an array, a memory map, `types.Rows`.
       on_progress: called with (done, total) during long work.
+      mesh: the devices among which work is divided; None for one.
     """
 
     apply: ApplyFn
@@ -42,6 +44,7 @@ class LearnerView:
     labeled: Examples | tuple[Any, Any]
     unlabeled: Any
     on_progress: OnProgress = ignore_progress
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "labeled", Examples(*self.labeled))

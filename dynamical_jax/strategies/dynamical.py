@@ -50,6 +50,7 @@ class Dynamical(Strategy):
             engine=self.engine,
             chunk_size=self.chunk_size,
             on_progress=view.on_progress,
+            mesh=view.mesh,
         )
         change = dynamics.change_of_training_dynamics(
             jnp.asarray(terms.squared_norm), jnp.asarray(terms.inner_product), self.gamma
@@ -93,7 +94,7 @@ class Dynamical(Strategy):
     def _set_gradient(self, view: LearnerView, examples: Examples) -> Any:
         # A batch gradient needs less memory than scoring; 128 is what training takes at a time.
         size = self.chunk_size or 128
-        return gradients.set_gradient(view.apply, view.variables, examples, size)
+        return gradients.set_gradient(view.apply, view.variables, examples, size, view.mesh)
 
 
 class Changes(NamedTuple):

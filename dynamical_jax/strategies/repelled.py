@@ -60,5 +60,6 @@ class DynamicalRepelled(Dynamical):
             engine=self.engine,
             chunk_size=self.chunk_size,
             on_progress=view.on_progress,
+            mesh=view.mesh,
         )
         return np.asarray(terms.inner_product)

@@ -117,6 +117,11 @@ def test_seeds_can_be_spread(run, tmp_path):
             {"test_dir": "photos"},
             "--test_dir has no effect with digits, only with a folder of imag",
         ),
+        ({"workers": 5}, "--workers=5 is more than the 4 runs"),
+        ({"workers": 1, "ray_address": "auto"}, "give --workers, for this machine, or"),
+        ({"gpus_per_run": 0.5}, "--gpus_per_run has no effect without --ray_address"),
+        ({"num_devices": 4096}, "cannot use 4096 devices"),
+        ({"process_id": 1}, "--process_id has no effect without --distributed"),
     ],
 )
 def test_bad_flags_are_one_line(run, tmp_path, values, message):

@@ -132,11 +132,11 @@ def test_out_of_memory_halves_the_block(monkeypatch):
     expected = gradients.norms_and_products(apply, variables, x, direction)
     score_block, sizes = scoring._score_block, []
 
-    def limited(apply, engine, variables, block, direction):
+    def limited(apply, engine, variables, block, direction, mesh):
         sizes.append(len(block.x))
         if len(block.x) > 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return score_block(apply, engine, variables, block, direction)
+        return score_block(apply, engine, variables, block, direction, mesh)
 
     monkeypatch.setattr(scoring, "_score_block", limited)
     terms = gradients.norms_and_products(apply, variables, x, direction, chunk_size=16)

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 import dynamical_jax as dj
-from dynamical_jax.runs import comparison, records, run_directory
+from dynamical_jax.runs import comparison, playing, records, run_directory
 from dynamical_jax.runs.checkpoints import Checkpoints
 
 FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
@@ -259,7 +259,7 @@ class TestPlay:
     def test_killed_before_or_after_a_record(
         self, dataset, expected, tmp_path, monkeypatch, at, count
     ):
-        monkeypatch.setattr(comparison, "WORTH_SAVING", 0)
+        monkeypatch.setattr(playing, "WORTH_SAVING", 0)
         where = {"append": (run_directory.RunDirectory, "append"), "save": (Checkpoints, "save")}
         owner, name = where[at]
         original, calls = getattr(owner, name), []

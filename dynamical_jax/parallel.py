@@ -1,0 +1,252 @@
+"""One run on several devices, of one host or of many.
+
+The devices are a mesh of one axis, `AXIS`. Examples are divided over it by rows; parameters, the
+state of the optimiser and g_S are on each device. Everywhere `mesh=None` is one device.
+
+Scores and outputs are computed by each device for its own rows (`on_each`); nothing is exchanged.
+g_S is summed on each device and exchanged once. Training is one program over all rows of a batch,
+of which the compiler gives each device its share (`divided`), so that the gradient and the
+statistics of BatchNorm are those of the whole batch.
+"""
+
+import functools
+import math
+import pickle
+import re
+import socket
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dynamical_jax.errors import UserError
+
+AXIS = "data"
+
+PATIENCE = 60
+"""Seconds within which all processes have to be there."""
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead."""
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh | None:
+    """Returns a mesh of the first devices, or None for one device.
+
+    Args:
+      num_devices: how many; all, those of other hosts included, if None.
+
+    Raises:
+      UserError: if there are fewer.
+    """
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else num_devices
+    if not 1 <= count <= len(devices):
+        raise UserError(f"cannot use {count} devices of {len(devices)}: choose from 1 to that")
+    if count == 1:
+        return None
+    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def num_devices(mesh: Mesh | None) -> int:
+    """Returns the number of devices of a mesh."""
+    return 1 if mesh is None else mesh.size
+
+
+def multiple(count: int, mesh: Mesh | None) -> int:
+    """Returns the next number of rows that all devices have an equal share of."""
+    return -(-count // num_devices(mesh)) * num_devices(mesh)
+
+
+def rows(x: Any, positions: np.ndarray, mesh: Mesh | None) -> Any:
+    """Returns `x[positions]`, divided over the devices; each host reads the rows of its own.
+
+    Args:
+      x: anything that gathers rows.
+      positions: as many as a multiple of the devices.
+      mesh: the devices.
+    """
+    if mesh is None:
+        return x[positions]
+    sharding = NamedSharding(mesh, P(AXIS))
+    if jax.process_count() == 1:
+        return jax.device_put(x[positions], sharding)
+    shape = (len(positions), *x.shape[1:])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: np.asarray(x[positions[index[0]]])
+    )
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns the arrays of a tree, equal on all hosts, on each device."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, P())
+
+    def put(leaf: Any) -> Any:
+        if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns the arrays of a tree in NumPy, whole, on every host."""
+
+    def get(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)
+
+
+def on_each(function: Callable[..., Any], mesh: Mesh | None, *by_rows: bool) -> Callable[..., Any]:
+    """Returns a function that each device runs for its own rows; for one device, `function`.
+
+    Args:
+      function: returns arrays with the rows on their first axis.
+      mesh: the devices.
+      by_rows: of each argument, whether it is divided by rows or on each device.
+    """
+    if mesh is None:
+        return function
+    specs = tuple(P(AXIS) if divided else P() for divided in by_rows)
+    # The engine's custom derivatives are refused by the check of varying axes.
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
+
+
+def total(partial: Any, mesh: Mesh | None) -> Any:
+    """Returns the sum over the devices, each of which has one row of each array: one exchange."""
+    return partial if mesh is None else _total(partial, mesh)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="partial")
+def _total(partial: Any, mesh: Mesh) -> Any:
+    def exchange(partial: Any) -> Any:
+        flat, restore = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], partial))
+        return restore(jax.lax.psum(flat, AXIS))
+
+    return jax.shard_map(exchange, mesh=mesh, in_specs=P(AXIS), out_specs=P(), check_vma=False)(
+        partial
+    )
+
+
+def join(
+    address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Makes this process and those on other hosts one: from here on all of their devices are there.
+
+    On Slurm, Open MPI, Kubernetes and Cloud TPU no argument is needed. All processes must then do
+    the same things in the same order. Called before anything else of JAX.
+
+    Args:
+      address: host:port of the first process.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: if the others are not found within `PATIENCE` seconds, or nothing says where
+        they are.
+    """
+    if address is not None and num_processes != 1 and process_id:
+        _wait_for(address)
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            initialization_timeout=PATIENCE,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot join the other processes ({why}): outside of a cluster that JAX knows, give "
+            "--coordinator_address, --num_processes and --process_id"
+        ) from error
+
+
+def _wait_for(address: str) -> None:
+    """Raises `UserError` unless something answers there: JAX would end the process instead."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"the coordinator's address is host:port, got {address}")
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"no coordinator at {address} within {PATIENCE} seconds ({error}): is process "
+                    "0 running, and its port open?"
+                ) from error
+            time.sleep(0.5)
+
+
+def broadcast(value: Any = None) -> Any:
+    """Returns, in every process, the value that the first one gives."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value) if jax.process_index() == 0 else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
+def check_agreement(what: str, value: Any) -> None:
+    """Raises `UserError`, in every process, unless all of them have the same value.
+
+    Args:
+      what: the value, for the message.
+      value: an array, or anything of which `repr` says all.
+    """
+    if jax.process_count() == 1:
+        return
+    data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(data)))
+    if len(set(digests.tolist())) > 1:
+        raise UserError(f"the processes do not agree on {what}")
+
+
+def divided(tree: Any, mesh: Mesh | None) -> Any:
+    """Tells the compiler, inside `jax.jit`, to divide arrays over the devices by rows."""
+    return tree if mesh is None else _constrained(tree, mesh, P(AXIS))
+
+
+def together(tree: Any, mesh: Mesh | None) -> Any:
+    """Tells the compiler, inside `jax.jit`, that each device needs the whole arrays."""
+    return tree if mesh is None else _constrained(tree, mesh, P())
+
+
+def _constrained(tree: Any, mesh: Mesh, spec: P) -> Any:
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+    """Returns the exchanges between devices in a compiled program: their names and bytes."""
+    found = []
+    pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    for shapes, name in re.findall(pattern, compiled.as_text()):
+        sizes = [
+            math.prod(map(int, filter(None, dims.split(",")))) * int(bits) // 8
+            for bits, dims in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)
+        ]
+        found.append((name, sum(sizes)))
+    return found

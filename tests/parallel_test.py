@@ -1,0 +1,61 @@
+"""Several devices compute what one computes, and exchange no more than they must."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+import dynamical_jax as dj
+from dynamical_jax import parallel
+
+SAME = ("fit", "evaluation", "grad_s", "change", "outputs", "few")
+
+
+def compute(dtype, counts):
+    command = [sys.executable, "devices.py", dtype, counts]
+    done = subprocess.run(command, cwd=toy.ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "counts", "tolerance"),
+    [
+        ("float64", "1,8", 1e-12),
+        pytest.param("float64", "1,2,4", 1e-12, marks=pytest.mark.slow),
+        pytest.param("float32", "1,2,4,8", 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_as_on_one_device(dtype, counts, tolerance):
+    found = compute(dtype, counts)
+    expected = found.pop("1")
+    assert expected["scoring"] == []
+    for count, values in found.items():
+        for name in SAME:
+            largest = np.max(np.abs(expected[name]))
+            np.testing.assert_allclose(
+                values[name], expected[name], rtol=tolerance, atol=tolerance * largest, err_msg=name
+            )
+        assert values["query"] == expected["query"]
+        # Nothing is exchanged while the pool is scored; once, in the end, for g_S.
+        assert values["scoring"] == []
+        assert values["total"] == [["all-reduce", values["parameters"]]]
+        # A step exchanges the gradient, and statistics of BatchNorm; nothing as large as a batch.
+        assert {name for name, _ in values["step"]} == {"all-reduce"}, count
+        exchanged = sum(size for _, size in values["step"])
+        assert values["parameters"] <= exchanged <= 1.5 * values["parameters"], values["step"]
+
+
+def test_more_devices_than_there_are():
+    count = len(jax.devices()) + 1
+    with pytest.raises(dj.UserError, match=f"cannot use {count} devices of {count - 1}"):
+        parallel.make_mesh(count)
+
+
+def test_one_device_is_no_mesh():
+    assert parallel.make_mesh(1) is None
+    assert parallel.multiple(5, None) == 5
