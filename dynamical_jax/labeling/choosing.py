@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynamical_jax import streams
+from dynamical_jax.labeling import folder as folders
 from dynamical_jax.labeling import learner, proposal
 from dynamical_jax.labeling.folder import Folder
 from dynamical_jax.labeling.learner import Config
@@ -96,7 +97,7 @@ def choose(
     generator = streams.generator(config.seed, "draws", len(folder.labels))
     rows = generator.choice(left.unlabeled, num_audit, replace=False)
     audit = [predictions[folder.paths[row]] for row in rows]
-    left = left._replace(unlabeled=np.setdiff1d(left.unlabeled, rows))
+    left = folders.apart(left, rows)
     query = []
     if len(left.unlabeled) and size > num_audit:
         scoring = lambda done, total: report("choosing what to ask for", done / total)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynamical_jax.data import folders, images
+from dynamical_jax.data import folders, images, near_copies
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling import classes as names
 from dynamical_jax.labeling import tables
@@ -34,6 +34,7 @@ class Folder(NamedTuple):
       broken: labeled paths that cannot be read, whose labels are left out.
       conflicts: (path, label, other label) of each copy that is labeled differently.
       first: as in `Pictures`.
+      near: as in `Pictures`.
       features: checksum of the vectors; None for pixels.
     """
 
@@ -47,7 +48,19 @@ class Folder(NamedTuple):
     broken: list[str]
     conflicts: list[tuple[str, str, str]]
     first: np.ndarray
+    near: np.ndarray
     features: int | None = None
+
+    @property
+    def num_near(self) -> int:
+        """Images that are no copies, but nearly the same as an earlier one."""
+        return len(np.unique(self.first[self.readable])) - len(np.unique(self.near[self.readable]))
+
+    @property
+    def copies(self) -> list[tuple[str, str]]:
+        """(path, path of the first of its copies) of each image that is not chosen for that."""
+        rows = self.readable[self.first[self.readable] != self.readable]
+        return [(self.paths[row], self.paths[self.first[row]]) for row in rows]
 
     @property
     def kind(self) -> str:
@@ -74,6 +87,7 @@ class Pictures(NamedTuple):
       readable: rows that are images, and have a vector.
       first: `[n]` for each row the first that has its pixels, or vector; -1 where it cannot be
         read.
+      near: `[n]` likewise for each row the first that is nearly the same.
       features: checksum of the vectors; None for pixels.
     """
 
@@ -81,6 +95,7 @@ class Pictures(NamedTuple):
     x: Any
     readable: np.ndarray
     first: np.ndarray
+    near: np.ndarray
     features: int | None = None
 
 
@@ -170,7 +185,11 @@ def decode(folder: str, paths: Sequence[str], labels: Mapping[str, str], **optio
 
 
 def read(
-    folder: str, paths: Sequence[str], features: str | None = None, **options: Any
+    folder: str,
+    paths: Sequence[str],
+    features: str | None = None,
+    near: int | None = None,
+    **options: Any,
 ) -> Pictures:
     """Reads the images of a folder.
 
@@ -179,6 +198,8 @@ def read(
       paths: those that `find` found.
       features: a file of vectors to learn from, as in `folders.features`. Images of which it has
         none are left out, with a warning, and so are vectors of no image.
+      near: bits in which near-copies may differ, as in `near_copies.first_near`. By default, and
+        always for vectors, images are nearly the same if they are the same.
       **options: of `images.decode`, of which only `unreadable` has an effect on vectors.
 
     Raises:
@@ -206,7 +227,11 @@ def read(
     readable = np.flatnonzero(is_readable)
     first = np.full(len(paths), -1)
     first[readable] = readable[images.first_equal(Rows(x, readable))]
-    return Pictures(list(paths), x, readable, first, checksum)
+    nearest = np.arange(len(paths))
+    if near is not None and features is None:
+        unique = np.unique(first[readable])
+        nearest[unique] = unique[near_copies.first_near(Rows(x, unique), near)]
+    return Pictures(list(paths), x, readable, first, nearest[first], checksum)
 
 
 def _report_unmatched(
@@ -246,7 +271,7 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
       pictures: what `read` returned.
       labels: path → class name, of some of them.
     """
-    paths, x, readable, first, features = pictures
+    paths, x, readable, first, near, features = pictures
     row_of = {path: row for row, path in enumerate(paths)}
     broken = [path for path in labels if first[row_of[path]] < 0]
     labels = {path: label for path, label in labels.items() if path not in broken}
@@ -269,6 +294,7 @@ def with_labels(pictures: Pictures, labels: Mapping[str, str]) -> Folder:
         broken,
         conflicts,
         first,
+        near,
         features,
     )
 
@@ -277,3 +303,17 @@ def without(folder: Folder, paths: Collection[str]) -> Folder:
     """Returns the folder without some paths among the rows to choose from."""
     rows = [row for row in folder.unlabeled if folder.paths[row] not in paths]
     return folder._replace(unlabeled=np.array(rows, int))
+
+
+def apart(folder: Folder, others: Sequence[int] = ()) -> Folder:
+    """Returns the folder with only one of near-copies among the rows to choose from.
+
+    Args:
+      folder: the images.
+      others: rows whose near-copies are left out, too.
+    """
+    rows = folder.unlabeled[
+        ~np.isin(folder.near[folder.unlabeled], folder.near[np.array(others, int)])
+    ]
+    _, positions = np.unique(folder.near[rows], return_index=True)
+    return folder._replace(unlabeled=rows[np.sort(positions)])

@@ -9,6 +9,7 @@ import numpy as np
 
 from dynamical_jax import files, streams
 from dynamical_jax.data import images
+from dynamical_jax.labeling import folder as folders
 from dynamical_jax.labeling import tables
 from dynamical_jax.labeling.folder import Folder
 from dynamical_jax.labeling.learner import Learner
@@ -20,7 +21,8 @@ LARGEST_SHEET = 100
 
 
 def draw(folder: Folder, batch_size: int, seed: int) -> list[tables.Proposed]:
-    """Returns images drawn at random, all of them if there are fewer than `batch_size`."""
+    """Returns random images, no two nearly the same, all if there are fewer than `batch_size`."""
+    folder = folders.apart(folder)
     generator = streams.generator(seed, "strategy", len(folder.labels))
     size = min(batch_size, len(folder.unlabeled))
     rows = generator.choice(folder.unlabeled, size, replace=False)
@@ -37,6 +39,8 @@ def choose(
 ) -> list[tables.Proposed]:
     """Returns the images that a strategy chooses to be labeled next, the best first.
 
+    No two of them are nearly the same, as `folder.near` has it.
+
     Args:
       strategy: one without a state.
       folder: has images to choose from.
@@ -46,6 +50,7 @@ def choose(
       on_progress: called with (done, total) while images are scored.
     """
     key = streams.key(seed, "strategy", len(folder.labels))
+    folder = folders.apart(folder)
     size = min(batch_size, len(folder.unlabeled))
     view = _view(folder, learner, folder.unlabeled)
     query = strategy.query(key, dataclasses.replace(view, on_progress=on_progress), size)

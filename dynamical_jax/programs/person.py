@@ -11,6 +11,7 @@ import msgspec
 from absl import flags
 
 from dynamical_jax import files, labeling, models, strategies, streams
+from dynamical_jax.data import near_copies
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, strategy
 from dynamical_jax.runs import records
@@ -28,6 +29,15 @@ CLASSES = flags.DEFINE_list(
     "Names of classes. dynamical-select then takes no other label; on the page of dynamical-label "
     "more can be added.",
 )
+NEAR_COPIES = flags.DEFINE_integer(
+    "near_copies",
+    3,
+    "Images are near-copies, of which a batch has only one, if at most so many of the 64 bits of "
+    "a hash differ; -1: only if all pixels are the same.",
+    lower_bound=-1,
+    upper_bound=near_copies.MOST_BITS,
+)
+binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
 STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRATEGY_NAMES)}.")
@@ -120,6 +130,7 @@ def read_options() -> dict[str, Any]:
         raise UserError(f"there is no file {FEATURES.value}")
     return {
         "features": FEATURES.value,
+        "near": None if NEAR_COPIES.value < 0 else NEAR_COPIES.value,
         "cache_dir": options.prepare_cache_dir(),
         "size": options.IMAGE_SIZE.value,
         "channels": options.CHANNELS.value,

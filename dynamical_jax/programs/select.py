@@ -166,8 +166,11 @@ def read_folder(
         f"{len(paths)} images in {IMAGES.value}: {len(folder.labeled)} labeled"
         f"{f' ({counts})' if counts else ''}, {len(folder.unlabeled)} to choose from, "
         f"{len(paths) - len(folder.readable)} cannot be read, "
-        f"{folder.num_copies} are copies of others"
+        f"{folder.num_copies} are copies of others, {folder.num_near} nearly so"
     )
+    if copies := [f"{path} of {first}" for path, first in folder.copies]:
+        more = f" and {len(copies) - 3} more" if len(copies) > 3 else ""
+        print(f"copies, which are not asked for: {', '.join(copies[:3])}{more}")
     if not update.num_predicted:
         return folder, {}
     return folder, {"num_right": update.num_right, "num_predicted": update.num_predicted}

@@ -138,3 +138,32 @@ def test_no_label_is_judged_by_a_model_that_has_seen_a_copy_of_it(photos, tmp_pa
     found = labeling.review.suspects(folder, config())
     assert sorted(judged) == sorted(names)
     assert {one.path for one in found} == {p for p, label in names.items() if label != "grey"}
+
+
+def test_a_batch_has_one_of_near_copies(photos, tmp_path):
+    folder = read(photos, label(0, 1), tmp_path)
+    assert (folder.num_near, folder.copies) == (0, [("copy.png", "11.png")])
+    # 0 to 3 are nearly the same, and so are 8, 9 and (by its copy) the last.
+    near = np.array([0, 0, 0, 0, 4, 5, 6, 7, 8, 8, 10, 8, 8])
+    folder = folder._replace(near=near)
+    assert folder.num_near == 5
+    assert labeling.folder.apart(folder).unlabeled.tolist() == [2, 4, 5, 6, 7, 8, 10]
+    assert labeling.folder.apart(folder, [9, 7]).unlabeled.tolist() == [2, 4, 5, 6, 10]
+    drawn = labeling.proposal.draw(folder, 12, 0)
+    assert sorted(near[int(image.path[:2])] for image in drawn) == [0, 4, 5, 6, 7, 8, 10]
+
+
+def test_near_copies_are_found_among_the_images(tmp_path):
+    generator, photos = np.random.default_rng(0), tmp_path / "photos"
+    photos.mkdir()
+    for position in range(3):
+        coarse = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+        whole = coarse.resize((48, 48), Image.Resampling.BICUBIC)
+        whole.save(photos / f"{position}.png")
+        whole.save(photos / f"{position}.jpg", quality=70)
+    paths = labeling.folder.find(str(photos), photos / "sheet.png")
+    pictures = labeling.folder.read(str(photos), paths, near=3, cache_dir=tmp_path)
+    assert paths[::2] == [f"{position}.jpg" for position in range(3)]
+    assert pictures.near.tolist() == [0, 0, 2, 2, 4, 4]
+    pictures = labeling.folder.read(str(photos), paths, cache_dir=tmp_path)
+    assert pictures.near.tolist() == list(range(6))
