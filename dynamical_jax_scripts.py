@@ -7,6 +7,11 @@ import sys
 from typing import Any, NoReturn
 
 
+def embed() -> None:
+    """Runs dynamical-embed."""
+    _start("embed")
+
+
 def label() -> None:
     """Runs dynamical-label."""
     _start("label")

@@ -12,6 +12,7 @@ for round_result in experiment.run():
 from dynamical_jax import active_learning as active_learning
 from dynamical_jax import data as data
 from dynamical_jax import dynamics as dynamics
+from dynamical_jax import embedding as embedding
 from dynamical_jax import errors as errors
 from dynamical_jax import files as files
 from dynamical_jax import gradients as gradients

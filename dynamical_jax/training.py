@@ -20,7 +20,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, parallel, resources, streams
+from dynamical_jax import contract, losses, models, parallel, resources, streams
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=0.9)
     ),
 }
+"""name → optimiser, whose updates are proportional to the learning rate."""
 SCHEDULES = ("constant", "cosine")
 
 # A call of the compiled program runs several epochs if it takes fewer seconds than this: of a
@@ -65,6 +66,8 @@ class TrainingConfig:
       max_epochs: training stops after so many epochs, even if a target is not met. If all targets
         are None, it takes exactly so many.
       look_every: number of epochs between evaluations on S.
+      backbone_learning_rate: of all layers but the last of a `models.Pretrained`; None:
+        `learning_rate`. A schedule lowers both.
     """
 
     optimizer: str = "adam"
@@ -78,6 +81,7 @@ class TrainingConfig:
     min_epochs: int = 0
     max_epochs: int = 500
     look_every: int = 5
+    backbone_learning_rate: float | None = None
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -98,6 +102,12 @@ class TrainingConfig:
             )
         if not self.learning_rate > 0 or not self.weight_decay >= 0:
             raise UserError("the learning rate must be positive, weight decay not negative")
+        rate = self.backbone_learning_rate
+        if rate is not None and not rate > 0:
+            raise UserError(
+                f"the backbone's learning rate must be positive, got {rate}; to train the last "
+                "layer alone, embed the images first (--train=head)"
+            )
         if self.target_accuracy is not None and not 0 <= self.target_accuracy <= 1:
             raise UserError(f"target accuracy must be in [0, 1], got {self.target_accuracy}")
         for name in ("target_loss", "target_total_loss"):
@@ -170,7 +180,7 @@ It is called whenever S was evaluated, and in between as the arguments of `fit` 
 
 def begin(variables: Variables, config: TrainingConfig) -> Progress:
     """Returns the state of training before its first epoch. `variables` are copied."""
-    optimizer = _optimizer(config.optimizer, config.weight_decay)
+    optimizer = _optimizer(config)
     variables = jax.tree.map(jnp.copy, dict(variables))
     return Progress(0, variables, jax.jit(optimizer.init)(variables["params"]))
 
@@ -219,7 +229,7 @@ def fit(
     # Evaluated in the buffer, without another copy; with a mesh its rows are divided anew.
     fitted = Examples(buffer.x if mesh is None else labeled.x, labeled.y)
     buffer = parallel.replicate(buffer, mesh)
-    optimizer = _optimizer(config.optimizer, config.weight_decay)
+    optimizer = _optimizer(config, _last_layer(model, config))
     # `begin` copies the variables, since the epochs donate theirs.
     progress = start if isinstance(start, Progress) else begin(start, config)
     epoch, *state = progress
@@ -457,12 +467,45 @@ def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: An
     return call(*args, **kwargs)
 
 
+def _optimizer(config: TrainingConfig, last_layer: str | None = None) -> Any:
+    """Returns the optimiser; the structure of its state does not depend on the last layer."""
+    rate = config.backbone_learning_rate
+    share = None if rate is None else rate / config.learning_rate
+    return _cached_optimizer(config.optimizer, config.weight_decay, share, last_layer)
+
+
 @functools.cache
-def _optimizer(name: str, weight_decay: float) -> optax.GradientTransformation:
+def _cached_optimizer(
+    name: str, weight_decay: float, share: float | None, last_layer: str | None
+) -> optax.GradientTransformation:
     # Cached because programs are compiled per optimiser object. The learning rate is part of the
     # state, so that a schedule over a number of steps that grows each round compiles once.
-    make = functools.partial(OPTIMIZERS[name], weight_decay=weight_decay)
+    def make(learning_rate: Any) -> optax.GradientTransformation:
+        optimizer = OPTIMIZERS[name](learning_rate, weight_decay)
+        if share is None:
+            return optimizer
+        return optax.chain(optimizer, optax.stateless(functools.partial(_slower, share)))
+
+    def _slower(share: float, updates: Any, params: Any) -> Any:
+        """Makes the updates of all layers but the last smaller."""
+        del params
+        of_last = lambda path: any(key.key == last_layer for key in path)
+        return jax.tree.map_with_path(
+            lambda path, update: update if of_last(path) else share * update, updates
+        )
+
     return optax.inject_hyperparams(make)(learning_rate=0.0)
+
+
+def _last_layer(model: nn.Module, config: TrainingConfig) -> str | None:
+    """Returns the name of a pretrained network's last layer, if others are trained more slowly."""
+    if config.backbone_learning_rate is None:
+        return None
+    if not isinstance(model, models.Pretrained):
+        raise UserError(
+            "only pretrained networks (models.pretrained) have a backbone_learning_rate"
+        )
+    return model.weights.head
 
 
 def _learning_rate(config: TrainingConfig, epoch: int) -> float:

@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 import dynamical_jax as dj
-from dynamical_jax.programs import binary, options
+from dynamical_jax.programs import binary, options, pretrained
 from experiments import neutral_flags, paper
 
 PRESET = flags.DEFINE_string(
@@ -180,6 +180,8 @@ def compare(
     deciding_flags |= {
         name: value for name, value in used.items() if name not in neutral_flags.FLAGS
     }
+    if (weights := pretrained.load()) is not None:
+        deciding_flags["weights_checksum"] = weights.checksum
     dj.parallel.check_agreement("flags, data and code", (deciding_flags, dj.records.environment()))
     if jax.process_index() > 0:
         dj.comparison.follow(runs)
@@ -253,14 +255,30 @@ def load() -> tuple[dj.Dataset, Any]:
     if options.MODEL.value is not None:
         dj.models.check_name(options.MODEL.value)
         options.model_options()
-    dataset = load_dataset()
+    weights = pretrained.load()
+    dataset = load_dataset(weights)
+    num_classes = len(dataset.class_names)
+    if weights is not None:
+        dj.images.check_pixels(dataset.pool.x)
+    if weights is not None and pretrained.embeds():
+        print(weights.describe())
+        cache_dir, size = options.prepare_cache_dir(), options.IMAGE_SIZE.value
+        dataset = dj.embedding.embed_dataset(weights, dataset, cache_dir, size)
+        weights = None
     attributes = options.set_model_defaults(dataset.kind)
+    if weights is not None:
+        print(weights.describe(num_classes))
+        return dataset, dj.models.pretrained(weights, num_classes, options.IMAGE_SIZE.value)
     attributes["feature_scale"] = options.FEATURE_SCALE.value
     return dataset, dj.models.create(options.MODEL.value, dataset, **attributes)
 
 
-def load_dataset() -> dj.Dataset:
-    """Returns the data set of the flags; makes JAX keep compiled programs."""
+def load_dataset(weights: dj.models.Weights | None = None) -> dj.Dataset:
+    """Returns the data set of the flags; makes JAX keep compiled programs.
+
+    Args:
+      weights: of a pretrained network, as whose images those of a folder are resized.
+    """
     name = DATASET.value
     kind = name
     if name not in dj.datasets.DATASETS:
@@ -269,7 +287,8 @@ def load_dataset() -> dj.Dataset:
     cache_dir = options.prepare_cache_dir()
     dataset = dj.datasets.load(
         DATASET.value,
-        image_size=options.IMAGE_SIZE.value,
+        image_size=pretrained.image_size(weights if kind == options.FOLDER else None),
+        interpolation=pretrained.interpolation(weights),
         data_dir=DATA_DIR.value,
         cache_dir=cache_dir,
         download=DOWNLOAD.value,
@@ -278,7 +297,7 @@ def load_dataset() -> dj.Dataset:
         channels=options.CHANNELS.value,
         unreadable=options.UNREADABLE.value,
     )
-    binary.check_read(data=[dataset.kind])
+    binary.check_read(data=options.kinds_read(dataset.kind))
     return dataset
 
 

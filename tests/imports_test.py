@@ -21,8 +21,8 @@ ROOMS = (
     # a network, and what is made of it
     {"gradients"},
     {"data", "models", "strategies", "ntk"},
-    # Algorithm 1
-    {"training"},
+    # Algorithm 1, and what a pretrained network makes of images
+    {"training", "embedding"},
     {"active_learning"},
     # many runs; a person in the loop, who needs none
     {"runs", "labeling"},
@@ -95,8 +95,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     program = (
         "import sys, dynamical_jax, experiments.active_learning\n"
         "import dynamical_jax.programs.select, dynamical_jax.programs.label\n"
+        "import dynamical_jax.programs.embed\n"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch',"
-        " 'starlette', 'uvicorn', 'ray', 'dynamical_jax.runs.processes'}\n"
+        " 'starlette', 'uvicorn', 'ray', 'safetensors', 'dynamical_jax.runs.processes'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

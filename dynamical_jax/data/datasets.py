@@ -122,6 +122,7 @@ def load(
     test_fraction: float | None = None,
     channels: int | None = None,
     unreadable: str = "skip",
+    interpolation: str = "bilinear",
 ) -> Dataset:
     """Returns one of `DATASETS`, or your own data.
 
@@ -144,6 +145,7 @@ def load(
       channels: of image files, 1 (grey) or 3 (RGB). If None, 1 if all are grey, else 3.
       unreadable: whether image files that cannot be read, and rows of arrays that are not finite,
         are left out ("skip"), with a warning, or refused ("refuse").
+      interpolation: by which image files are resized, a key of `images.INTERPOLATIONS`.
 
     Raises:
       UserError: if the name is unknown, the `tfds` extra is missing, the data are not prepared or
@@ -152,7 +154,10 @@ def load(
     cache_dir = pathlib.Path(cache_dir or default_cache_dir())
     if name not in DATASETS:
         path, test_dir = os.fspath(name), test_dir and os.fspath(test_dir)
-        return _load_own(path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable)
+        return _load_own(
+            *(path, test_dir, test_fraction, cache_dir),
+            *(image_size, channels, unreadable, interpolation),
+        )
     images.check_options(image_size, channels, unreadable)
     own = {"test_dir": test_dir, "test_fraction": test_fraction, "channels": channels}
     if unused := [option for option, value in own.items() if value is not None]:
@@ -229,10 +234,12 @@ def _load_own(
     image_size: int | None,
     channels: int | None,
     unreadable: str,
+    interpolation: str,
 ) -> Dataset:
     if os.path.isdir(path):
         own = folders.from_folder(
-            path, test_dir, test_fraction, cache_dir, image_size, channels, unreadable
+            *(path, test_dir, test_fraction, cache_dir),
+            *(image_size, channels, unreadable, interpolation),
         )
         return Dataset(os.path.basename(os.path.abspath(path)), **own._asdict())
     if not path.endswith((".npz", ".npy")):

@@ -42,6 +42,7 @@ def from_folder(
     image_size: int | None,
     channels: int | None,
     unreadable: str,
+    interpolation: str = "bilinear",
 ) -> OwnData:
     """Returns the images of `<folder>/<class>/**`, and those of `test_dir` for testing.
 
@@ -61,7 +62,9 @@ def from_folder(
             raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
         more, labels = _labeled_files(test_dir, test_classes, class_names)
         paths, y = paths + more, np.append(y, labels)
-    x, readable, checksum = images.decode(paths, cache_dir, image_size, channels, unreadable)
+    x, readable, checksum = images.decode(
+        paths, cache_dir, image_size, channels, unreadable, interpolation
+    )
     rows = np.flatnonzero(readable)
     for_test = rows >= size
     if missing := set(range(len(class_names))) - set(np.unique(y[rows[~for_test]]).tolist()):
@@ -182,7 +185,7 @@ def features(path: str, unreadable: str = "skip") -> Features:
     what = f"{path}: embedding"
     x = _npz_vectors(what, arrays["embedding"], None, None)
     paths = _npz_paths(path, arrays["path"], len(x))
-    return Features(x, paths, _finite_rows(what, "vectors", x, unreadable), _checksum(x))
+    return Features(x, paths, _finite_rows(what, "vectors", x, unreadable), images.checksum(x))
 
 
 def choose_held_out(
@@ -256,16 +259,8 @@ def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
 
 def _version(arrays: Iterable[Any], *facts: Any) -> str:
     """Returns a checksum of arrays and of the text of other facts."""
-    parts = [_checksum(array) for array in arrays]
+    parts = [images.checksum(array) for array in arrays]
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
-
-
-def _checksum(x: Any) -> int:
-    """Returns the checksum of all numbers of an array, which need not be in memory."""
-    checksum = 0
-    for block in images.blocks(x):
-        checksum = zlib.crc32(np.ascontiguousarray(block), checksum)
-    return checksum
 
 
 def _list_classes(folder: str) -> tuple[str, ...]:

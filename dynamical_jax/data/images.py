@@ -39,6 +39,10 @@ QUIET = (".csv", ".json", ".jsonl", ".lock", ".partial", ".txt", ".ini", ".db")
 READERS = {".heic": "pillow-heif", ".heif": "pillow-heif"}
 # What is wrong with a file, and not with the machine.
 WRONG_WITH_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 # Raise it when decoding or resizing changes, so that older caches are not used.
 FORMAT = 2
 
@@ -173,8 +177,8 @@ def _report_left_out(
         warnings.warn(f"cannot be read, and are left out: {', '.join(named)}", stacklevel=3)
 
 
-def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
-    """Returns an image file as uint8 `[h, w, c]`, resized if it has another size.
+def read(path: str | os.PathLike, shape: ImageShape, interpolation: str = "bilinear") -> np.ndarray:
+    """Returns an image file as uint8 `[h, w, c]`, resized as by `resize` if it has another size.
 
     It is rotated by its EXIF orientation; transparent pixels are put on white; of an animation the
     first frame is read, of 16-bit grey the upper 8 bits. Colour becomes grey as in ITU-R 601.
@@ -190,14 +194,51 @@ def read(path: str | os.PathLike, shape: ImageShape) -> np.ndarray:
         file.draft(file.mode, (side, side))
         image = _make_opaque(ImageOps.exif_transpose(file), shape.channels)
     pixels = np.asarray(image).reshape(image.height, image.width, shape.channels)
-    return resize(pixels, shape.height, shape.width)
+    return resize(pixels, shape.height, shape.width, interpolation)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes uint8 `[h, w, c]`, bilinear with antialiasing, whatever the aspect ratio."""
+def read_all(
+    paths: Sequence[str], shape: ImageShape, interpolation: str = "bilinear"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns image files as by `read`, `[n, h, w, c]`, and which can be read; others are black."""
+
+    def read_one(path: str) -> np.ndarray | None:
+        try:
+            return read(path, shape, interpolation)
+        except Exception:  # See `read`.
+            return None
+
+    with ThreadPool() as threads:
+        found = threads.map(read_one, paths)
+    readable = np.array([image is not None for image in found])
+    black = np.zeros(shape, np.uint8)
+    return np.stack([black if image is None else image for image in found]), readable
+
+
+def check_pixels(x: Any) -> None:
+    """Raises `UserError` unless x are images as pretrained networks take them: grey or RGB."""
+    if len(x.shape) != 4 or x.dtype != np.uint8 or x.shape[3] not in (1, 3):
+        raise UserError(
+            "a pretrained network takes images [n, h, w, 1 or 3] of uint8, got "
+            f"{x.dtype} of shape {tuple(x.shape)}"
+        )
+
+
+def checksum(x: Any) -> int:
+    """Returns the checksum of all numbers of an array, which need not be in memory."""
+    total = 0
+    for block in blocks(x):
+        total = zlib.crc32(np.ascontiguousarray(block), total)
+    return total
+
+
+def resize(
+    image: np.ndarray, height: int, width: int, interpolation: str = "bilinear"
+) -> np.ndarray:
+    """Resizes uint8 `[h, w, c]`, with antialiasing, whatever the aspect ratio."""
     grey = image.shape[-1] == 1
     resized = Image.fromarray(image[..., 0] if grey else image).resize(
-        (width, height), Image.Resampling.BILINEAR
+        (width, height), INTERPOLATIONS[interpolation]
     )
     return np.asarray(resized).reshape(height, width, image.shape[-1])
 
@@ -313,6 +354,7 @@ def decode(
     size: int | None = None,
     channels: int | None = None,
     unreadable: str = "skip",
+    interpolation: str = "bilinear",
 ) -> Decoded:
     """Returns image files as an array on disk, which later calls use again.
 
@@ -326,6 +368,7 @@ def decode(
       size: as in `infer_shape`.
       channels: as in `infer_shape`.
       unreadable: "skip" warns of files that cannot be read, "refuse" raises.
+      interpolation: a key of `INTERPOLATIONS`, for files that are resized.
 
     Raises:
       UserError: if no file can be read, or one cannot and `unreadable` is "refuse"; if an argument
@@ -333,10 +376,10 @@ def decode(
     """
     check_options(size, channels, unreadable)
     cache = pathlib.Path(cache_dir)
-    folder, listing = _listing(paths)
-    array = cache / f"{_cache_name(size, channels, listing)}.npy"
+    folder, listing = list_files(paths)
+    array = cache / f"{_cache_name(size, channels, interpolation, listing)}.npy"
     report = array.with_suffix(".json")
-    latest = cache / f"{_cache_name(size, channels, folder)}-latest.json"
+    latest = cache / f"{_cache_name(size, channels, interpolation, folder)}-latest.json"
     cached = None
     if array.exists() and report.exists():
         try:
@@ -355,7 +398,9 @@ def decode(
                 f"{len(paths)} decoded images of {'×'.join(map(str, shape))}",
                 "give another --cache_dir, or a smaller --image_size",
             )
-            made = _decode_into(partial, paths, shape, _Former(latest, shape, listing), listing)
+            made = _decode_into(
+                partial, paths, shape, interpolation, _Former(latest, shape, listing), listing
+            )
             partial_report.write_bytes(msgspec.json.encode(made))
         with replacing_cache_file(latest) as partial:
             partial.write_bytes(msgspec.json.encode(array.name))
@@ -449,7 +494,7 @@ def _header(path: str) -> ImageShape | None:
         return None
 
 
-def _listing(paths: Sequence[str]) -> tuple[str, list[str]]:
+def list_files(paths: Sequence[str]) -> tuple[str, list[str]]:
     """Returns the folder of files, and checksums of their names, sizes and times of change."""
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
 
@@ -464,9 +509,12 @@ def _listing(paths: Sequence[str]) -> tuple[str, list[str]]:
     return common, [checksum(path) for path in paths]
 
 
-def _cache_name(size: int | None, channels: int | None, of: str | list[str]) -> str:
+def _cache_name(
+    size: int | None, channels: int | None, interpolation: str, of: str | list[str]
+) -> str:
     """Returns the name of a file in the cache, without its suffix."""
-    return f"images-{zlib.crc32(repr((size, channels, FORMAT, of)).encode()):08x}"
+    facts = repr((size, channels, interpolation, FORMAT, of))
+    return f"images-{zlib.crc32(facts.encode()):08x}"
 
 
 class _Former:
@@ -512,6 +560,7 @@ def _decode_into(
     partial: pathlib.Path,
     paths: Sequence[str],
     shape: ImageShape,
+    interpolation: str,
     former: _Former,
     listing: Sequence[str],
 ) -> _Found:
@@ -525,7 +574,7 @@ def _decode_into(
     def store(position: int) -> int | str:
         try:
             image = former.get(position)
-            image = read(paths[position], shape) if image is None else image
+            image = read(paths[position], shape, interpolation) if image is None else image
         except Exception as error:  # See `read`.
             number = getattr(error, "errno", None)
             if number in WRONG_WITH_FILE:

@@ -8,7 +8,7 @@ import pathlib
 import types
 import warnings
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,6 +189,7 @@ def read(
     paths: Sequence[str],
     features: str | None = None,
     near: int | None = None,
+    embed: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Pictures:
     """Reads the images of a folder.
@@ -199,7 +200,8 @@ def read(
       features: a file of vectors to learn from, as in `folders.features`. Images of which it has
         none are left out, with a warning, and so are vectors of no image.
       near: bits in which near-copies may differ, as in `near_copies.first_near`. By default, and
-        always for vectors, images are nearly the same if they are the same.
+        always for `features`, images are nearly the same if they are the same.
+      embed: makes vectors `[n, d]` to learn from of the images.
       **options: of `images.decode`, of which only `unreadable` has an effect on vectors.
 
     Raises:
@@ -231,6 +233,9 @@ def read(
     if near is not None and features is None:
         unique = np.unique(first[readable])
         nearest[unique] = unique[near_copies.first_near(Rows(x, unique), near)]
+    if embed is not None and features is None:
+        x = embed(x)
+        checksum = images.checksum(x)
     return Pictures(list(paths), x, readable, first, nearest[first], checksum)
 
 

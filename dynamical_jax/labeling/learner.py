@@ -22,6 +22,7 @@ class Config(NamedTuple):
       training: how it is fitted to the labels.
       seed: of all randomness.
       feature_scale: of vectors, as in `models.scale`.
+      weights: of the network, with which training begins; None for random ones.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Config(NamedTuple):
     training: training.TrainingConfig
     seed: int
     feature_scale: str = "shared"
+    weights: models.Weights | None = None
 
     def model_description(self, folder: Folder) -> dict[str, Any]:
         """Returns what must stay the same for a model to be trained further, named as flags are."""
@@ -37,6 +39,8 @@ class Config(NamedTuple):
             for name, value in self.options.items()
         }
         described = {"model": self.model, **attributes}
+        if self.weights is not None:
+            described["weights"] = f"checksum {self.weights.checksum:08x}"
         if folder.features is None:
             return {**described, "image_size": list(folder.x.shape[1:])}
         vectors = f"{folder.x.shape[1]} numbers each, checksum {folder.features:08x}"
@@ -215,7 +219,10 @@ def _learner(
     folder: Folder, config: Config, class_names: list[str], mean: Any, std: Any
 ) -> Learner:
     """A learner with fresh weights."""
-    module = models.MODELS[config.model](len(class_names), **config.options)
-    model = models.Standardized(module, tuple(mean), tuple(std))
+    if config.weights is None:
+        module = models.MODELS[config.model](len(class_names), **config.options)
+        model = models.Standardized(module, tuple(mean), tuple(std))
+    else:
+        model = models.pretrained(config.weights, len(class_names), folder.x.shape[1])
     variables = models.init(model, streams.key(config.seed, "weights"), folder.x)
     return Learner(model, variables, class_names)

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,20 @@ from dynamical_jax.models.parameter import Parameter as Parameter
 from dynamical_jax.models.resnet import STEMS as STEMS
 from dynamical_jax.models.resnet import ResNet18 as ResNet18
 from dynamical_jax.models.vgg import VGG11 as VGG11
+from dynamical_jax.models.vit import ViT as ViT
+from dynamical_jax.models.vit import ViTB as ViTB
+from dynamical_jax.models.vit import ViTS as ViTS
+from dynamical_jax.models.vit import ViTTi as ViTTi
+from dynamical_jax.models.weights import Weights as Weights
 from dynamical_jax.types import AnyArray, Array, Variables
 
-MODELS: Mapping[str, type[nn.Module]] = {
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
     "resnet18": ResNet18,
     "vgg11": VGG11,
+    "vit_ti": ViTTi,
+    "vit_s": ViTS,
+    "vit_b": ViTB,
     "ntk_cnn": NTKCNN,
     "linear": Linear,
     "mlp": MLP,
@@ -43,8 +51,12 @@ DEFAULTS: Mapping[str, str] = {"images": "cnn", "vectors": "linear"}
 LEARNING_RATE = 1e-3
 """Learning rate of Adam for models that are not in `LEARNING_RATES`; the paper's (App. C.1)."""
 
-LEARNING_RATES: Mapping[str, float] = {"linear": 1e-2}
-"""name → learning rate of Adam, for models that need ten times the epochs with the usual."""
+LEARNING_RATES: Mapping[str, float] = {
+    "linear": 1e-2,
+    **dict.fromkeys(("vit_ti", "vit_s", "vit_b"), 1e-4),
+}
+"""name → learning rate of Adam, for models that need ten times the epochs with the usual, or that
+the usual spoils."""
 
 FEATURE_SCALES = ("shared", "each")
 """Ways to scale vectors: by one deviation for all features, or each feature by its own."""
@@ -77,6 +89,51 @@ class Standardized(nn.Module):
         shape = (1,) * (x.ndim - 1) + (-1,)
         mean, std = (jnp.asarray(np.reshape(part, shape), dtype) for part in (self.mean, self.std))
         return (x - mean) / jnp.where(std == 0, 1, std)
+
+
+class Pretrained(Standardized):
+    """A network with the weights of a file: `init` begins with them.
+
+    Images of another size are resized; grey ones count as RGB with three equal channels.
+
+    Attributes:
+      weights: of the file.
+      size: height and width at which the network sees the images.
+      interpolation: by which they are resized.
+    """
+
+    weights: Weights
+    size: int
+    interpolation: str
+
+    @nn.nowrap
+    def standardize(self, x: Any) -> Array:
+        """Returns the input of `model`, resized and standardised as the weights need it."""
+        if x.shape[1:3] != (self.size, self.size):
+            method = {"bilinear": "linear", "bicubic": "cubic"}[self.interpolation]
+            shape = (x.shape[0], self.size, self.size, x.shape[3])
+            x = jax.image.resize(jnp.asarray(x, jnp.float32), shape, method, antialias=True)
+        return super().standardize(x)
+
+    @nn.nowrap
+    def with_weights(self, variables: Variables) -> Variables:
+        """Returns variables of this module with the values of the file, as `Weights.put` does."""
+        inner = self.weights.put({name: part["model"] for name, part in variables.items()})
+        return {name: {"model": part} for name, part in inner.items()}
+
+
+def pretrained(weights: Weights, num_classes: int, image_size: int | None = None) -> Pretrained:
+    """Returns a network with weights of a file, of which `init` begins training.
+
+    Args:
+      weights: what `weights.load` returned.
+      num_classes: K; if the file has another number, the last layer is a new one.
+      image_size: height and width at which it sees the images; by default that of the weights.
+    """
+    module = MODELS[weights.model](num_classes, **dict(weights.attributes))
+    size, mean, std, interpolation = weights.preprocessing
+    mean, std = (tuple(255 * value for value in part) for part in (mean, std))
+    return Pretrained(module, mean, std, weights, image_size or size, interpolation)
 
 
 def create(
@@ -137,6 +194,8 @@ def check_name(name: str, kind: str = "images") -> None:
 def init(model: nn.Module, key: Array, x: Any) -> Variables:
     """Returns random initial variables of `model` for inputs shaped like `x[:1]`.
 
+    Those of a `Pretrained` are the weights of its file.
+
     Raises:
       UserError: if the model cannot take images of this size.
     """
@@ -146,7 +205,8 @@ def init(model: nn.Module, key: Array, x: Any) -> Variables:
     resources.check_device_memory(
         needed, f"a model of inputs of {size}", "take smaller inputs, or another model"
     )
-    return _init(model, key, x)
+    variables = _init(model, key, x)
+    return model.with_weights(variables) if isinstance(model, Pretrained) else variables
 
 
 def grow(variables: Variables, larger: Variables) -> Variables:

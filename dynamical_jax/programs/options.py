@@ -10,6 +10,7 @@ from absl import flags
 
 from dynamical_jax import gradients, models, training
 from dynamical_jax.data import datasets, images
+from dynamical_jax.models import weights
 from dynamical_jax.programs import binary
 
 MODEL = flags.DEFINE_string(
@@ -31,6 +32,25 @@ FEATURE_SCALE = flags.DEFINE_enum(
     models.FEATURE_SCALES,
     "shared divides all features of vectors by one deviation, each divides each by its own.",
 )
+WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    f"File with the weights of a pretrained network ({', '.join(weights.SUFFIXES)}): a "
+    "ResNet-18, a VGG-11 or a vision transformer.",
+)
+TRAIN = flags.DEFINE_enum(
+    "train",
+    "head",
+    ["head", "all"],
+    "Beside --weights: head embeds all images once and trains --model (linear or mlp) on their "
+    "embeddings; all trains the network further.",
+)
+BACKBONE_LEARNING_RATE = flags.DEFINE_float(
+    "backbone_learning_rate",
+    None,
+    "For --train=all: learning rate of all layers but the last; by default a tenth of "
+    "--learning_rate.",
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 25, "Labels per query.")
 ENGINE = flags.DEFINE_enum(
     "engine", "factored", list(gradients.ENGINES), "For dynamical: how gradients are computed."
@@ -45,7 +65,8 @@ IMAGE_SIZE = flags.DEFINE_integer(
     "image_size",
     None,
     "Height and width to which images are resized. By default they keep their size, but caltech101 "
-    "and image files that differ in size or are larger than 256 become 64×64.",
+    "and image files that differ in size or are larger than 256 become 64×64; with --weights they "
+    "get the size that these were made for.",
 )
 CHANNELS = flags.DEFINE_integer(
     "channels",
@@ -130,6 +151,7 @@ OF_MODEL = (MODEL, STEM)
 OF_TRAINING = (
     *(OPTIMIZER, LEARNING_RATE, SCHEDULE, TRAIN_BATCH_SIZE, WEIGHT_DECAY),
     *(TARGET_ACCURACY, TARGET_LOSS, TARGET_TOTAL_LOSS, MIN_EPOCHS, MAX_EPOCHS, LOOK_EVERY),
+    BACKBONE_LEARNING_RATE,
 )
 """Flags that only the model, and only its training, read."""
 
@@ -139,10 +161,13 @@ def training_config() -> training.TrainingConfig:
 
     Call `set_model_defaults` first: the default learning rate depends on the model.
     """
-    rate = LEARNING_RATE.value
+    rate = models.LEARNING_RATE if LEARNING_RATE.value is None else LEARNING_RATE.value
+    backbone_rate = BACKBONE_LEARNING_RATE.value
+    if backbone_rate is None and WEIGHTS.value is not None and TRAIN.value == "all":
+        backbone_rate = rate / 10
     return training.TrainingConfig(
         optimizer=OPTIMIZER.value,
-        learning_rate=models.LEARNING_RATE if rate is None else rate,
+        learning_rate=rate,
         schedule=SCHEDULE.value,
         batch_size=TRAIN_BATCH_SIZE.value,
         weight_decay=WEIGHT_DECAY.value,
@@ -152,6 +177,7 @@ def training_config() -> training.TrainingConfig:
         min_epochs=MIN_EPOCHS.value,
         max_epochs=MAX_EPOCHS.value,
         look_every=LOOK_EVERY.value,
+        backbone_learning_rate=backbone_rate,
     )
 
 
@@ -165,7 +191,7 @@ def set_model_defaults(kind: str = "images") -> dict[str, Any]:
       UserError: if there is no such model, it does not take such data, or a flag is given that
         it does not read.
     """
-    binary.check_read(data=[kind])
+    binary.check_read(data=kinds_read(kind))
     if MODEL.value is None:  # Set, so that records hold the model that was used.
         flags.FLAGS["model"].value = models.DEFAULTS[kind]
     models.check_name(MODEL.value, kind)
@@ -173,6 +199,12 @@ def set_model_defaults(kind: str = "images") -> dict[str, Any]:
         rate = models.LEARNING_RATES.get(MODEL.value, models.LEARNING_RATE)
         flags.FLAGS["learning_rate"].value = rate
     return model_options()
+
+
+def kinds_read(kind: str) -> list[str]:
+    """Returns the kinds of data that are read: of images that are embedded also their vectors."""
+    embeds = WEIGHTS.value is not None and TRAIN.value == "head"
+    return ["images", "vectors"] if embeds else [kind]
 
 
 def model_options() -> dict[str, Any]:

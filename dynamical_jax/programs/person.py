@@ -1,5 +1,6 @@
 """Flags that the programs for labeling share, and the objects that they describe."""
 
+import functools
 import os
 import pathlib
 import types
@@ -10,18 +11,18 @@ from typing import Any
 import msgspec
 from absl import flags
 
-from dynamical_jax import files, labeling, models, strategies, streams
+from dynamical_jax import embedding, files, labeling, models, strategies, streams
 from dynamical_jax.data import near_copies
 from dynamical_jax.errors import UserError
-from dynamical_jax.programs import binary, options, strategy
+from dynamical_jax.programs import binary, options, pretrained, strategy
 from dynamical_jax.runs import records
 
 LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns path and label.")
 FEATURES = flags.DEFINE_string(
     "features",
     None,
-    "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images: a "
-    "model of vectors learns from these, and the images are only shown.",
+    "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images, as "
+    "dynamical-embed writes it: a model of vectors learns from it, and the images are only shown.",
 )
 CLASSES = flags.DEFINE_list(
     "classes",
@@ -105,7 +106,11 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     """
     if options.BATCH_SIZE.value < 1:
         raise UserError(f"batch_size must be at least 1, got {options.BATCH_SIZE.value}")
-    attributes = options.set_model_defaults("images" if FEATURES.value is None else "vectors")
+    weights = pretrained.load()
+    vectors = FEATURES.value is not None or pretrained.embeds()
+    if FEATURES.value is not None and weights is not None:
+        raise UserError("--features are learned from, or what --weights make of images: give one")
+    attributes = options.set_model_defaults("vectors" if vectors else "images")
     (chosen,) = strategy.make([STRATEGY.value]).values()
     if STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
@@ -116,7 +121,8 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
         raise UserError(f"{STRATEGY.value} needs a model with dropout: choose vgg11")
     training = options.training_config()
     scale = options.FEATURE_SCALE.value
-    return chosen, labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
+    config = labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
+    return chosen, config if vectors else config._replace(weights=weights)
 
 
 def read_options() -> dict[str, Any]:
@@ -128,11 +134,18 @@ def read_options() -> dict[str, Any]:
     binary.check_read(dataset=[options.FOLDER if FEATURES.value is None else options.ARRAYS])
     if FEATURES.value is not None and not os.path.isfile(FEATURES.value):
         raise UserError(f"there is no file {FEATURES.value}")
+    cache_dir, weights, embed = options.prepare_cache_dir(), pretrained.load(), None
+    if weights is not None and pretrained.embeds():
+        embed = functools.partial(
+            embedding.embed, weights, cache_dir=cache_dir, image_size=options.IMAGE_SIZE.value
+        )
     return {
         "features": FEATURES.value,
         "near": None if NEAR_COPIES.value < 0 else NEAR_COPIES.value,
-        "cache_dir": options.prepare_cache_dir(),
-        "size": options.IMAGE_SIZE.value,
+        "embed": embed,
+        "cache_dir": cache_dir,
+        "size": pretrained.image_size(weights),
+        "interpolation": pretrained.interpolation(weights),
         "channels": options.CHANNELS.value,
         "unreadable": options.UNREADABLE.value,
     }

@@ -216,6 +216,8 @@ def train(
             config.model_description(folder), start.former_description
         )
         print(f"the model is trained from the start: that of the last round had {difference}")
+    if config.weights is not None and start.round_index == 0:
+        print(config.weights.describe(len(start.learner.class_names)))
     if start.new_classes:
         grown = f"the model grows to {len(start.learner.class_names)} outputs"
         print(f"new classes: {', '.join(start.new_classes)}; {grown}")

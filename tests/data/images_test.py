@@ -407,7 +407,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch
     smooth = np.stack([127 + 120 * np.sin(x / 90), 127 + 120 * np.cos(y / 70), (x + y) / 12], -1)
     path = save(tmp_path / "photo.jpg", smooth.astype(np.uint8), quality=95)
     sizes, resize = [], images.resize
-    monkeypatch.setattr(images, "resize", lambda x, h, w: sizes.append(x.shape) or resize(x, h, w))
+    monkeypatch.setattr(images, "resize", lambda x, *to: sizes.append(x.shape) or resize(x, *to))
     small = images.read(path, ImageShape(64, 64, 3)).astype(int)
     monkeypatch.setattr(images, "DRAFT", 10**6)
     whole = images.read(path, ImageShape(64, 64, 3))

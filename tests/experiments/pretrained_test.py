@@ -1,0 +1,184 @@
+"""The programs with --weights, as a user runs them: digits, and a network with random weights."""
+
+import numpy as np
+import pytest
+import tiny_weights
+from PIL import Image
+
+import dynamical_jax as dj
+from experiments import active_learning, embed, select
+
+pytest.importorskip("safetensors", reason="needs the extra weights")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    return tiny_weights.save(path, tiny_weights.vit(num_classes=7))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Thirty digits of three classes, one of them twice, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("photos")
+    digits = dj.datasets.load("digits").pool
+    for label in range(3):
+        (folder / str(label)).mkdir()
+        for number, row in enumerate(np.flatnonzero(digits.y == label)[:10]):
+            image = Image.fromarray(digits.x[row, ..., 0]).resize((12, 9))
+            image.save(folder / f"{label}/{number}.png")
+    (folder / "copy.png").write_bytes((folder / "0/0.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def run(run_binary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda binary, *arguments, **values: run_binary(
+        binary, *arguments, **{"cache_dir": str(tmp_path / "cache"), **values}
+    )
+
+
+def rounds_of(directory):
+    kept = ("num_labeled", "initial", "query", "query_scores", "test_accuracy", "labeled_loss")
+    rounds = dj.records.read(directory / "rounds.jsonl")
+    return [{name: record[name] for name in kept if name in record} for record in rounds]
+
+
+SMALL = {"num_seeds": 1, "num_rounds": 2, "initial_size": 20, "batch_size": 5, "max_epochs": 30}
+
+
+def test_to_train_the_head_is_to_learn_from_a_file_of_embeddings(run, weights, tmp_path):
+    status, output, errors = run(
+        active_learning, weights=weights, output_dir=str(tmp_path / "head"), **SMALL
+    )
+    assert (status, errors) == (None, "")
+    assert f"{weights}: vit_ti with timm or DINOv2's names, for images of 8×8\n" in output
+    data = dj.datasets.load("digits")
+    loaded = dj.models.weights.load(weights)
+    by_hand = [
+        dj.embedding.embed(loaded, part.x, tmp_path / "other")[:] for part in (data.pool, data.test)
+    ]
+    np.savez(
+        tmp_path / "features.npz",
+        embedding=by_hand[0],
+        label=data.pool.y,
+        test_embedding=by_hand[1],
+        test_label=data.test.y,
+        index=data.index,
+    )
+    file = str(tmp_path / "features.npz")
+    run(active_learning, dataset=file, output_dir=str(tmp_path / "file"), **SMALL)
+    assert rounds_of(tmp_path / "head") == rounds_of(tmp_path / "file")
+    record = dj.records.read(tmp_path / "head" / "rounds.jsonl")[0]
+    assert (record["dataset"], record["model"]) == ("digits", "linear")
+
+
+def test_all_layers_are_trained(run, weights, tmp_path):
+    status, output, errors = run(
+        *(active_learning,),
+        **{**SMALL, "num_rounds": 1, "max_epochs": 2},
+        weights=weights,
+        train="all",
+        output_dir=str(tmp_path / "all"),
+    )
+    # Without a warning: the factored engine takes all layers apart.
+    assert (status, errors) == (None, "")
+    assert "its last layer, for 7 classes, is replaced by a new one for 10" in output
+    record = dj.records.read(tmp_path / "all" / "rounds.jsonl")[0]
+    assert record["model"] == record["flags"]["model"] == "vit_ti"
+    assert record["flags"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.filterwarnings("default")  # They are shown as a user sees them.
+class TestEmbed:
+    def test_select_learns_from_its_file(self, run, weights, photos, tmp_path, monkeypatch):
+        status, output, errors = run(embed, str(photos), weights=weights)
+        assert status is None
+        assert errors == (
+            "warning: 1 of 32 image files cannot be read: broken.png; they are left out\n"
+        )
+        assert output.endswith("features.npz: 31 vectors of 192 numbers\n")
+        with np.load("features.npz") as arrays:
+            assert set(arrays) == {"embedding", "path"}
+            assert "broken.png" not in arrays["path"]
+            assert arrays["embedding"].shape == (31, 192)
+        assert run(embed, str(photos), weights=weights)[0] is None  # It may be made again.
+
+        truth = {f"{label}/{number}.png": str(label) for label in range(3) for number in range(10)}
+        dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(truth.items())[::2]))
+        asked = []
+        for number, values in enumerate([{"features": "features.npz"}, {"weights": weights}]):
+            status, output, _ = run(
+                *(select,),
+                **{**values, "images": str(photos), "batch_size": 5, "max_epochs": 20},
+                output=f"{number}.csv",
+            )
+            assert status is None
+            asked.append((tmp_path / f"{number}.csv").read_text())
+        assert "15 to choose from, 1 cannot be read, 1 are copies of others" in output
+        assert asked[0] == asked[1]
+
+    @pytest.mark.slow  # Compiles the whole network.
+    def test_select_trains_all_layers(self, run, weights, photos, tmp_path):
+        truth = {f"{label}/{number}.png": str(label) for label in range(2) for number in range(4)}
+        dj.labeling.add_labels(tmp_path / "labels.csv", truth)
+        values = {"images": str(photos), "weights": weights, "train": "all", "max_epochs": 1}
+        status, output, _ = run(select, batch_size=4, **values)
+        assert status is None
+        assert "its last layer, for 7 classes, is replaced by a new one for 2" in output
+        _, output, _ = run(select, batch_size=4, **values)
+        assert "no labels that the model was not trained on" in output
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (
+                {"folder": "nowhere"},
+                "a folder of images must be given, as in dynamical-embed photos",
+            ),
+            ({"weights": None}, "--weights must be a file with the weights of a network"),
+            ({"weights": "none.npz"}, "there is no file none.npz"),
+            ({"features": "features.csv"}, "--features must be an .npz file, got features.csv"),
+            (
+                {"features": "theirs.npz"},
+                "theirs.npz is there, and was not written by this program",
+            ),
+            ({"features": "/proc/none/features.npz"}, "cannot write /proc/none/features.npz"),
+            ({"image_size": 9}, "patches of 4×4 need images whose sides are multiples of 4, got 9"),
+            ({"unreadable": "refuse"}, "1 of 32 image files cannot be read: broken.png"),
+        ],
+    )
+    def test_bad_flags_are_one_line(self, run, weights, photos, tmp_path, values, message):
+        np.savez(tmp_path / "theirs.npz", embedding=np.eye(2), label=np.arange(2))
+        given = {"folder": str(photos), "weights": weights, **values}
+        status, _, errors = run(embed, given.pop("folder"), **given)
+        assert status == 1
+        assert message in errors
+        assert errors.count("\n") == 1
+        assert not (tmp_path / "features.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weights": None}, "--train has an effect beside --weights only"),
+        ({"backbone_learning_rate": 1e-5}, "--backbone_learning_rate has an effect with --train=a"),
+        ({"train": "all", "model": "linear"}, "--train=all trains the network of --weights"),
+        ({"model": "resnet18"}, "holds weights of vit_ti, and --model is resnet18"),
+        ({"stem": "cifar"}, "--stem has no effect beside --weights, which decide it"),
+        ({"train": "all", "backbone_learning_rate": 0.0}, "backbone's learning rate must be posit"),
+        ({"dataset": "features.npz"}, "takes images [n, h, w, 1 or 3] of uint8, got float32"),
+    ],
+)
+def test_bad_flags_are_one_line(run, weights, tmp_path, values, message):
+    x = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+    np.savez(tmp_path / "features.npz", embedding=x, label=np.arange(40) % 2)
+    train = {} if "backbone_learning_rate" in values or "dataset" in values else {"train": "head"}
+    status, output, errors = run(
+        active_learning, **{"weights": weights, **train, **SMALL, **values}
+    )
+    assert (status, output) == (1, "")
+    assert message in errors
+    assert errors.count("\n") == 1
