@@ -15,6 +15,7 @@ import numpy as np
 import dynamical_jax as dj
 from benchmarks.task import CHUNK_BYTES, IMAGE_SHAPE, MEAN, NUM_CLASSES, STD, STEPS, Task, Work
 from dynamical_jax.gradients import scoring
+from dynamical_jax.gradients.sketch import engines as sketches
 
 MODELS = {
     "cnn": dj.models.CNN(NUM_CLASSES),
@@ -27,6 +28,11 @@ MODELS = {
 def factored(task: Task) -> Work:
     """‖g_u‖² and g_u·v of one batch by the factored engine."""
     return _scoring(task, "factored", task.batch_size)
+
+
+def sketch(task: Task) -> Work:
+    """A sketch of 512 numbers of each gradient of one batch."""
+    return _scoring(task, "factored", task.batch_size, sketches(512), jax.random.key(0))
 
 
 def vmap(task: Task) -> Work:
@@ -102,16 +108,17 @@ def pool(task: Task) -> Work:
     return _work(lambda: score(task.pool_size), 1, warm_up=lambda: score(one_block))
 
 
-def _scoring(task: Task, engine: str, size: int) -> Work:
+def _scoring(
+    task: Task, engine: str, size: int, engines: Any = dj.gradients.ENGINES, given: Any = None
+) -> Work:
     """`size` of the images in one call of the program that scores a block of a pool."""
     model = _model(task)
-    variables, direction = _variables(model), _variables(model, seed=1)["params"]
+    variables = _variables(model)
+    given = _variables(model, seed=1)["params"] if given is None else given
     block = dj.Examples(_images(size), None)  # No labels: pseudo-labels, as in dynamicAL.
 
-    def call() -> dj.types.GradientTerms:
-        return scoring._score_block(
-            model.apply, dj.gradients.ENGINES[engine], variables, block, direction
-        )
+    def call() -> Any:
+        return scoring._score_block(model.apply, engines[engine], variables, block, given)
 
     return _work(call, task.batch_size / size)
 

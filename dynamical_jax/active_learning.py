@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, models, parallel, streams, training
+from dynamical_jax import contract, gradients, models, parallel, streams, training
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.data.pool import Oracle, Pool, initial_pool
 from dynamical_jax.errors import UserError
@@ -155,6 +155,8 @@ class Experiment:
       eval_batch_size: number of examples evaluated at a time; changes no result.
       mesh: devices among which the work is divided, as `parallel.make_mesh` makes it; changes
         results by rounding only.
+      redundancy: whether `Round.query_facts` tell how alike the gradients of each query are,
+        whatever the strategy: `gradients.redundancy`, at pseudo-labels.
 
     Raises:
       UserError: on construction, if the budget exceeds the pool.
@@ -169,6 +171,7 @@ class Experiment:
     evaluate_every: int = 0
     eval_batch_size: int = 256
     mesh: Mesh | None = None
+    redundancy: bool = False
 
     def __post_init__(self):
         if not 0 <= self.seed <= streams.LARGEST_SEED:
@@ -293,6 +296,11 @@ class Experiment:
             stopwatch.seconds.update(chosen.seconds)
             parallel.check_agreement(f"the query of round {state.round_index}", chosen.positions)
             scores, strategy_state, facts = chosen.scores, chosen.state, chosen.facts
+            if self.redundancy and self.budget.batch_size > 1:
+                with stopwatch("describe"):
+                    asked = Rows(view.unlabeled, chosen.positions)
+                    redundancy = gradients.redundancy(view.apply, view.variables, asked)
+                    facts = {**facts, **redundancy._asdict()}
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]
         round_result = Round(

@@ -91,6 +91,41 @@ def inner_product_share(
     return jnp.where(total == 0, 0, product / jnp.where(total == 0, 1, total))
 
 
+def mean_cosine(products: Float[AnyArray, "b b"]) -> Float[Array, ""]:
+    """Returns the mean cosine of the gradients of two examples of a query: 1 if all are alike.
+
+    A gradient that is 0 has a cosine of 0 with any other.
+
+    Args:
+      products: g_u·g_v of all pairs, at least two examples.
+
+    >>> mean_cosine(jnp.array([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 9.0]]))
+    Array(0.33333334, dtype=float32)
+    """
+    cosines = _cosines(products)
+    return jnp.mean(cosines, where=~jnp.eye(len(cosines), dtype=bool))
+
+
+def near_copies(products: Float[AnyArray, "b b"], cosine: float = 0.9) -> Float[Array, ""]:
+    """Returns the share of a query whose gradient is nearly that of an example before it.
+
+    Args:
+      products: g_u·g_v of all pairs, in the order of the query.
+      cosine: from which two gradients are nearly the same in direction.
+
+    >>> near_copies(jnp.array([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 9.0]]))
+    Array(0.33333334, dtype=float32)
+    """
+    return jnp.mean(jnp.any(jnp.tril(_cosines(products), -1) >= cosine, axis=1))
+
+
+def _cosines(products: AnyArray) -> Array:
+    products = jnp.asarray(products)
+    norms = jnp.sqrt(jnp.diagonal(products))
+    size = norms[:, None] * norms[None]
+    return jnp.where(size > 0, products / jnp.where(size > 0, size, 1), 0)
+
+
 def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:
     """Returns Δ(Q|S) = G(S ∪ Q) − G(S) = ‖g_Q‖² + 2 g_Q·g_S exactly, Eq. 11 and 13.
 

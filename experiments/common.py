@@ -101,6 +101,9 @@ EVALUATE_EVERY = flags.DEFINE_integer(
     "records, which published tables report; 0: only after the last epoch.",
     lower_bound=0,
 )
+REDUNDANCY = flags.DEFINE_bool(
+    "redundancy", False, "Record how alike the gradients of each query are, for any strategy."
+)
 flags.adopt_module_key_flags(options)
 
 binary.read_by(TEST_DIR, "dataset", (options.FOLDER,))
@@ -165,6 +168,7 @@ def compare(
                 seed,
                 EVALUATE_EVERY.value,
                 mesh=mesh,
+                redundancy=REDUNDANCY.value,
             ),
             identity,
         )

@@ -14,6 +14,7 @@ FLAGS = {
     "cpus_per_run",
     "gpus_per_run",
     "chunk_size",
+    "redundancy",  # Adds to the records, and changes nothing else in them.
     "data_dir",
     "download",
     "cache_dir",

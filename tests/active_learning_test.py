@@ -54,6 +54,23 @@ def test_speed_options_change_no_record(dataset):
         assert one.test.accuracy == two.test.accuracy
 
 
+def test_redundancy_is_told_of_any_strategy(dataset):
+    told = experiment(dataset, "random", redundancy=True)
+    state, first = told.step(told.init())
+    asked = np.flatnonzero(np.isin(dataset.index, first.query))
+    exact = dj.gradients.gram(told.model.apply, state.variables, dataset.pool.x[asked])
+    facts = first.query_facts
+    # The mean of 12 cosines, each with a standard error of at most 1 / √512.
+    assert facts["mean_cosine"] == pytest.approx(float(dj.dynamics.mean_cosine(exact)), abs=0.1)
+    assert facts["near_copies"] == dj.dynamics.near_copies(exact)
+    silent = experiment(dataset, "random")
+    one, two = as_records([first, silent.step(silent.init())[1]])
+    assert one | {"query_mean_cosine": None, "query_near_copies": None} == two | {
+        "query_mean_cosine": None,
+        "query_near_copies": None,
+    }
+
+
 def test_strategies_of_one_seed_are_paired(dataset):
     states = [experiment(dataset, name, seed=1).init() for name in toy.STRATEGIES]
     for state in states[1:]:

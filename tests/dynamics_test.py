@@ -77,6 +77,23 @@ def test_change_by_set_and_approximation_ratio():
     np.testing.assert_allclose(ratio, changes.sum() / (changes.sum() + pairs), rtol=1e-9)
 
 
+def test_redundancy_by_pairs():
+    # Of 5 gradients the fourth is near the first, the last near none; lengths do not count.
+    g = np.array([[1.0, 0, 0], [0, 2, 0], [1, 1, 1], [5, 1, 0], [-1, 0, 0.1]])
+    cosines = [
+        np.dot(g[i], g[j]) / np.linalg.norm(g[i]) / np.linalg.norm(g[j])
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
+    np.testing.assert_allclose(dynamics.mean_cosine(g @ g.T), np.mean(cosines), rtol=1e-5)
+    np.testing.assert_allclose(dynamics.near_copies(g @ g.T), 1 / 5)
+    np.testing.assert_allclose(dynamics.near_copies(g @ g.T, cosine=0.5), 2 / 5)
+    np.testing.assert_allclose(dynamics.near_copies(np.ones((4, 4))), 3 / 4)
+    zero = np.zeros((3, 3))
+    assert (dynamics.mean_cosine(zero), dynamics.near_copies(zero)) == (0, 0)
+
+
 @pytest.mark.usefixtures("float64")
 def test_ratio_of_a_single_example_is_one():
     apply, variables, (x, y) = setting("cnn", 4)

@@ -6,6 +6,7 @@ Each for any set size in bounded memory:
 - `norms_and_products`: ‖g_u‖² and g_u·v of every example u, by one of the `ENGINES`;
 - `gram`, `cross_gram`: g_u·g_v of all pairs, of up to some thousands of examples;
 - `sketch`: a short vector of every example, whose inner products are g_u·g_v up to an error;
+- `redundancy`: how alike the gradients of a query are;
 - `per_example_gradients`: g_u itself, for small sets.
 
 `register` tells the factored engine about your own layer, and `verify` checks that.
@@ -21,6 +22,8 @@ from dynamical_jax.gradients.gram import cross_gram as cross_gram
 from dynamical_jax.gradients.gram import gram as gram
 from dynamical_jax.gradients.kinds import register as register
 from dynamical_jax.gradients.per_example import per_example_gradients as per_example_gradients
+from dynamical_jax.gradients.redundancy import Redundancy as Redundancy
+from dynamical_jax.gradients.redundancy import redundancy as redundancy
 from dynamical_jax.gradients.scoring import ENGINES as ENGINES
 from dynamical_jax.gradients.scoring import norms_and_products as norms_and_products
 from dynamical_jax.gradients.set_gradient import set_gradient as set_gradient

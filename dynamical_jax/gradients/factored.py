@@ -96,12 +96,16 @@ def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pai
     Raises:
       UnsupportedError: if the model has no factored form here. Never a wrong answer.
     """
-    of_layers = map_layers(pairs.forms_of, apply, variables, x, labels)
+    of_layers = map_layers(pairs.forms_of, apply, variables, x, total_loss(labels))
     return [form for of_layer in of_layers for form in of_layer]
 
 
 def map_layers(
-    function: Callable[..., Any], apply: ApplyFn, variables: Variables, x: Any, labels: Any
+    function: Callable[..., Any],
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    objective: Callable[[Array], Array],
 ) -> list[Any]:
     """Returns a function of each layer that owns parameters, in the order of their calls.
 
@@ -112,7 +116,7 @@ def map_layers(
       apply: `model.apply`, in evaluation mode, or what `jax.jit` makes of it.
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
-      labels: `[n]`, or None for pseudo-labels.
+      objective: of the logits, whose gradients these are: a sum over examples, as `total_loss`.
 
     Raises:
       UnsupportedError: if the model has no factored form here. Never a wrong answer.
@@ -123,9 +127,7 @@ def map_layers(
 
     def run(tap: Callable[..., Any]) -> Array:
         with _tapped(variables, tap, []):
-            logits = contract.as_outputs(apply(variables, x), len(x)).logits
-        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
-        return jnp.sum(losses.cross_entropy(logits, targets))
+            return objective(contract.as_outputs(apply(variables, x), len(x)).logits)
 
     shapes: dict[tuple[str, ...], Any] = {}
 
@@ -153,6 +155,16 @@ def map_layers(
         function(layer, own, all_inputs[path], cotangents[path])
         for path, (layer, own) in layers.items()
     ]
+
+
+def total_loss(labels: Any) -> Callable[[Array], Array]:
+    """Returns the function of logits to the loss, summed; at pseudo-labels if labels are None."""
+
+    def loss(logits: Array) -> Array:
+        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
+        return jnp.sum(losses.cross_entropy(logits, targets))
+
+    return loss
 
 
 _Jitted = type(jax.jit(lambda: None))

@@ -1,11 +1,13 @@
 """Sketches: short vectors whose inner products are g_u·g_v of any two examples, up to an error."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dynamical_jax.errors import UserError
@@ -31,6 +33,7 @@ def sketch(
     engine: str = "factored",
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "n {size}"]:
     """Returns a vector s_u of each example, such that s_u·s_v is g_u·g_v in expectation, in NumPy.
 
@@ -53,6 +56,7 @@ def sketch(
       chunk_size: examples of a block; changes memory and speed, not the result. By default as many,
         up to 256, as fit.
       on_progress: called with (done, n) after each block.
+      mesh: devices that take a part of the examples each, as of `norms_and_products`.
 
     Raises:
       UserError: if the engine is unknown, a label is no class of the model, or the size is below 1.
@@ -63,26 +67,23 @@ def sketch(
         raise UserError(f"the size of a sketch must be at least 1, got {size}")
     if len(x) == 0:
         return np.zeros((0, size), np.float32)
-    options = {"chunk_size": chunk_size, "on_progress": on_progress}
+    options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
     key, examples = jax.random.key(seed), Examples(x, labels)
     (sketches,) = scoring.score_blocks(
-        apply, _engines(size), engine, variables, examples, key, **options
+        apply, engines(size), engine, variables, examples, key, **options
     )
     return sketches
 
 
 @functools.cache  # Programs are compiled for each function: those of one size are shared.
-def _engines(size: int) -> dict[str, Callable[..., tuple[Array]]]:
+def engines(size: int) -> dict[str, Callable[..., tuple[Array]]]:
     """Returns name → function of (apply, variables, x, labels, key) to sketches of this size."""
 
     def factored_sketches(
         apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
     ) -> tuple[Array]:
-        number = iter(range(2**31))
-        of_layer = lambda *call: sketching.of_layer(
-            jax.random.fold_in(key, next(number)), size, *call
-        )
-        return (sum(factored.map_layers(of_layer, apply, variables, x, labels)),)
+        objective = factored.total_loss(labels)
+        return (of_objective(apply, variables, x, objective, key, size),)
 
     def formed_sketches(
         apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
@@ -90,3 +91,26 @@ def _engines(size: int) -> dict[str, Callable[..., tuple[Array]]]:
         return (sketching.of_forms(key, size, per_example.forms(apply, variables, x, labels)),)
 
     return {"factored": factored_sketches, "vmap": formed_sketches}
+
+
+def of_objective(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    objective: Callable[[Array], Array],
+    key: Array,
+    size: int,
+) -> Array:
+    """Returns sketches `[n, size]` of the gradients of a function of the logits.
+
+    Args:
+      apply: as of `factored.map_layers`, like the next three.
+      variables: likewise.
+      x: likewise.
+      objective: likewise.
+      key: of the random signs.
+      size: how many numbers.
+    """
+    layers = itertools.count()
+    of_layer = lambda *call: sketching.of_layer(jax.random.fold_in(key, next(layers)), size, *call)
+    return sum(factored.map_layers(of_layer, apply, variables, x, objective))

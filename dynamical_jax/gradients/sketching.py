@@ -34,7 +34,7 @@ def of_layer(
     kernel = pairs.kernel_of(layer, variables, inputs, cotangent)
     sketch = of_kernel(key, size, kernel)
     if "bias" in variables["params"]:
-        sketch += fold(key_rest, size, kernel.bias_gradient)
+        sketch += fold_formed(key_rest, size, kernel.bias_gradient)
     return sketch
 
 
@@ -42,28 +42,39 @@ def of_forms(key: Array, size: int, forms: list[pairs.Form]) -> Array:
     """Returns the sketches `[n, size]` of gradients that are formed, or rows of a table."""
     keys = jax.random.split(key, len(forms))
     return sum(
-        of_rows(key, size, form) if isinstance(form, pairs.Rows) else fold(key, size, form.gradient)
+        of_rows(key, size, form)
+        if isinstance(form, pairs.Rows)
+        else fold_formed(key, size, form.gradient)
         for key, form in zip(keys, forms, strict=True)
     )
 
 
 def of_kernel(key: Array, size: int, kernel: pairs.Kernel) -> Array:
     """Returns the sketches `[n, size]` of the gradients of a kernel."""
+    cheaper = fold if folds(kernel.positions, kernel.depth, kernel.features, size) else project
+    return cheaper(key, size, kernel)
+
+
+def fold(key: Array, size: int, kernel: pairs.Kernel) -> Array:
+    """Returns `of_kernel` by forming aᵀe of a few examples at a time."""
     key_a, key_e, key_shift = jax.random.split(key, 3)
-    dtype, groups = kernel.e.dtype, kernel.groups
-    if folds(kernel.positions, kernel.depth, kernel.features, size):
-        sign_a = signs(key_a, (groups, kernel.depth), dtype)
-        sign_e = signs(key_e, (groups, kernel.features), dtype)
-        # Elements of one output are far apart in the sketch if p and k have no common divisor.
-        spare = next(more for more in range(size) if math.gcd(kernel.features + more, size) == 1)
+    sign_a = signs(key_a, (kernel.groups, kernel.depth), kernel.e.dtype)
+    sign_e = signs(key_e, (kernel.groups, kernel.features), kernel.e.dtype)
+    # Elements of one output are far apart in the sketch if p and k have no common divisor.
+    spare = next(more for more in range(size) if math.gcd(kernel.features + more, size) == 1)
 
-        def folded(a: Array, e: Array) -> Array:
-            e = jnp.pad(e * sign_e[None], ((0, 0), (0, 0), (0, spare)))
-            gradient = jnp.einsum("tgd,tgp->gdp", a * sign_a[None], e).reshape(-1)
-            return _add_up(gradient, size)
+    def folded(a: Array, e: Array) -> Array:
+        e = jnp.pad(e * sign_e[None], ((0, 0), (0, 0), (0, spare)))
+        gradient = jnp.einsum("tgd,tgp->gdp", a * sign_a[None], e).reshape(-1)
+        return _add_up(gradient, size)
 
-        return _shift(key_shift, kernel.for_each(folded))
+    return _shift(key_shift, kernel.for_each(folded))
 
+
+def project(key: Array, size: int, kernel: pairs.Kernel) -> Array:
+    """Returns `of_kernel` by projecting a and e."""
+    key_a, key_e = jax.random.split(key)
+    groups, dtype = kernel.groups, kernel.e.dtype
     project_a = signs(key_a, (groups, kernel.depth, size), dtype) / math.sqrt(size)
     project_e = signs(key_e, (groups, kernel.features, size), dtype)
 
@@ -93,8 +104,8 @@ def of_rows(key: Array, size: int, form: pairs.Rows) -> Array:
     return jnp.sum(_signs_of(words, size, form.e.dtype) * (form.e @ project_e), axis=1)
 
 
-def fold(key: Array, size: int, gradient: Array) -> Array:
-    """Returns the sketches `[n, size]` of gradients `[n, number of parameters]`, folded."""
+def fold_formed(key: Array, size: int, gradient: Array) -> Array:
+    """Returns the sketches `[n, size]` of gradients `[n, number of parameters]`."""
     key_sign, key_shift = jax.random.split(key)
     signed = gradient * signs(key_sign, gradient.shape[1:], gradient.dtype)[None]
     return _shift(key_shift, jax.vmap(lambda one: _add_up(one, size))(signed))

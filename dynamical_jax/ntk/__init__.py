@@ -2,6 +2,7 @@
 
 - `empirical_ntk`: Θ or 𝒦 of thousands of examples; `combined_gradients`: Tr(Wᵀ Θ W) without Θ. Both
   need JAX alone;
+- `from_sketch`: Θ of larger sets, up to an error;
 - `reference_ntk`, `infinite_width_ntk`, `kernel_regression`: by neural-tangents, which the extra
   `theory` installs and `neural_tangents()` makes work on current JAX.
 """
@@ -15,3 +16,4 @@ from dynamical_jax.ntk.empirical import empirical_ntk as empirical_ntk
 from dynamical_jax.ntk.reference import infinite_width_ntk as infinite_width_ntk
 from dynamical_jax.ntk.reference import kernel_regression as kernel_regression
 from dynamical_jax.ntk.reference import reference_ntk as reference_ntk
+from dynamical_jax.ntk.sketched import from_sketch as from_sketch

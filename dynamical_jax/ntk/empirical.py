@@ -13,6 +13,8 @@ values by no more than the rounding error, and so λ_min by far less than λ_max
 
 import functools
 import math
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dynamical_jax import contract, resources
+from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import map_blocks
 from dynamical_jax.types import (
     AnyArray,
@@ -33,6 +36,8 @@ from dynamical_jax.types import (
 )
 
 CHUNK_SIZE = 32
+BLOCK_BYTES = 2**26
+"""Rows of the kernel that are made at a time."""
 
 
 def empirical_ntk(
@@ -42,11 +47,15 @@ def empirical_ntk(
     x2: Any = None,
     *,
     trace: bool = True,
+    file: str | os.PathLike[str] | None = None,
     memory_bytes: int | None = None,
     chunk_size: int = CHUNK_SIZE,
     on_progress: OnProgress = ignore_progress,
 ) -> Float[np.ndarray, "..."]:
     """Returns the empirical NTK between two sets of examples, in float64.
+
+    With a file the kernel is a memory map of it, and may be larger than memory. It has its name
+    only once it is whole; what an interrupted call leaves ends in .partial, and is not continued.
 
     Args:
       apply: the model, `apply(variables, x)`, in evaluation mode.
@@ -54,13 +63,14 @@ def empirical_ntk(
       x1: `[n, ...]` inputs.
       x2: `[m, ...]` inputs; by default x1.
       trace: whether to return Θ `[n, m]`, else 𝒦 `[n, m, K, K]`.
+      file: an .npy file for the kernel, which is replaced; None keeps the kernel in memory.
       memory_bytes: for the part of the Jacobian that is held at a time; by default half of the free
         memory.
       chunk_size: examples whose Jacobians are computed together; changes no result.
       on_progress: called with (done, total), counted in examples × parts.
 
     Raises:
-      UserError: if the result, or the Jacobian in one parameter, needs more memory than there is.
+      UserError: if the result needs more memory, or space on disk, than there is.
     """
     k = contract.output_shapes(apply, variables, x1).logits.shape[1]
     sides = [x1] if x2 is None else [x1, x2]
@@ -68,14 +78,11 @@ def empirical_ntk(
     leaves = jax.tree.leaves(variables["params"])
     size = np.dtype(jnp.result_type(*leaves)).itemsize
     shape = (len(x1), len(sides[-1])) + (() if trace else (k, k))
-    needed, numbers = 2 * math.prod(shape) * 8, " × ".join(map(str, shape))
-    resources.check_memory(needed, f"a kernel of {numbers} numbers", "take fewer examples")
-    free = resources.free_memory()
-    limit = free // 2 if memory_bytes is None else memory_bytes
+    kernel = _make_kernel(shape, file)
+    limit = resources.free_memory() // 2 if memory_bytes is None else memory_bytes
     # Each part is held together with its copy in float64.
     parts = _parts(leaves, max(1, limit // (rows * (size + 8))))
     done, total = 0, len(parts) * sum(map(len, sides))
-    kernel = np.zeros(shape)
     for indices, start, stop in parts:
         jacobians = []
         for x in sides:
@@ -85,9 +92,38 @@ def empirical_ntk(
             )
             done += len(x)
         with jax.enable_x64(True):
-            kernel = _add_product(kernel, jacobians[0], jacobians[-1], trace)
-        del jacobians
-    return np.asarray(kernel)
+            right = jacobians[-1].astype(jnp.float64)
+            for start in range(0, len(kernel), size := max(1, BLOCK_BYTES // kernel[:1].nbytes)):
+                left = jacobians[0][start : start + size]
+                kernel[start : start + size] += np.asarray(_product(left, right, trace))
+        del jacobians, left, right
+    return kernel if file is None else _finish(kernel, file)
+
+
+def _make_kernel(shape: tuple[int, ...], file: str | os.PathLike[str] | None) -> np.ndarray:
+    """Returns a kernel of zeros, in memory or in a file, if there is room for it."""
+    what, needed = f"a kernel of {' × '.join(map(str, shape))} numbers", math.prod(shape) * 8
+    if file is None:
+        # A block of it is made beside it.
+        needed += min(needed, BLOCK_BYTES)
+        resources.check_memory(needed, what, "take fewer examples, or give a file")
+        return np.zeros(shape)
+    path = _partial(file)
+    resources.check_disk(path, needed, what, "take fewer examples")
+    try:
+        return np.lib.format.open_memmap(path, "w+", np.float64, shape)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def _finish(kernel: np.ndarray, file: str | os.PathLike[str]) -> np.ndarray:
+    kernel.flush()
+    os.replace(_partial(file), file)
+    return np.load(file, mmap_mode="r")
+
+
+def _partial(file: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(f"{os.fspath(file)}.partial").absolute()
 
 
 def combined_gradients(
@@ -206,12 +242,12 @@ def _write(buffer: Array, rows: Array, positions: Array) -> Array:
     return buffer.at[positions].set(rows)
 
 
-@functools.partial(jax.jit, static_argnames="trace", donate_argnums=0)
-def _add_product(kernel: Array, left: Array, right: Array, trace: bool) -> Array:
-    left, right = left.astype(jnp.float64), right.astype(jnp.float64)
+@functools.partial(jax.jit, static_argnames="trace")
+def _product(left: Array, right: Array, trace: bool) -> Array:
+    left = left.astype(jnp.float64)
     if trace:
-        return kernel + jnp.einsum("nkp,mkp->nm", left, right) / left.shape[1]
-    return kernel + jnp.einsum("nkp,mlp->nmkl", left, right)
+        return jnp.einsum("nkp,mkp->nm", left, right) / left.shape[1]
+    return jnp.einsum("nkp,mlp->nmkl", left, right)
 
 
 @jax.jit

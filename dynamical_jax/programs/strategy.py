@@ -19,6 +19,11 @@ NUM_CANDIDATES = flags.DEFINE_integer(
     "dynamical_joint, dynamical_diverse: choose among so many of largest Δ; by default ten for "
     "each label of a query.",
 )
+SKETCH_SIZE = flags.DEFINE_integer(
+    "sketch_size",
+    None,
+    "dynamical_diverse: draw from the whole pool, by sketches of so many numbers (512 is plenty).",
+)
 BLOCK_SIZE = flags.DEFINE_integer(
     "block_size", 100, "dynamical_repelled: how many are chosen between looks at each other."
 )
@@ -38,6 +43,7 @@ OPTIONS = (
     GAMMA,
     BETA,
     NUM_CANDIDATES,
+    SKETCH_SIZE,
     BLOCK_SIZE,
     RADIUS,
     TEMPERATURE,

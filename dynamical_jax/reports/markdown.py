@@ -314,6 +314,16 @@ FACTS = {
         "agree, above where they cancel out:",
         _format_mean_and_range,
     ),
+    "query_mean_cosine": (
+        "Mean cosine of two gradients of a query, mean (least to greatest) over seeds: 1 where all "
+        "are alike:",
+        _format_mean_and_range,
+    ),
+    "query_near_copies": (
+        "Share of a query whose gradient has a cosine of at least 0.9 with one before it, mean "
+        "(least to greatest) over seeds:",
+        _format_mean_and_range,
+    ),
 }
 
 

@@ -56,6 +56,8 @@ class Form(msgspec.Struct):
     query_score_max: files.Number | None = None
     query_inner_product_share: files.Number | None = None
     query_approximation_ratio: files.Number | None = None
+    query_mean_cosine: files.Number | None = None
+    query_near_copies: files.Share | None = None
     flags: dict[str, Any] = {}
     seconds: dict[str, files.Number] = {}
     versions: dict[str, str | None] = {}

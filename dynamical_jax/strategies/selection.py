@@ -120,6 +120,7 @@ def k_means_plus_plus(
     left: Float[AnyArray, "n k"],
     right: Float[AnyArray, "n d"],
     batch_size: int,
+    weights: Float[AnyArray, "n"] | None = None,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
     """Returns a k-means++ seeding of the points left_i ⊗ right_i, and the distance of each.
 
@@ -128,13 +129,17 @@ def k_means_plus_plus(
     the rest if every D² is 0. The products are never formed: memory is O(n (k + d)). The distance
     of a point is to the nearest chosen before; that of the first is its norm.
 
+    With weights, at least 0, the first is the point of largest weight, and the probability of each
+    next one is proportional to its weight times D².
+
     Guaranteed: no position twice.
 
     Raises:
       ValueError: if `batch_size` exceeds the number of points.
     """
     _check_batch_size(batch_size, len(left))
-    return _k_means_plus_plus(key, jnp.asarray(left), jnp.asarray(right), batch_size)
+    weights = None if weights is None else jnp.asarray(weights)
+    return _k_means_plus_plus(key, jnp.asarray(left), jnp.asarray(right), weights, batch_size)
 
 
 def weighted_k_means_plus_plus(
@@ -481,7 +486,7 @@ def _greedy(gains: Array, pairs: Array, batch_size: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def _k_means_plus_plus(
-    key: Array, left: Array, right: Array, batch_size: int
+    key: Array, left: Array, right: Array, weights: Array | None, batch_size: int
 ) -> tuple[Array, Array]:
     # ⟨a⊗h, b⊗g⟩ = ⟨a, b⟩ ⟨h, g⟩.
     norms = jnp.sum(left**2, axis=-1) * jnp.sum(right**2, axis=-1)
@@ -490,7 +495,9 @@ def _k_means_plus_plus(
         product = _product(left, left[chosen]) * _product(right, right[chosen])
         return _squared_distances_from_products(norms, norms[chosen], product)
 
-    return _seeding(key, norms, norms, jnp.ones_like(norms), to_chosen, batch_size)
+    first = norms if weights is None else weights
+    weights = jnp.ones_like(norms) if weights is None else weights
+    return _seeding(key, first, norms, weights, to_chosen, batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")

@@ -73,6 +73,68 @@ def test_parts_and_chunks_change_nothing(options):
     assert sorted(seen) == seen
 
 
+@pytest.mark.parametrize("trace", [True, False])
+def test_on_disk_and_in_memory_are_equal(trace, tmp_path, monkeypatch):
+    model, variables, x = network()
+    file = tmp_path / "kernel.npy"
+    in_memory = ntk.empirical_ntk(model.apply, variables, x, x[:3], trace=trace)
+    on_disk = ntk.empirical_ntk(model.apply, variables, x, x[:3], trace=trace, file=file)
+    np.testing.assert_array_equal(on_disk, in_memory)
+    assert isinstance(on_disk, np.memmap)
+    # Two rows of the kernel at a time, and several parts of the parameters.
+    monkeypatch.setattr(empirical, "BLOCK_BYTES", 2 * in_memory[:1].nbytes)
+    blocks = ntk.empirical_ntk(
+        model.apply, variables, x, x[:3], trace=trace, file=file, memory_bytes=30_000
+    )
+    np.testing.assert_allclose(blocks, in_memory, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(np.load(file), blocks)
+    assert [path.name for path in tmp_path.iterdir()] == ["kernel.npy"]
+
+
+def test_an_interrupted_kernel_does_not_take_the_name_of_a_whole_one(tmp_path):
+    model, variables, x = network()
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ntk.empirical_ntk(
+            model.apply, variables, x, file=tmp_path / "kernel.npy", on_progress=interrupt
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["kernel.npy.partial"]
+
+
+def test_a_disk_that_is_too_small_is_seen_first(tmp_path, monkeypatch):
+    model, variables, x = network()
+    disk = empirical.resources.shutil
+    usage = disk.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(disk, "disk_usage", lambda path: usage)
+    options = {"file": tmp_path / "kernel.npy"}
+    with pytest.raises(dj.UserError, match="7 × 7 numbers needs 1 KiB on the disk of"):
+        ntk.empirical_ntk(model.apply, variables, x, **options)
+    monkeypatch.undo()
+    with pytest.raises(dj.UserError, match=r"cannot write to .*kernel\.npy\.partial: No such file"):
+        ntk.empirical_ntk(model.apply, variables, x, file=tmp_path / "nowhere" / "kernel.npy")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["factored", "vmap"])
+def test_from_sketch(engine):
+    model, variables, x = network()
+    theta = ntk.empirical_ntk(model.apply, variables, x)
+    size = np.sqrt(np.outer(np.diag(theta), np.diag(theta)))
+    sketched = functools.partial(
+        ntk.from_sketch, model.apply, variables, size=256, engine=engine, chunk_size=8
+    )
+    errors = np.stack([(sketched(x, seed=seed) - theta) / size for seed in range(24)])
+    assert np.sqrt(np.mean(errors**2)) < 1.5 / np.sqrt(256)
+    # Over seeds they cancel out: the mean of 24 of them is within five standard errors.
+    assert np.max(np.abs(errors.mean(axis=0))) < 5 * np.sqrt(2 / 256 / 24)
+    np.testing.assert_allclose(sketched(x, x[:3]), sketched(x)[:, :3], rtol=1e-4, atol=1e-6)
+    with pytest.raises(dj.UserError, match="must be at least 1, got 0"):
+        ntk.from_sketch(model.apply, variables, x, size=0)
+
+
 @pytest.mark.parametrize("chunk_size", [3, 7, 32])
 def test_combined_gradients_give_the_quadratic_form(chunk_size):
     model, variables, x = network()

@@ -111,6 +111,17 @@ class TestDiverse:
         expected = 600 * odds[possible] / odds.sum()
         assert scipy.stats.chisquare(counts[possible], expected).pvalue > 1e-3
 
+    def test_a_large_sketch_of_the_pool_draws_as_the_exact_products_do(self, view):
+        strategy = strategies.DynamicalDiverse(sketch_size=2**14)
+        change = np.maximum(strategy.score(KEY, view, None).change, 0)
+        g, _, _ = flat_gradients(view)
+        for key in jax.random.split(KEY, 3):
+            key_draw, _ = jax.random.split(jax.random.split(key)[1])
+            expected = selection.weighted_k_means_plus_plus(key_draw, g @ g.T, change, 6)
+            query = strategy.query(key, view, 6)
+            np.testing.assert_array_equal(query.positions, expected)
+            np.testing.assert_allclose(query.scores, change[query.positions], rtol=1e-9)
+
     def test_distances_are_to_the_nearest(self):
         # Of three places the copies come last: 0 and 1 at one, 2 and 3 at another.
         points = np.array([[3.0, 0], [3, 0], [0, 2], [0, 2], [-1, -1]])
@@ -160,6 +171,8 @@ class TestRepelled:
         ("dynamical_joint", {"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ("dynamical_joint", {"gamma": math.inf}, "gamma must be finite"),
         ("dynamical_diverse", {"gamma": -1.0}, "gamma must be at least 0"),
+        ("dynamical_diverse", {"sketch_size": 0}, "sketch_size must be at least 1, got 0"),
+        ("dynamical_diverse", {"sketch_size": 9, "num_candidates": 9}, "give no num_candidates"),
         ("dynamical_repelled", {"block_size": 0}, "block_size must be at least 1, got 0"),
     ],
 )

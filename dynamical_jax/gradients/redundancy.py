@@ -1,0 +1,30 @@
+"""How alike the gradients of a query are."""
+
+from typing import Any, NamedTuple
+
+from dynamical_jax import dynamics
+from dynamical_jax.gradients.sketch import sketch
+from dynamical_jax.types import ApplyFn, Variables
+
+
+class Redundancy(NamedTuple):
+    """How alike the gradients of a query are: `dynamics.mean_cosine` and `.near_copies`."""
+
+    mean_cosine: float
+    near_copies: float
+
+
+def redundancy(apply: ApplyFn, variables: Variables, x: Any, labels: Any = None) -> Redundancy:
+    """Returns how alike the gradients of a query are, from sketches of 512 numbers.
+
+    Cosines of sketches err by 0.04 at most, and not at all for copies.
+
+    Args:
+      apply: the model, `apply(variables, x)`.
+      variables: its variables.
+      x: `[b, ...]` inputs of the query, at least two, in its order.
+      labels: `[b]`; pseudo-labels if None.
+    """
+    sketches = sketch(apply, variables, x, labels)
+    products = sketches @ sketches.T
+    return Redundancy(float(dynamics.mean_cosine(products)), float(dynamics.near_copies(products)))
