@@ -17,6 +17,11 @@ def label() -> None:
     _start("label")
 
 
+def predict() -> None:
+    """Runs dynamical-predict."""
+    _start("predict")
+
+
 def select() -> None:
     """Runs dynamical-select."""
     _start("select")

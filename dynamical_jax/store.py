@@ -95,19 +95,23 @@ class Store:
         for old in self._manifests()[NUM_KEPT:]:
             _remove(old.with_suffix(""))
 
-    def restore(self, form: Any, make: Callable[[Any, list[np.ndarray]], T]) -> T | None:
+    def restore(
+        self, form: Any, make: Callable[[Any, list[np.ndarray]], T], tidy: bool = True
+    ) -> T | None:
         """Restores the newest checkpoint that can be used; returns the result of `make`, or None.
 
         Args:
           form: type of the descriptions, as in `files.parse`.
           make: called with the description and the leaves of the tree, in its order; raises
             `ValueError` if it cannot use them.
+          tidy: removes what was not finished, and sets aside what is damaged; not to be done while
+            another process may be writing.
         """
         if not self._directory.exists():
             return None
         import orbax.checkpoint as ocp
 
-        for left in self._directory.iterdir():
+        for left in self._directory.iterdir() if tidy else ():
             unfinished = left.is_dir() and not left.with_suffix(".json").exists()
             if unfinished and left.name != DAMAGED_FOLDER:
                 self._say(f"checkpoint {left} was not finished: removed")
@@ -125,7 +129,8 @@ class Store:
                     raise ValueError("it holds numbers that are not finite")
                 return make(description, leaves)
             except (ValueError, OSError) as error:
-                self._set_aside(arrays, (str(error).splitlines() or [type(error).__name__])[0])
+                if tidy:
+                    self._set_aside(arrays, (str(error).splitlines() or [type(error).__name__])[0])
         return None
 
     def remove(self) -> None:

@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import filelock
@@ -30,6 +30,7 @@ from dynamical_jax.errors import UserError
 
 COLUMNS = ("path", "label")
 PROPOSAL_COLUMNS = (*COLUMNS, "predicted", "confidence", "score", "rank")
+PREDICTED = ("predicted", "confidence")
 BYTES = "bytes:"
 FORMULA = re.compile(r"'*[=+\-@]")
 """What a spreadsheet would run, or what `_cell` made of that."""
@@ -177,6 +178,34 @@ def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None
         numbers = ("" if x is None else f"{x:.6g}" for x in (image.confidence, image.score))
         writer.writerow([_path_cell(image.path), "", _cell(image.predicted), *numbers, rank])
     return _mark(like) + table.getvalue()
+
+
+def prediction_text(predictions: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> str:
+    """Returns a table of predictions: columns path, predicted, confidence, predicted_2 and so on.
+
+    Args:
+      predictions: (path, class names, probabilities) of each image, the most probable class first.
+    """
+    rows = list(predictions)
+    count = max((len(names) for _, names, _ in rows), default=1)
+    header = ["path"]
+    for rank in range(1, max(count, 1) + 1):
+        header += [f"{name}_{rank}" if rank > 1 else name for name in PREDICTED]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(header)
+    for path, names, probabilities in rows:
+        cells = [_path_cell(path)]
+        for name, probability in zip(names, probabilities, strict=True):
+            cells += [_cell(name), f"{probability:.6g}"]
+        writer.writerow(cells + [""] * (len(header) - len(cells)))
+    return table.getvalue()
+
+
+def may_hold_predictions(path: pathlib.Path) -> bool:
+    """Returns whether there is no file, or one that holds a `prediction_text`."""
+    header = _header(path)
+    return not header or header[:3] == ["path", *PREDICTED]
 
 
 def read_proposal(path: pathlib.Path, folder: str) -> list[Proposed]:

@@ -41,7 +41,13 @@ NEAR_COPIES = flags.DEFINE_integer(
 binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
-STRATEGY = flags.DEFINE_string("strategy", "dynamical", f"One of {', '.join(STRATEGY_NAMES)}.")
+AUTOMATIC, LATER = "auto", "dynamical_sampled"
+STRATEGY = flags.DEFINE_string(
+    "strategy",
+    "dynamical",
+    f"One of {', '.join(STRATEGY_NAMES)}; or {AUTOMATIC}: random while labels are few, then "
+    f"{LATER}.",
+)
 OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace tables even where another program wrote them."
 )
@@ -111,8 +117,11 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     if FEATURES.value is not None and weights is not None:
         raise UserError("--features are learned from, or what --weights make of images: give one")
     attributes = options.set_model_defaults("vectors" if vectors else "images")
-    (chosen,) = strategy.make([STRATEGY.value]).values()
-    if STRATEGY.value not in STRATEGY_NAMES:
+    is_automatic = STRATEGY.value == AUTOMATIC
+    (chosen,) = strategy.make([LATER if is_automatic else STRATEGY.value]).values()
+    if is_automatic:
+        chosen = labeling.automatic.Automatic(chosen, LATER)
+    elif STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
             f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"

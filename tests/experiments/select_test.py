@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dynamical_jax as dj
-from experiments import select
+from experiments import predict, select
 
 NAMES = ("zero", "one", "two")
 
@@ -447,3 +447,34 @@ def test_no_class_but_those_that_are_named(run, pictures, tmp_path):
     assert not (tmp_path / "to_label.csv").exists()
     _, output, _ = run(batch_size=1)
     assert "'seven' (1 labels) and 'sevne' (1) are nearly the same" in output
+
+
+def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictures, tmp_path):
+    folder, truth = pictures
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(truth.items())[10:50]))
+    _, output, _ = run(predictions="rest.csv", max_epochs=20, strategy="auto")
+    assert "strategy: dynamical_sampled, because there are 40 labels of 3 classes" in output
+    expected = {row["path"]: row for row in rows_of(tmp_path / "rest.csv")}
+    flags_of = {"checkpoint": "to_label.checkpoint", "table": "predicted.csv", "top": 2}
+    status, output, errors = run_binary(predict, str(folder), **flags_of)
+    assert (status, errors) == (None, "2 images cannot be read: broken.png, empty.jpg\n")
+    assert output == "predicted.csv: predictions for 61 images\n"
+    rows = {row["path"]: row for row in rows_of(tmp_path / "predicted.csv")}
+    assert len(rows) == 63
+    for path, row in expected.items():
+        assert rows[path]["predicted"] == row["predicted"]
+        assert float(rows[path]["confidence"]) == pytest.approx(float(row["confidence"]), rel=1e-4)
+        assert rows[path]["predicted_2"] in {*NAMES} - {row["predicted"]}
+    assert rows["broken.png"]["predicted"] == ""
+    model = dj.labeling.load("to_label.checkpoint")
+    (image,) = model.predict([str(folder / "0/0.png")], top=9)
+    assert len(image.class_names) == 3
+    assert sum(image.probabilities) == pytest.approx(1, abs=1e-5)
+    table = (tmp_path / "labels.csv").read_bytes()
+    status, _, errors = run_binary(predict, str(folder), **{**flags_of, "table": "labels.csv"})
+    assert (status, (tmp_path / "labels.csv").read_bytes()) == (1, table)
+    assert "labels.csv is there, and was not written by this program" in errors
+    status, _, errors = run_binary(predict, str(folder), **{**flags_of, "checkpoint": "nothing"})
+    assert (status, errors) == (
+        1, "error: there is no model in nothing; dynamical-select makes one\n"
+    )  # fmt: skip
