@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,22 @@ from dynamical_jax.types import Examples, OnProgress, Rows, ignore_progress
 
 LARGEST_SHEET = 100
 """Images of a contact sheet."""
+
+SIDE = 220
+"""Of a picture in it, in pixels."""
+
+OTHER_SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+)
+"""Fonts for names that matplotlib's own cannot write, where one is installed."""
 
 
 def draw(folder: Folder, batch_size: int, seed: int) -> list[tables.Proposed]:
@@ -96,11 +113,8 @@ def write(
       like: as in `write_proposal`.
     """
     shown = proposed[:LARGEST_SHEET]
-    captions = [
-        f"{rank}. {image.predicted}{f' {image.confidence:.0%}' if image.predicted else ''}\n"
-        f"{pathlib.PurePath(image.path).name[-22:]}"
-        for rank, image in enumerate(shown, start=1)
-    ]
+    # Not the model's prediction, which biases people; the table has it.
+    captions = [f"{rank}.\n{image.path[-30:]}" for rank, image in enumerate(shown, start=1)]
     thumbnails = [_thumbnail(pathlib.Path(folder) / image.path) for image in shown]
     sheet = output.with_suffix(".png")
     contact_sheet(thumbnails, captions, sheet)
@@ -111,7 +125,7 @@ def write(
 def _thumbnail(path: pathlib.Path) -> np.ndarray:
     """The image of a file, or white: it may be gone since it was decoded."""
     try:
-        return images.thumbnail(path)
+        return images.thumbnail(path, SIDE)
     except Exception:  # See `images.read`.
         return np.full((1, 1, 3), 255, np.uint8)
 
@@ -126,18 +140,22 @@ def contact_sheet(
       captions: of each, one line or two.
       path: of the picture.
     """
-    from matplotlib.figure import Figure  # here, because drawing comes last and it takes a while
+    from matplotlib import font_manager  # here, because drawing comes last and it takes a while
+    from matplotlib.figure import Figure
 
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
     columns = min(10, len(thumbnails))
     rows = -(-len(thumbnails) // columns)
-    picture = Figure(figsize=(1.3 * columns, 1.6 * rows), layout="constrained")
+    picture = Figure(figsize=(2.0 * columns, 2.3 * rows), layout="constrained")
     grid = picture.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, caption in zip(grid.flat, thumbnails, captions, strict=False):
         axes.imshow(image)
-        axes.set_title(caption, fontsize=7, parse_math=False)
-    with files.replacing(path) as partial:
+        axes.set_title(caption, fontsize=8, parse_math=False, fontfamily=fonts)
+    with files.replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # Boxes, where there is no font.
         picture.savefig(partial, dpi=110, format="png")
 
 

@@ -97,7 +97,9 @@ def run(argv: list[str]) -> list[str]:
             query = [image.path for image in proposed]
             line = person.record(sys.modules[__name__], IMAGES.value, folder, facts, query)
             files.append(output.with_suffix(".jsonl"), line)
-            print(f"{output}: {len(proposed)} images to label next\n{sheet}")
+            print(f"{output}: {len(proposed)} images to label next")
+            shown = min(len(proposed), labeling.proposal.LARGEST_SHEET)
+            print(f"{sheet}: {'all' if shown == len(proposed) else f'the first {shown}'} of them")
             if LABEL_STUDIO.value:
                 write_tasks(proposed, folder.class_names)
             if PREDICTIONS.value and learner is None:
