@@ -19,6 +19,7 @@ from dynamical_jax import gradients as gradients
 from dynamical_jax import labeling as labeling
 from dynamical_jax import losses as losses
 from dynamical_jax import models as models
+from dynamical_jax import nnx_modules as nnx_modules
 from dynamical_jax import ntk as ntk
 from dynamical_jax import parallel as parallel
 from dynamical_jax import reports as reports

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, gradients, models, parallel, streams, training
+from dynamical_jax import contract, gradients, models, nnx_modules, parallel, streams, training
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.data.pool import Oracle, Pool, initial_pool
 from dynamical_jax.errors import UserError
@@ -144,8 +143,9 @@ class Experiment:
 
     Attributes:
       dataset: the pool and the test set.
-      model: a Flax Linen module called with raw inputs, `(x, train=False)` or `(x)`. It returns
-        logits `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
+      model: a Flax module called with raw inputs, `(x, train=False)` or `(x)`: of Linen, or of NNX,
+        which then starts from the weights that it has, whatever the seed. It returns logits
+        `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
       strategy: chooses the queries.
       budget: how many labels are asked for, and in how many rounds.
       training_config: how the model is fitted in each round.
@@ -163,7 +163,7 @@ class Experiment:
     """
 
     dataset: Dataset
-    model: nn.Module
+    model: Any
     strategy: Strategy
     budget: Budget
     training_config: training.TrainingConfig = training.TrainingConfig()  # noqa: RUF009
@@ -174,6 +174,7 @@ class Experiment:
     redundancy: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "model", nnx_modules.as_model(self.model))
         if not 0 <= self.seed <= streams.LARGEST_SEED:
             raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
         if self.evaluate_every < 0 or self.eval_batch_size < 1:

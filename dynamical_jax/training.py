@@ -20,7 +20,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, models, parallel, resources, streams
+from dynamical_jax import contract, losses, models, nnx_modules, parallel, resources, streams
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, Variables
@@ -186,7 +186,7 @@ def begin(variables: Variables, config: TrainingConfig) -> Progress:
 
 
 def fit(
-    model: nn.Module,
+    model: Any,
     start: Variables | Progress,
     labeled: Examples,
     config: TrainingConfig,
@@ -202,7 +202,8 @@ def fit(
     """Trains a model on the labeled set until the targets of `config` are met.
 
     Args:
-      model: a module called with `(x, train=False)` or `(x)`, as `ApplyFn` describes.
+      model: a module called with `(x, train=False)` or `(x)`, as `ApplyFn` describes, or an
+        `nnx.Module`, which itself stays as it is.
       start: variables to start from, which are not changed; or the progress of an earlier call with
         the same arguments, whose arrays are used up. Then the result is that of the earlier call,
         bit for bit.
@@ -222,6 +223,7 @@ def fit(
       DivergedError: if a loss is not finite.
       UserError: if a label is no class of the model.
     """
+    model = nnx_modules.as_model(model)
     count = len(labeled.y)
     capacity = max(capacity or count, count)
     _check_memory(start, labeled.x, capacity, min(config.batch_size, capacity))
@@ -436,7 +438,7 @@ def batch_gradient(
     rest = {name: value for name, value in variables.items() if name != "params"}
 
     def loss_of(params: Any) -> tuple[Array, Variables]:
-        with nn.intercept_methods(functools.partial(_mask_batch_norm, mask)):
+        with nnx_modules.intercept_calls(functools.partial(_mask_batch_norm, mask)):
             outputs, statistics = model.apply(
                 {"params": params, **rest},
                 batch.x,
@@ -456,10 +458,10 @@ def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: An
     """Passes the mask to every BatchNorm, so that models need not do it."""
     if contract.is_nnx(context.module) and "batch_stats" in context.module.variables:
         raise UserError(
-            "a BatchNorm of NNX would count the rows that fill up a batch of training: use "
-            "GroupNorm or LayerNorm, or nn.BatchNorm in a Linen module"
+            "a BatchNorm of NNX in nnx.bridge.to_linen would count the rows that fill up a batch "
+            "of training: pass the NNX module itself, which is told to leave them out"
         )
-    if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+    if nnx_modules.is_batch_norm(context.module) and context.method_name == "__call__":
         x = args[0] if args else kwargs["x"]
         mask = mask.reshape(-1, *[1] * (x.ndim - 1))
         own = kwargs.get("mask")

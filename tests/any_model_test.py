@@ -349,7 +349,7 @@ def test_batch_statistics_of_nnx_are_refused_in_training():
 
     model = toy.standardized(nnx.bridge.to_linen(Net))
     variables = toy.variables(model)
-    with pytest.raises(dj.UserError, match="BatchNorm of NNX would count the rows that fill up"):
+    with pytest.raises(dj.UserError, match="to_linen would count the rows that fill up"):
         training.fit(model, variables, toy.examples(5), dj.TrainingConfig(), 0)
 
 

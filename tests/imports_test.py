@@ -16,6 +16,7 @@ ROOMS = (
     {"errors"},
     {"files", "types", "streams", "resources"},
     {"contract", "convolution", "store", "parallel"},
+    {"nnx_modules"},
     # the paper's arrays
     {"losses", "dynamics"},
     # a network, and what is made of it

@@ -62,7 +62,7 @@ class ConvBatchNorm(nn.Module):
         return dj.Outputs(nn.Dense(self.num_classes)(hidden), x)
 
 
-def standardized(module: nn.Module) -> nn.Module:
+def standardized(module) -> nn.Module:
     return dj.models.Standardized(module, MEAN, STD)
 
 

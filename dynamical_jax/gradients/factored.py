@@ -3,7 +3,7 @@
 One forward and one backward pass give both for every example of a batch; no array of batch ×
 parameters is formed.
 
-How. `flax.linen.intercept_methods` puts a *tap* behind each layer that owns parameters. A tap is
+How. `nnx_modules.intercept_calls` puts a *tap* behind each layer that owns parameters. A tap is
 the identity on the layer's output, with one more input, a probe `[n, 2]` of zeros. Its backward
 pass sees the layer's input and the cotangent of its output, which is all that the layer's share of
 (‖g_u‖², g_u·v) depends on (`shares.py`), and returns that share as the cotangent of the probe. All
@@ -33,7 +33,7 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 from jax.extend import core as extend_core
 
-from dynamical_jax import contract, losses
+from dynamical_jax import contract, losses, nnx_modules
 from dynamical_jax.gradients import kinds, pairs, shares
 from dynamical_jax.gradients.kinds import Layer
 from dynamical_jax.types import ApplyFn, Array, GradientTerms, Params, Variables
@@ -260,17 +260,24 @@ def _tapped(
     outside = extend_core.get_opaque_trace_state(convention="flax")
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, path = context.module, context.module.path
-        own = _subtree(variables["params"], path)
+        module, method = context.module, context.method_name
+        if isinstance(module, nnx_modules.FromNNX):
+            return call(*args, **kwargs)  # Its layers are intercepted.
+        nnx = nnx_modules.is_nnx(module)
+        path = nnx_modules.path_of(module) if nnx else module.path
+        name = "/".join(path or ()) or type(module).__name__
+        own = {} if path is None else _subtree(variables["params"], path)
         names = _own_parameters(own)
-        name = "/".join(path) or type(module).__name__
-        if isinstance(module, nn.BatchNorm) and context.method_name == "__call__":
+        if nnx_modules.is_batch_norm(module) and method == "__call__":
             _check_running_average(module, kwargs, name)
-        if running or not names or context.method_name == "setup":
+        if (path is not None and (running or not names)) or method == "setup":
             return call(*args, **kwargs)
-        kind, why = _kind_or_reason(module, context.method_name, args, own, names)
+        if path is None:
+            raise UnsupportedError(name, "it is called inside a JAX transformation")
+        framework = OfNNX(module, own) if nnx else OfLinen(module, own)
+        kind, why = _kind_or_reason(framework, method, args, own, names)
         if model_variables is not None:
-            why = why or _foreign_variables_reason(module, model_variables)
+            why = why or framework.foreign_variables_reason(path, model_variables)
         if any(path == earlier.path for earlier in calls):
             why = "it is called more than once"
         # Under a raw `lax.scan` or `vmap` one call in Python may be many.
@@ -278,17 +285,15 @@ def _tapped(
             why = "it is called inside a JAX transformation"
         if list(linen_module._global_interceptor_stack) != [intercept]:
             why = "other method interceptors may change what it does"
+        why = why or framework.options_reason(kwargs)
         if why is not None:
             raise UnsupportedError(name, why)
 
-        # Layers of unregistered types were checked to hold no more than `variables`. Of the others
-        # only BatchNorm has more than parameters: constants, wherever `apply` takes them from.
-        collections = {**module.variables, "params": own}
         running.append(path)
         try:
-            layer = Layer(kind, _freestanding(module, kwargs, name).apply)
+            layer = Layer(kind, framework.apply())
             try:
-                outputs = layer.apply(collections, args[0])
+                outputs = layer.apply(framework.variables, args[0])
             except errors.FlaxError as error:  # It uses a module from outside.
                 raise UnsupportedError(name, "it cannot be applied by itself") from error
             leaves = jax.tree.leaves(outputs)
@@ -297,17 +302,86 @@ def _tapped(
             shapes = [jnp.shape(leaf) for leaf in (args[0], *leaves)]
             own_leaves = jax.tree.leaves([own[parameter] for parameter in names])
             calls.append(Call(path, shapes, len(own_leaves)))
-            return tap(layer, collections, path, args[0], outputs)
+            return tap(layer, framework.variables, path, args[0], outputs)
         finally:
             running.pop()
 
-    return nn.intercept_methods(intercept)
+    return nnx_modules.intercept_calls(intercept)
+
+
+class OfLinen:
+    """A layer of Linen, with its own part of the parameters."""
+
+    def __init__(self, module: nn.Module, own: Any):
+        self.module = self.layer = module
+        # Layers of unregistered types are checked to hold no more than `variables`. Of the others
+        # only BatchNorm has more than parameters: constants, wherever `apply` takes them from.
+        self.variables = {**module.variables, "params": own}
+
+    def state_reason(self) -> str | None:
+        """Returns why a layer of unknown type may be more than a function of its input."""
+        if self.module.scope.rngs or self.module.scope.mutable:
+            return "may depend on random or mutable state of the call"
+        if _reads(type(self.module), frozenset({"path", "parent"})):
+            return "may depend on its place in the model"
+        return None
+
+    def options_reason(self, options: Any) -> str | None:
+        """Returns why it may not do without the options of its call."""
+        return _options_reason(self.module, options)
+
+    def foreign_variables_reason(
+        self, path: tuple[str, ...], model_variables: Variables
+    ) -> str | None:
+        """Returns why, applied by itself, it would read other variables than in the model."""
+        del path  # As the module itself has it.
+        return _foreign_variables_reason(self.module, model_variables)
+
+    def apply(self) -> Callable[[Any, Any], Any]:
+        """Returns its function of variables and input, without the rest of the model."""
+        module = self.module
+        if isinstance(module, nn.BatchNorm):
+            module = module.clone(use_running_average=True, parent=None)
+        return module.clone(parent=None).apply
+
+
+class OfNNX:
+    """A layer of NNX, with its own part of the parameters: what `OfLinen` is for one of Linen."""
+
+    def __init__(self, module: Any, own: Any):
+        self.alone = nnx_modules.freestanding(module)
+        self.layer = self.alone.layer
+        self.variables = {"params": own, "rest": self.alone.rest}
+
+    def state_reason(self) -> str | None:
+        """Returns why a layer of unknown type may be more than a function of its input."""
+        if self.alone.variables:
+            return "may depend on random or mutable state of the call"
+        return None
+
+    def options_reason(self, options: Any) -> str | None:
+        """Returns why it may not do without the options of its call."""
+        return _options_reason(self.layer, options)
+
+    def foreign_variables_reason(
+        self, path: tuple[str, ...], model_variables: Variables
+    ) -> str | None:
+        """Returns why, applied by itself, it would read other variables than in the model."""
+        own = _leaves(_subtree(model_variables["params"], path))
+        read = _leaves(self.alone.params)
+        if own.keys() != read.keys() or any(read[name] is not own[name] for name in own):
+            return "it is applied with other variables than its own"
+        return None
+
+    def apply(self) -> Callable[[Any, Any], Any]:
+        """Returns its function of variables and input, without the rest of the model."""
+        return self.alone.apply
 
 
 def _foreign_variables_reason(module: nn.Module, model_variables: Variables) -> str | None:
     """Returns why a layer, applied by itself, would read other variables than in the model."""
     read = core.unfreeze(module.variables)
-    for collection in ("params",) if type(module) in kinds.KINDS else {*read, *model_variables}:
+    for collection in ("params",) if kinds.is_known(module) else {*read, *model_variables}:
         own = _leaves(_subtree(model_variables.get(collection, {}), module.path))
         leaves = _leaves(read.get(collection, {}))
         if further := sorted(set(leaves) - set(own)):
@@ -325,24 +399,23 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _kind_or_reason(
-    module: nn.Module, method: str, args: Any, own: Any, names: list[str]
+    framework: OfLinen | OfNNX, method: str, args: Any, own: Any, names: list[str]
 ) -> tuple[kinds.Kind | None, str | None]:
     """Returns what a layer does, or why its shares are not known to add up."""
     if method != "__call__":
         return None, f"it is used through {method}"
     if len(args) != 1 or not hasattr(args[0], "shape"):
         return None, "it is called with other than one input"
-    if type(module) in kinds.KINDS:
+    layer = framework.layer
+    if kinds.is_known(layer):
         if foreign := set(own) - {"kernel", "bias", "scale", "embedding", "value"}:
             why = f"its scope holds further parameters ({', '.join(sorted(foreign))})"
             return None, why
     elif len(names) < len(own):
-        return None, f"{type(module).__name__} owns parameters beside further layers"
-    elif module.scope.rngs or module.scope.mutable:
-        return None, f"{type(module).__name__} may depend on random or mutable state of the call"
-    elif _reads(type(module), frozenset({"path", "parent"})):
-        return None, f"{type(module).__name__} may depend on its place in the model"
-    kind = kinds.kind_of(module, args[0].shape)
+        return None, f"{type(layer).__name__} owns parameters beside further layers"
+    elif why := framework.state_reason():
+        return None, f"{type(layer).__name__} {why}"
+    kind = kinds.kind_of(layer, args[0].shape)
     return (None, kind) if isinstance(kind, str) else (kind, None)
 
 
@@ -365,22 +438,21 @@ def _reads(layer: type, names: frozenset[str]) -> bool:
     return any(names & of(code) for code in codes)
 
 
-def _check_running_average(module: nn.BatchNorm, kwargs: Any, name: str) -> None:
+def _check_running_average(module: Any, kwargs: Any, name: str) -> None:
     running = kwargs.get("use_running_average")
     if (module.use_running_average if running is None else running) is not True:
         raise UnsupportedError(name, "the statistics of the batch mix its examples")
 
 
-def _freestanding(module: nn.Module, kwargs: Any, name: str) -> nn.Module:
-    """Returns a copy of `module` without parent, with the options of the call as attributes."""
-    options = dict(kwargs)
-    if isinstance(module, nn.BatchNorm):
-        options.pop("use_running_average", None)  # Checked before.
-        module = module.clone(use_running_average=True, parent=None)
+def _options_reason(layer: Any, options: Any) -> str | None:
+    """Returns why a layer may not do without the options of its call."""
+    rest = dict(options)
+    if nnx_modules.is_batch_norm(layer):
+        rest.pop("use_running_average", None)  # Checked before.
     # None is the default of every option of registered layers; for others it may be a value.
-    if any(value is not None or type(module) not in kinds.KINDS for value in options.values()):
-        raise UnsupportedError(name, f"it is called with {', '.join(sorted(options))}")
-    return module.clone(parent=None)
+    if any(value is not None or not kinds.is_known(layer) for value in rest.values()):
+        return f"it is called with {', '.join(sorted(rest))}"
+    return None
 
 
 def _no_tap(

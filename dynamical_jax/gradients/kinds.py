@@ -4,6 +4,7 @@
 knows `Kind`s and not frameworks; layers of Linen and of NNX have the same names for their options.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ LETTERS = "bcdefghijklmnopqrstuvwxyz"
 
 def kind_of(layer: Any, shape: Sequence[int]) -> Kind | str:
     """Returns the kind of a layer for inputs of this shape, or why it has none with its options."""
-    if type(layer) not in KINDS:
+    if not is_known(layer):
         return Formed()
     if getattr(layer, "promote_dtype", PROMOTIONS[0]) not in PROMOTIONS:
         return "its promote_dtype may do anything"
@@ -111,6 +112,35 @@ def kind_of(layer: Any, shape: Sequence[int]) -> Kind | str:
     ):
         return "its dot_general may do anything"
     return KINDS[type(layer)](layer, tuple(shape))
+
+
+def is_known(layer: Any) -> bool:
+    """Whether the type of a layer is registered."""
+    _register_nnx()
+    return type(layer) in KINDS
+
+
+def _register_nnx() -> None:
+    """Registers the layers of NNX once somebody has imported it."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or nnx.Linear in KINDS:
+        return
+    PROMOTIONS.append(nnx.nn.dtypes.promote_dtype)
+    KINDS.update(
+        {
+            nnx.Linear: dense,
+            nnx.LinearGeneral: dense_general,
+            nnx.Einsum: einsum,
+            nnx.Conv: convolutional,
+            nnx.ConvTranspose: transposed_convolutional,
+            nnx.BatchNorm: batch_normalization,
+            nnx.LayerNorm: normalization,
+            nnx.RMSNorm: normalization,
+            nnx.GroupNorm: normalization,
+            nnx.InstanceNorm: normalization,
+            nnx.Embed: embedding,
+        }
+    )
 
 
 def dense(layer: Any, shape: tuple[int, ...]) -> Kind | str:
@@ -285,6 +315,7 @@ def register(
     """
     if (like is None) == (shares is None):
         raise UserError("register(layer, like=…) or register(layer, shares=…): give one of the two")
+    _register_nnx()
     if like is not None and like not in KINDS:
         registered = ", ".join(known.__name__ for known in KINDS)
         raise UserError(f"{like.__name__} is not registered itself; registered are {registered}")

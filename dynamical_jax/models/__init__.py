@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dynamical_jax import contract, resources
+from dynamical_jax import contract, nnx_modules, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.linear import Linear as Linear
@@ -28,6 +28,8 @@ from dynamical_jax.models.vit import ViTB as ViTB
 from dynamical_jax.models.vit import ViTS as ViTS
 from dynamical_jax.models.vit import ViTTi as ViTTi
 from dynamical_jax.models.weights import Weights as Weights
+from dynamical_jax.nnx_modules import from_nnx as from_nnx
+from dynamical_jax.nnx_modules import into_nnx as into_nnx
 from dynamical_jax.types import AnyArray, Array, Variables
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -68,14 +70,18 @@ class Standardized(nn.Module):
     Images stay uint8 on the host and on the way to the device; they become floats only here.
 
     Attributes:
-      model: a module of standardised images or vectors.
+      model: a Flax module of standardised images or vectors.
       mean: mean of each channel of images, of each feature of vectors, in units of the raw inputs.
       std: standard deviation of each; 0, of a constant, counts as 1.
     """
 
-    model: nn.Module
+    model: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "model", nnx_modules.as_model(self.model))
+        super().__post_init__()
 
     def __call__(self, x: Any, train: bool = False) -> Any:
         """Returns the outputs of `model` for raw images `[n, h, w, c]` or vectors `[n, d]`."""
@@ -191,15 +197,15 @@ def check_name(name: str, kind: str = "images") -> None:
         )
 
 
-def init(model: nn.Module, key: Array, x: Any) -> Variables:
+def init(model: Any, key: Array, x: Any) -> Variables:
     """Returns random initial variables of `model` for inputs shaped like `x[:1]`.
 
-    Those of a `Pretrained` are the weights of its file.
+    Those of a `Pretrained` are the weights of its file. Those of an `nnx.Module` are those that it has.
 
     Raises:
       UserError: if the model cannot take images of this size.
     """
-    x = jnp.asarray(x[:1])
+    model, x = nnx_modules.as_model(model), jnp.asarray(x[:1])
     needed = resources.tree_bytes(jax.eval_shape(functools.partial(_init, model), key, x))
     size = "×".join(map(str, x.shape[1:3]))
     resources.check_device_memory(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dynamical_jax import contract
+from dynamical_jax import contract, nnx_modules
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import dropout, selection
 from dynamical_jax.types import (
@@ -45,6 +45,21 @@ class LearnerView:
     unlabeled: Any
     on_progress: OnProgress = ignore_progress
     mesh: Mesh | None = None
+
+    @classmethod
+    def from_nnx(
+        cls, module: Any, labeled: Examples | tuple[Any, Any], unlabeled: Any, **fields: Any
+    ) -> "LearnerView":
+        """Returns the view of a trained `nnx.Module`, which is used in evaluation mode.
+
+        Args:
+          module: called with `(x)` or `(x, train=False)`. The state that it has now is used.
+          labeled: as of `LearnerView`.
+          unlabeled: likewise.
+          **fields: further fields.
+        """
+        model, variables = nnx_modules.from_nnx(module)
+        return cls(model.apply, variables, labeled, unlabeled, **fields)
 
     def __post_init__(self):
         object.__setattr__(self, "labeled", Examples(*self.labeled))
