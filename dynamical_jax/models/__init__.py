@@ -200,7 +200,7 @@ def check_name(name: str, kind: str = "images") -> None:
 def init(model: Any, key: Array, x: Any) -> Variables:
     """Returns random initial variables of `model` for inputs shaped like `x[:1]`.
 
-    Those of a `Pretrained` are the weights of its file. Those of an `nnx.Module` are those that it has.
+    Those of a `Pretrained` are the weights of its file; those of an `nnx.Module` are its own.
 
     Raises:
       UserError: if the model cannot take images of this size.
