@@ -350,7 +350,7 @@ class Report:
         path = pathlib.Path(JSON.value)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")
+            dj.files.write(path, json.dumps(self._results, indent=1) + "\n")
         except OSError as error:
             raise dj.UserError(f"cannot write to {path}: {error.strerror}") from error
 

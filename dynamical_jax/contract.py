@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import errors
 from flax import linen as nn
 
 from dynamical_jax.errors import UserError
@@ -14,6 +16,26 @@ from dynamical_jax.types import ApplyFn, Outputs, Variables
 
 ROW_TOLERANCE = 0.05
 """Of the largest logit: far above rounding in half precision, far below what a batch mean does."""
+
+REASONS: Mapping[type[Exception], str] = {
+    errors.InvalidRngError: (
+        "in evaluation mode, the model asks for random numbers: let each Dropout have "
+        "deterministic=not train"
+    ),
+    errors.ModifyScopeVariableError: (
+        "in evaluation mode, the model changes its statistics: let each BatchNorm have "
+        "use_running_average=not train"
+    ),
+    errors.ScopeParamShapeError: (
+        "the weights are of a model of inputs of another size than {shape}: resize the inputs, or "
+        "make the weights anew by dj.models.init"
+    ),
+    errors.ScopeParamNotFoundError: "the variables are of another model, and lack a parameter",
+    errors.ScopeCollectionNotFound: (
+        "the variables lack a collection, such as batch_stats: give all that model.init returns"
+    ),
+}
+"""Error of Flax → what to do about it."""
 
 # Other names of the argument that is called `train` here.
 OTHER_FLAGS = ("training", "is_training", "deterministic", "use_running_average")
@@ -48,8 +70,38 @@ def _has_rows(part: Any, size: int) -> bool:
 
 
 def output_shapes(apply: ApplyFn, variables: Variables, x: Any) -> Outputs:
-    """Returns the outputs for two rows of x as shapes; nothing is computed."""
-    return as_outputs(jax.eval_shape(apply, variables, x[np.zeros(2, int)]), 2)
+    """Returns the outputs for two rows of x as shapes; nothing is computed.
+
+    Raises:
+      UserError: if a Flax module is in training mode, or its variables do not fit it and x; or as
+        in `as_outputs`.
+    """
+    try:
+        return as_outputs(jax.eval_shape(apply, variables, x[np.zeros(2, int)]), 2)
+    except tuple(REASONS) as error:
+        raise UserError(REASONS[type(error)].format(shape=x.shape[1:])) from error
+
+
+def explain_not_finite(variables: Variables, x: Any) -> str:
+    """Returns why outputs may not be finite, for the end of a message; "" if it is not known.
+
+    `nn.Embed` gives NaN for a token beyond its table.
+
+    Args:
+      variables: of the model.
+      x: its inputs, which are in memory or fit into it.
+    """
+    named = jax.tree_util.tree_leaves_with_path(variables)
+    sizes = [len(leaf) for path, leaf in named if path[-1] == jax.tree_util.DictKey("embedding")]
+    if not sizes or not np.issubdtype(x.dtype, np.integer):
+        return ""
+    values = np.asarray(x[:])
+    if values.min() >= 0 and values.max() < min(sizes):
+        return ""
+    return (
+        f"; tokens go from {values.min()} to {values.max()}, and a table of nn.Embed has "
+        f"{min(sizes)} rows"
+    )
 
 
 def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> None:
@@ -79,6 +131,7 @@ def check_rows(apply: ApplyFn, variables: Variables, x: Any) -> None:
       variables: its variables.
       x: `[n, ...]` inputs; anything that gathers rows as `x[positions]`.
     """
+    output_shapes(apply, variables, x)
     positions = np.unique([0, len(x) // 2, len(x) - 1])
     try:
         together, alone = map(

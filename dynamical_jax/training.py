@@ -247,6 +247,7 @@ def fit(
             raise DivergedError(
                 f"training diverged: after epoch {epoch} the loss is not finite; a learning rate "
                 f"below {config.learning_rate:g} may help"
+                f"{contract.explain_not_finite(variables, labeled.x)}"
             )
         return evaluation
 

@@ -157,12 +157,12 @@ def test_forms_that_mean_the_same(name):
 @pytest.mark.parametrize(
     ("form", "given"),
     [
-        (lambda logits, x: {"logits": logits}, r"\{'logits': \(4, 4\)\}"),
-        (lambda logits, x: (logits, x, x), r"\(\(4, 4\), \(4, 3\), \(4, 3\)\)"),
-        (lambda logits, x: (logits, {}), r"\(\(4, 4\), \{\}\)"),
-        (lambda logits, x: logits[:, 0], r"\(4,\)"),
+        (lambda logits, x: {"logits": logits}, r"\{'logits': \(2, 4\)\}"),
+        (lambda logits, x: (logits, x, x), r"\(\(2, 4\), \(2, 3\), \(2, 3\)\)"),
+        (lambda logits, x: (logits, {}), r"\(\(2, 4\), \{\}\)"),
+        (lambda logits, x: logits[:, 0], r"\(2,\)"),
         (lambda logits, x: logits.mean(axis=0, keepdims=True), r"\(1, 4\)"),
-        (lambda logits, x: (logits, x[:, :, None]), r"\(\(4, 4\), \(4, 3, 1\)\)"),
+        (lambda logits, x: (logits, x[:, :, None]), r"\(\(2, 4\), \(2, 3, 1\)\)"),
         (lambda logits, x: None, "None"),
     ],
 )

@@ -37,8 +37,11 @@ UNREADABLE = ("skip", "refuse")
 QUIET = (".csv", ".json", ".jsonl", ".lock", ".partial", ".txt", ".ini", ".db")
 # Of kinds that Pillow reads only with another package: its name.
 READERS = {".heic": "pillow-heif", ".heif": "pillow-heif"}
-# What is wrong with a file, and not with the machine.
-WRONG_WITH_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
+# The system's errors where a file is not to be had now, which is not remembered, …
+NOT_NOW = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
+# … and where the machine has no more of something, so that other files would fail as well. With all
+# others, such as EINVAL for a place before the beginning, the file is broken.
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -577,9 +580,9 @@ def _decode_into(
             image = read(paths[position], shape, interpolation) if image is None else image
         except Exception as error:  # See `read`.
             number = getattr(error, "errno", None)
-            if number in WRONG_WITH_FILE:
+            if number in NOT_NOW:
                 unopened.append(position)
-            elif number:
+            elif number in NO_MORE:
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
             return _reason(paths[position], error)
         with partial.open("r+b") as file:

@@ -8,8 +8,11 @@ predicted before it learned the answer, and why the image was asked for.
 import json
 import os
 import pathlib
+import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+import msgspec
 
 from dynamical_jax import files
 from dynamical_jax.errors import UserError
@@ -83,6 +86,19 @@ class Batch(NamedTuple):
     time: float
 
 
+def _form(fields: Any) -> Any:
+    """The type by which a dictionary of the fields of a `NamedTuple` is checked."""
+    return msgspec.defstruct(fields.__name__, list(typing.get_type_hints(fields).items()))
+
+
+class _Line(msgspec.Struct):
+    """A line of the log, which has one of these."""
+
+    answer: _form(Answer) | None = None
+    batch: _form(Batch) | None = None
+    class_name: str | None = msgspec.field(name="class", default=None)
+
+
 class Log:
     """The answers and batches so far, on disk and in memory.
 
@@ -107,11 +123,11 @@ class Log:
         whole = text[: text.rfind(b"\n") + 1]
         if len(whole) < len(text):
             os.truncate(path, len(whole))
-        # Not by msgspec, which refuses names of files whose bytes are no text.
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                self._take(json.loads(line))
-            except (TypeError, ValueError) as error:
+                # Decoded by json: msgspec refuses names of files whose bytes are no text.
+                self._take(msgspec.convert(json.loads(line), _Line))
+            except (ValueError, RecursionError, msgspec.MsgspecError) as error:
                 raise UserError(f"line {number} of {path} cannot be used: {error}") from error
 
     def add(self, entries: Sequence[Answer | Batch | str]) -> None:
@@ -120,15 +136,15 @@ class Log:
         lines = (json.dumps(files.finite(value), allow_nan=False) + "\n" for value in values)
         files.add_text(self._path, "".join(lines))
         for value in values:
-            self._take(value)
+            self._take(msgspec.convert(value, _Line))
 
-    def _take(self, value: dict[str, Any]) -> None:
-        if "answer" in value:
-            self.answers.append(Answer(**value["answer"]))
-        elif "batch" in value:
-            self.batches.append(Batch(**value["batch"]))
-        elif "class" in value:
-            self.classes.append(value["class"])
+    def _take(self, line: "_Line") -> None:
+        if line.answer:
+            self.answers.append(Answer(*msgspec.structs.astuple(line.answer)))
+        if line.batch:
+            self.batches.append(Batch(*msgspec.structs.astuple(line.batch)))
+        if line.class_name is not None:
+            self.classes.append(line.class_name)
 
 
 def beside(table: pathlib.Path) -> pathlib.Path:

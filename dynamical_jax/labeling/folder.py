@@ -4,6 +4,7 @@ Images are known by their paths relative to the folder, with slashes. A model le
 pixels, or from vectors that a file holds of them.
 """
 
+import os
 import pathlib
 import types
 import warnings
@@ -125,8 +126,8 @@ def find(folder: str, leave_out: pathlib.Path) -> list[str]:
     Raises:
       UserError: if there are none.
     """
-    left_out = leave_out.resolve()
-    found = [path for path in images.find(folder) if pathlib.Path(path).resolve() != left_out]
+    left_out = os.path.realpath(leave_out)
+    found = [path for path in images.find(folder) if os.path.realpath(path) != left_out]
     if not found:
         raise UserError(f"there are no image files in {folder}")
     return [pathlib.Path(path).relative_to(folder).as_posix() for path in found]

@@ -75,7 +75,7 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
     """
     tables = [OUTPUT.value, LABELS.value, *others.values()]
     tables = [pathlib.Path(table) for table in tables if table]
-    if len({table.resolve() for table in tables}) < len(tables):
+    if len({os.path.realpath(table) for table in tables}) < len(tables):
         *first, last = (f"--{name}" for name in ("labels", "output", *others))
         raise UserError(f"{', '.join(first)} and {last} must be different files")
     if any(table.suffix != ".csv" for table in tables):

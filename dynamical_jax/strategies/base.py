@@ -63,6 +63,12 @@ class LearnerView:
 
     def __post_init__(self):
         object.__setattr__(self, "labeled", Examples(*self.labeled))
+        shapes = [np.shape(self.labeled.x)[1:], np.shape(self.unlabeled)[1:]]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"labeled inputs are of shape {shapes[0]}, unlabeled ones {shapes[1]}: they must "
+                "be alike"
+            )
         if len(self.labeled.x) != len(self.labeled.y):
             raise UserError(
                 f"the labeled set has {len(self.labeled.x)} inputs and {len(self.labeled.y)} labels"
@@ -143,8 +149,12 @@ class Strategy(abc.ABC):
         start = time.perf_counter()
         scored = jax.block_until_ready(self.score(key_score, view, state))
         middle = time.perf_counter()
-        query = self.select(key_select, scored, batch_size, state)
-        check_finite(query.scores)
+        try:
+            query = self.select(key_select, scored, batch_size, state)
+            check_finite(query.scores)
+        except NotFiniteError as error:
+            why = contract.explain_not_finite(view.variables, view.unlabeled)
+            raise NotFiniteError(f"{error}{why}") from None
         chosen = time.perf_counter()
         seconds = {"score": middle - start, "select": chosen - middle}
         if facts := self.describe(view, scored, query):
@@ -176,10 +186,14 @@ def check_model(strategy: Strategy, apply: ApplyFn, variables: Variables, x: Any
         )
 
 
+class NotFiniteError(UserError):
+    """Scores are not finite."""
+
+
 def check_finite(scores: np.ndarray) -> None:
-    """Raises `UserError` unless all scores, or distances, are finite."""
+    """Raises `NotFiniteError` unless all scores, or distances, are finite."""
     if not np.all(np.isfinite(scores)):
-        raise UserError(
+        raise NotFiniteError(
             f"{np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite; the model has "
             "diverged or an input is not finite"
         )

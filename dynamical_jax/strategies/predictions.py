@@ -36,6 +36,7 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
             lambda part: part[:count].astype(jnp.promote_types(part.dtype, jnp.float32)), outputs
         )
 
+    contract.output_shapes(view.apply, view.variables, x)
     size, devices = len(x), parallel.num_devices(view.mesh)
     variables = parallel.replicate(view.variables, view.mesh)
     block_size = bucketed(-(-size // devices), CHUNK_SIZE) * devices
@@ -47,7 +48,7 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
     if not finite.all():
         raise UserError(
             f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "
-            "diverged or an input is not finite"
+            "diverged or an input is not finite" + contract.explain_not_finite(view.variables, x)
         )
     return outputs
 

@@ -148,14 +148,34 @@ def test_what_is_no_file_is_named_and_left_out(tmp_path):
         assert f"{tmp_path / name} ({why}" in str(warned[0].message)
 
 
+def test_files_are_broken_or_the_machine_is_at_its_end(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"{i}.png", pixels()) for i in range(2)]
+    read, number = (
+        images.read,
+        errno.EINVAL,
+    )  # A damaged TIFF asks for a place before its beginning.
+
+    def fail(path, *options):
+        if path == paths[1]:
+            raise OSError(number, os.strerror(number))
+        return read(path, *options)
+
+    monkeypatch.setattr(images, "read", fail)
+    with pytest.warns(UserWarning, match=r"1 of 2 image files .*1\.png \(Invalid argument\)"):
+        images.decode(paths, tmp_path / "cache")
+    number = errno.EMFILE
+    with pytest.raises(dj.UserError, match=r"cannot read .*1\.png: Too many open files"):
+        images.decode(paths, tmp_path / "other cache")
+
+
 def test_files_that_vanish_are_named_and_read_when_they_are_back(tmp_path, monkeypatch):
     paths = [save(tmp_path / f"{i}.png", pixels(seed=i)) for i in range(3)]
     read = images.read
 
-    def vanish(path, shape):
+    def vanish(path, *options):
         if path == paths[1]:
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return read(path, shape)
+        return read(path, *options)
 
     monkeypatch.setattr(images, "read", vanish)
     with pytest.warns(UserWarning, match=r"1 of 3 image files .*1\.png \(Permission denied\)"):

@@ -1,0 +1,353 @@
+"""Bad inputs, generated: damaged files and hostile flags. One line answers each, or none.
+
+`SOAK_INPUTS` of them, from `SOAK_SEED` on; by default 500 from 0. A verdict is
+
+- refused: status 1, and one line that begins with "error: " beside warnings;
+- harmless: status 0, where a file was set aside and made again, say, or still means something;
+- lost: something is gone that a person or a program had written;
+- wrong: anything else, such as a traceback, or more lines than one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+import dynamical_jax as dj
+from dynamical_jax.programs import label as label_program
+from dynamical_jax.programs import select
+from experiments import active_learning, fig4_approximation_ratio, report
+
+COUNT = int(os.environ.get("SOAK_INPUTS", 500))
+SEED = int(os.environ.get("SOAK_SEED", 0))
+PROGRAMS = {
+    "select": select,
+    "label": label_program,
+    "active_learning": active_learning,
+    "report": report,
+    "fig4": fig4_approximation_ratio,
+}
+SECONDS = 300  # That one may take, on a machine with much else to do.
+
+
+def truncate(data, generator):
+    return data[: generator.integers(len(data))] if data else data
+
+
+def flip_bits(data, generator):
+    data = bytearray(data)
+    for _ in range(generator.integers(1, 6)):
+        data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+    return bytes(data)
+
+
+def put_in(*texts):
+    def damage(data, generator):
+        place = generator.integers(len(data) + 1)
+        return data[:place] + texts[generator.integers(len(texts))] + data[place:]
+
+    return damage
+
+
+def replace_number(data, generator):
+    """A number becomes something else, where there is one."""
+    places = [i for i, byte in enumerate(data) if 48 <= byte < 58]
+    if not places:
+        return data[::-1]
+    place = places[generator.integers(len(places))]
+    others = (b"NaN", b"-1", b"1e999", b"null", b'"x"', b"[]", b"{}", b"9" * 400, b"0.5")
+    return data[:place] + others[generator.integers(len(others))] + data[place + 1 :]
+
+
+def shuffle_lines(data, generator):
+    lines = data.splitlines(keepends=True)
+    return b"".join(lines[i] for i in generator.integers(0, len(lines), len(lines)))
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "empty": lambda data, generator: b"",
+    "bits flipped": flip_bits,
+    "random bytes": lambda data, generator: generator.bytes(generator.integers(1, 2000)),
+    "not UTF-8": put_in(b"\xff\xfe", b"\xc3(", b"\x80"),
+    "control characters": put_in(b"\x00", b"\x1b[2J", b"\x85", b"\r"),
+    "wrong type": replace_number,
+    "quotes": put_in(b'"', b'""', b"'", b",", b"\n", b"{", b"]"),
+    "nested": lambda data, generator: b"[" * 100_000,
+    "lines repeated": shuffle_lines,
+    "long": lambda data, generator: data + b"x" * 300_000,
+    "directory": None,
+    "dangling link": None,
+    "circular link": None,
+    "missing": None,
+}
+
+
+def damage(path, how, generator):
+    """Damages a file, or puts something else in its place."""
+    if DAMAGES[how] is not None:
+        path.write_bytes(DAMAGES[how](path.read_bytes(), generator))
+        return
+    path.unlink()
+    if how == "directory":
+        path.mkdir()
+        (path / "inside").write_text("")
+    elif how == "dangling link":
+        path.symlink_to("nowhere")
+    elif how == "circular link":
+        path.symlink_to(path.name)
+
+
+WHOLE_NUMBERS = ("-1", "0", "1000000000000", "9223372036854775808", "-" + "9" * 30, "1e3", "", "x")
+NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e308", "1e-320", "", "x")
+TEXTS = (
+    "",
+    " ",
+    "/dev/null",
+    "/dev/full",
+    "/proc/self/mem",
+    "nowhere/x",
+    "a" * 5000,
+    "ü\u2028",
+    "..",
+)
+LISTS = ("", ",", "a,a", "random,random", "random,,margin", "0,-1", "nan", "9" * 5000, "inf")
+
+
+def hostile_flag(program, generator):
+    """Returns a flag of a program, or of another one, with a value that is probably wrong."""
+    ours = [
+        flag
+        for name in sorted(flags.FLAGS)
+        for flag in [flags.FLAGS[name]]
+        if name in dj_flags(program) or generator.random() < 0.02
+    ]
+    flag = ours[generator.integers(len(ours))]
+    kind = flag.flag_type()
+    if kind == "bool":
+        values = ("maybe", "")
+    elif kind == "int":
+        values = WHOLE_NUMBERS
+    elif kind == "float":
+        values = NUMBERS
+    elif "list" in kind:
+        values = LISTS
+    else:
+        values = TEXTS
+    return f"--{flag.name}={values[generator.integers(len(values))]}"
+
+
+def dj_flags(program):
+    return {flag.name for flag in flags.FLAGS.get_key_flags_for_module(program)}
+
+
+class Case:
+    """A folder in which all is well, for one program."""
+
+    def __init__(self, root, name, cache_dir):
+        self.folder, self.name, self.program = root / name, name, PROGRAMS[name]
+        # Where trials are made, too: logs hold the path of the folder of images.
+        folder = root / "trial"
+        folder.mkdir()
+        getattr(self, f"_make_{name}")(folder, cache_dir)
+        folder.rename(self.folder)
+
+    def _photos(self, folder):
+        generator = np.random.default_rng(0)
+        for number in range(12):
+            path = folder / "photos" / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(path)
+        return [f"{'ab'[number % 2]}/{number}.png" for number in range(12)]
+
+    def _make_select(self, folder, cache_dir, program=select):
+        paths = self._photos(folder)
+        labels = "".join(f"{path},{path[0]}\n" for path in paths[:4])
+        (folder / "labels.csv").write_text(f"path,label\n{labels}")
+        self.arguments = ["--images=photos", "--batch_size=2", "--max_epochs=1"]
+        # Its own cache, which is damaged, too.
+        self.arguments += ["--cache_dir=cache"]
+        status, errors = self.run(folder, program=program)
+        assert status == 0, errors
+        filled = (folder / "to_label.csv").read_text().splitlines()
+        rows = [line.replace(",,", f",{line[0]},", 1) for line in filled[1:]]
+        (folder / "to_label.csv").write_text("\n".join([filled[0], *rows]) + "\n")
+
+    def _make_label(self, folder, cache_dir):
+        self._make_select(folder, cache_dir)
+        answer = {"path": "a/0.png", "what": "label", "label": "a", "kind": "random", "round": 0}
+        answer |= {"predicted": "", "confidence": None, "who": "me", "client": "1", "time": 1.5}
+        log = [{"class": "a"}, {"answer": {**answer, "group": 1}}]
+        (folder / "labels.answers.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+        self.arguments = ["photos", "--batch_size=2", "--max_epochs=1", "--cache_dir=cache"]
+
+    def _make_active_learning(self, folder, cache_dir, program=active_learning):
+        x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+        np.savez(folder / "own.npz", embedding=x, label=np.arange(60) % 3)
+        self.arguments = ["--dataset=own.npz", "--strategies=random", "--num_seeds=1"]
+        self.arguments += ["--initial_size=6", "--batch_size=3", "--max_epochs=1", "--num_rounds=1"]
+        self.arguments += ["--output_dir=run", f"--cache_dir={cache_dir}"]
+        status, errors = self.run(folder, program=program)
+        assert status == 0, errors
+        lines = (folder / "run" / "rounds.jsonl").read_text().splitlines(keepends=True)
+        (folder / "run" / "rounds.jsonl").write_text(lines[0])  # There is something left to do.
+
+    def _make_report(self, folder, cache_dir):
+        self._make_active_learning(folder, cache_dir)
+        self.arguments = ["run"]
+
+    def _make_fig4(self, folder, cache_dir):
+        self._make_active_learning(folder, cache_dir)
+        self.arguments = ["--dataset=own.npz", "--initial_size=6", "--ratio_sizes=2,4"]
+        self.arguments += ["--num_queries=2", "--every=1", "--max_epochs=1", "--output_dir=figure"]
+        self.arguments += [f"--cache_dir={cache_dir}"]
+
+    def files(self, folder):
+        return sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+        )
+
+    def run(self, folder, *more, program=None):
+        """Returns the status, and what was printed to standard error; 2 where absl refuses."""
+        os.chdir(folder)
+        errors = []
+        with flagsaver.flagsaver():
+            try:
+                argv = flags.FLAGS([self.name, *self.arguments, *more])
+            except flags.Error as error:
+                return 2, [f"error: {error}"]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sys.stderr", _Lines(errors))
+                patch.setattr("sys.stdout", _Lines([]))
+                status = (program or self.program).main(argv)
+        return status or 0, errors
+
+
+class _Lines:
+    def __init__(self, lines):
+        self._lines, self._text = lines, ""
+
+    def write(self, text):
+        *whole, self._text = (self._text + text).split("\n")
+        self._lines += whole
+
+    def flush(self):
+        pass
+
+
+def kind_of(path):
+    """What sort of file it is, for the table."""
+    name = path.name
+    if "checkpoint" in str(path):
+        return "checkpoint: manifest" if name.endswith(".json") else "checkpoint: arrays"
+    if "cache" in path.parts:
+        return f"cache: {path.suffix}"
+    return "image" if name.endswith(".png") and "photos" in path.parts else name
+
+
+def work_of(folder, without):
+    """What must not be lost: labels and records, as lines, but those of a file that is damaged."""
+    kept = set()
+    for name in ("labels.csv", "run/rounds.jsonl", "labels.answers.jsonl", "to_label.jsonl"):
+        path = folder / name
+        if path != without and path.is_file():
+            kept |= {(name, line) for line in path.read_bytes().splitlines()}
+    return kept
+
+
+def alarm(*_):
+    raise TimeoutError(f"longer than {SECONDS} s")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr("webbrowser.open", lambda address: None)
+    # What costs most of the time, and reads nothing.
+    monkeypatch.setattr(dj.labeling.proposal, "contact_sheet", lambda *_: None)
+    monkeypatch.setattr(dj.plotting, "accuracy", lambda rounds, path: None)
+    monkeypatch.setattr(dj.plotting, "approximation_ratio", lambda points, path: None)
+
+    def serve(settings):  # All but the page itself.
+        with dj.labeling.Session(settings) as sitting:
+            sitting.wait(SECONDS)
+            if sitting.status()["error"]:
+                raise dj.UserError(sitting.status()["error"])
+
+    monkeypatch.setattr(label_program, "serve", serve)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["soak"])
+    before = signal.signal(signal.SIGALRM, alarm)
+    cases = [Case(tmp_path, name, cache_dir) for name in PROGRAMS]
+    verdicts, table, examples = Counter(), defaultdict(Counter), defaultdict(list)
+    for number in range(SEED, SEED + COUNT):
+        generator = np.random.default_rng(number)
+        case = cases[generator.integers(len(cases))]
+        folder = tmp_path / "trial"
+        shutil.copytree(case.folder, folder, symlinks=True)
+        more, target, damaged = [], None, None
+        if generator.random() < 0.35:
+            more = [hostile_flag(case.program, generator)]
+            what = ("flag", more[0].partition("=")[2][:12] or "(empty)")
+        else:
+            sorts = defaultdict(list)
+            for path in case.files(folder):
+                sorts[kind_of(path.relative_to(folder))].append(path)
+            sort = sorted(sorts)[generator.integers(len(sorts))]
+            target = sorts[sort][generator.integers(len(sorts[sort]))]
+            what = (sort, list(DAMAGES)[generator.integers(len(DAMAGES))])
+            if target.stat().st_size == 0:
+                what = (sort, "random bytes")
+            damage(target, what[1], generator)
+            damaged = target.read_bytes() if target.is_file() else None
+        kept = work_of(folder, target)
+        signal.alarm(SECONDS)
+        try:
+            status, errors = case.run(folder, *more)
+            lines = [line for line in errors if line and not line.startswith("warning: ")]
+            one = len(lines) == 1 and lines[0].startswith("error: ")
+            if case.name in ("active_learning", "report") and status == 1 and len(lines) > 1:
+                one = all(line.startswith("error: ") for line in lines)  # A line for each run.
+            verdict = "refused" if status and one else "harmless" if not status else "wrong"
+            if status and damaged is not None and what[0] in ("labels.csv", "rounds.jsonl"):
+                # What was refused is there still, for a person to look at.
+                now = target.read_bytes() if target.is_file() else b""
+                whole = damaged[: damaged.rfind(b"\n") + 1]  # A line without an end is none.
+                if not now.startswith(whole):
+                    verdict = "lost"
+        except BaseException:
+            if isinstance(traceback.sys.exc_info()[1], KeyboardInterrupt):
+                raise
+            verdict, lines = "wrong", traceback.format_exc().splitlines()[-12:]
+        finally:
+            signal.alarm(0)
+            os.chdir(tmp_path)
+        if not kept <= work_of(folder, target):
+            verdict = "lost"
+        verdicts[verdict] += 1
+        table[what[0]][f"{what[1]}: {verdict}" if verdict in ("lost", "wrong") else verdict] += 1
+        if verdict in ("lost", "wrong") or len(examples[what[0]]) < 3:
+            examples[what[0]].append((number, case.name, what, more, verdict, lines))
+        if verdict in ("lost", "wrong"):
+            print(f"seed {number}, {case.name}, {what}, {more}: {verdict}", *lines, sep="\n  ")
+        shutil.rmtree(folder)
+    signal.signal(signal.SIGALRM, before)
+    print(f"\n{COUNT} inputs from seed {SEED}: {dict(verdicts)}")
+    for sort in sorted(table):
+        print(f"  {sort:28}{dict(table[sort])}")
+    print("\nmessages:")
+    for sort in sorted(examples):
+        for number, name, what, more, verdict, lines in examples[sort]:
+            if verdict == "refused":
+                print(
+                    f"  {name}, {what[0]} {what[1]} {more or ''} (seed {number}): {lines[0][:200]}"
+                )
+    assert not verdicts["wrong"] + verdicts["lost"]
