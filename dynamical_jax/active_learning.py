@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dynamical_jax import contract, gradients, models, nnx_modules, parallel, streams, training
 from dynamical_jax.data.datasets import Dataset
-from dynamical_jax.data.pool import Oracle, Pool, initial_pool
+from dynamical_jax.data.pool import Oracle, Pool, imbalanced_rows, initial_pool
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import LearnerView, Strategy, check_model
 from dynamical_jax.types import Examples, Rows, Variables
@@ -157,6 +157,9 @@ class Experiment:
         results by rounding only.
       redundancy: whether `Round.query_facts` tell how alike the gradients of each query are,
         whatever the strategy: `gradients.redundancy`, at pseudo-labels.
+      pool_shares: the share of each class that is left in the pool, drawn by the seed, as
+        `pool.imbalanced_rows` takes them; by default all. The test set, and the statistics by which
+        the model scales its inputs, stay as they are.
 
     Raises:
       UserError: on construction, if the budget exceeds the pool.
@@ -172,6 +175,7 @@ class Experiment:
     eval_batch_size: int = 256
     mesh: Mesh | None = None
     redundancy: bool = False
+    pool_shares: tuple[float | int, ...] = (1.0,)
 
     def __post_init__(self):
         object.__setattr__(self, "model", nnx_modules.as_model(self.model))
@@ -179,7 +183,7 @@ class Experiment:
             raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
         if self.evaluate_every < 0 or self.eval_batch_size < 1:
             raise UserError("evaluate_every must be at least 0, eval_batch_size at least 1")
-        size = len(self.dataset.pool.y)
+        size = len(self._pool_rows())
         if self.budget.total > size:
             raise UserError(
                 f"{self.budget.initial_size} initial labels and {self.budget.num_rounds} queries "
@@ -194,7 +198,7 @@ class Experiment:
           UserError: if the model's outputs do not fit the data set and the strategy.
         """
         pool = initial_pool(
-            len(self.dataset.pool.y),
+            self._pool_rows(),
             self.budget.initial_size,
             streams.generator(self.seed, "initial_set"),
         )
@@ -209,6 +213,11 @@ class Experiment:
             )
         check_model(self.strategy, self.model.apply, variables, self.dataset.pool.x)
         return State(0, pool, variables, self.strategy.init())
+
+    def _pool_rows(self) -> np.ndarray:
+        """Rows of the data's pool that are in the pool of this run."""
+        generator = streams.generator(self.seed, "imbalance")
+        return imbalanced_rows(self.dataset.pool.y, self.pool_shares, generator)
 
     def step(
         self,

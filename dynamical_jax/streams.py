@@ -10,7 +10,7 @@ import numpy as np
 LARGEST_SEED = 2**32 - 1
 """That JAX tells from others: of larger ones it takes the rest."""
 
-NAMES = ("initial_set", "weights", "order", "dropout", "strategy", "noise", "draws")
+NAMES = ("initial_set", "weights", "order", "dropout", "strategy", "noise", "draws", "imbalance")
 
 
 def generator(seed: int, stream: str, *path: int) -> np.random.Generator:

@@ -30,6 +30,13 @@ STRATEGIES = flags.DEFINE_list(
     ["dynamical", "random"],
     f"Strategies to compare: some of {', '.join(dj.STRATEGIES)}.",
 )
+POOL_IMBALANCE = flags.DEFINE_list(
+    "pool_imbalance",
+    None,
+    "Share of each class, from 0 to 1, that is left in the pool, in the order of the classes; a "
+    "list with fewer is repeated: 1,0.1 leaves a tenth of every second class. Each seed draws its "
+    "own. The test set stays as it is. By default all are left.",
+)
 flags.adopt_module_key_flags(common)
 flags.adopt_module_key_flags(strategy)
 
@@ -54,9 +61,14 @@ def run(argv: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise dj.UserError(f"a strategy is given twice: {','.join(names)}")
     strategies = strategy.make(names)
+    try:
+        pool_shares = tuple(map(float, POOL_IMBALANCE.value or [1]))
+    except ValueError as error:
+        given = ",".join(POOL_IMBALANCE.value)
+        raise dj.UserError(f"--pool_imbalance takes numbers from 0 to 1, got {given!r}") from error
     budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, common.NUM_ROUNDS.value)
     arms = {name: (chosen, budget) for name, chosen in strategies.items()}
-    return common.compare(arms, sys.modules[__name__], "{dataset}-{model}")
+    return common.compare(arms, sys.modules[__name__], "{dataset}-{model}", pool_shares)
 
 
 if __name__ == "__main__":

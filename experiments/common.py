@@ -132,7 +132,10 @@ def apply_preset(names: Iterable[str]) -> None:
 
 
 def compare(
-    arms: Mapping[str, tuple[dj.strategies.Strategy, dj.Budget]], module: Any, default_dir: str
+    arms: Mapping[str, tuple[dj.strategies.Strategy, dj.Budget]],
+    module: Any,
+    default_dir: str,
+    pool_shares: tuple[float | int, ...] = (1.0,),
 ) -> list[str]:
     """Runs every arm with every seed, and writes records, table and picture.
 
@@ -140,6 +143,7 @@ def compare(
       arms: name → (strategy, budget), which are compared.
       module: the program; its key flags are recorded.
       default_dir: name of the directory below runs/, in which {dataset} and {model} are replaced.
+      pool_shares: of the classes in the pool, as in `dj.Experiment`.
 
     Returns:
       A line for each run that failed.
@@ -169,6 +173,7 @@ def compare(
                 EVALUATE_EVERY.value,
                 mesh=mesh,
                 redundancy=REDUNDANCY.value,
+                pool_shares=pool_shares,
             ),
             identity,
         )

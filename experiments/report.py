@@ -43,6 +43,9 @@ REQUIRED_FIELDS = {
 # Flags that may differ between directories that are reported together.
 FREE_FLAGS = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
 
+# Flags that older records lack, and the values that say what was done then.
+BEFORE = {"hidden": ["512"], "train": "head"}
+
 
 def main(argv: list[str]) -> int | None:
     """Writes the report on the directories that the arguments name; returns the exit status."""

@@ -85,6 +85,22 @@ def test_strategies_of_one_seed_are_paired(dataset):
     assert not np.array_equal(kernel(other), kernel(states[0]))
 
 
+def test_an_imbalanced_pool_is_all_that_is_drawn_from_and_queried(dataset):
+    shares = (1, 0.2, 0.2)
+    rows = dj.pool.imbalanced_rows(dataset.pool.y, shares, dj.streams.generator(3, "imbalance"))
+    assert len(rows) < len(dataset.pool.y) / 2
+    imbalanced = experiment(dataset, "entropy", seed=3, pool_shares=shares)
+    pool = imbalanced.init().pool
+    np.testing.assert_array_equal(np.union1d(pool.labeled, pool.unlabeled), rows)
+    first = next(imbalanced.run())
+    assert np.isin(first.query, dataset.index[rows]).all()
+    # All of every class is the pool as it is.
+    every, default = (experiment(dataset, **each).init() for each in ({"pool_shares": (1,)}, {}))
+    np.testing.assert_array_equal(every.pool.labeled, default.pool.labeled)
+    with pytest.raises(dj.UserError, match=r"need 18 images, but the pool of toy has 6"):
+        experiment(dataset, pool_shares=(0.1,))
+
+
 def test_the_images_that_a_strategy_chose_are_those_that_are_labeled(dataset):
     seen = []
 

@@ -1,8 +1,12 @@
 """The pool: which examples are labeled, and the oracle that knows labels. NumPy only."""
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from dynamical_jax.errors import UserError
 
 
 class Pool(NamedTuple):
@@ -35,11 +39,46 @@ class Pool(NamedTuple):
         return moved, rows
 
 
-def initial_pool(size: int, initial_size: int, generator: np.random.Generator) -> Pool:
-    """Draws the initial labeled set S, i.i.d. without replacement, from a pool of `size` rows."""
-    everything = Pool(np.array([], dtype=np.int64), np.arange(size))
-    pool, _ = everything.reveal(generator.choice(size, initial_size, replace=False))
+def initial_pool(rows: int | np.ndarray, initial_size: int, generator: np.random.Generator) -> Pool:
+    """Draws the initial labeled set S, i.i.d. without replacement, from a pool.
+
+    Args:
+      rows: of the pool, sorted; or their number, if these are all that the data have.
+      initial_size: M.
+      generator: of the draw.
+    """
+    rows = np.arange(rows) if isinstance(rows, int) else rows
+    everything = Pool(np.array([], dtype=np.int64), rows)
+    pool, _ = everything.reveal(generator.choice(len(rows), initial_size, replace=False))
     return pool
+
+
+def imbalanced_rows(
+    labels: np.ndarray, shares: Sequence[float | int], generator: np.random.Generator
+) -> np.ndarray:
+    """Draws rows of which a given share of each class is left; returns them sorted.
+
+    Args:
+      labels: `[n]` class of each row.
+      shares: of class 0, 1, …, each from 0 to 1; where there are fewer than classes, they are
+        repeated. So many rows are left of a class as its share of them, rounded.
+      generator: of the draws.
+
+    Raises:
+      UserError: if there is no share, or more than classes, or one is not between 0 and 1.
+    """
+    num_classes = int(np.max(labels)) + 1
+    if len(shares) > num_classes:
+        raise UserError(f"{len(shares)} shares are given for {num_classes} classes")
+    # The comparison is False for NaN.
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        given = ",".join(map(str, shares))
+        raise UserError(f"shares of classes must be numbers from 0 to 1, got {given!r}")
+    kept = [
+        generator.choice(rows := np.flatnonzero(labels == label), round(share * len(rows)), False)
+        for label, share in zip(range(num_classes), itertools.cycle(shares), strict=False)
+    ]
+    return np.sort(np.concatenate(kept))
 
 
 class Oracle:

@@ -104,6 +104,8 @@ def test_seeds_can_be_spread(run, tmp_path):
         ({"data_dir": "photos"}, "--data_dir has no effect with digits, only with cifar10, svhn"),
         ({"feature_scale": "each"}, "--feature_scale has no effect with images, only with vectors"),
         ({"unreadable": "refuse"}, "--unreadable has no effect with digits, only with a folder"),
+        ({"pool_imbalance": ["half"]}, "--pool_imbalance takes numbers from 0 to 1, got 'half'"),
+        ({"pool_imbalance": ["1", "2"]}, "must be numbers from 0 to 1, got '1.0,2.0'"),
         ({"strategies": ["power_margin"], "beta": -1.0}, "beta must be at least 0"),
         ({"strategies": ["dynamical_joint"], "num_candidates": 0}, "must be at least 1, got 0"),
         ({"strategies": ["dynamical_repelled"], "block_size": 0}, "block_size must be at least 1"),
