@@ -88,7 +88,14 @@ class Batch(NamedTuple):
 
 def _form(fields: Any) -> Any:
     """The type by which a dictionary of the fields of a `NamedTuple` is checked."""
-    return msgspec.defstruct(fields.__name__, list(typing.get_type_hints(fields).items()))
+    defaults = fields._field_defaults
+    return msgspec.defstruct(
+        fields.__name__,
+        [
+            (name, kind, defaults[name]) if name in defaults else (name, kind)
+            for name, kind in typing.get_type_hints(fields).items()
+        ],
+    )
 
 
 class _Line(msgspec.Struct):

@@ -20,6 +20,12 @@ def test_what_is_written_comes_back(tmp_path):
         assert (read.answers, read.batches, read.classes) == ([ANSWER], [BATCH], ["cat"])
 
 
+def test_fields_that_were_not_there_before(tmp_path):
+    given = {name: value for name, value in ANSWER._asdict().items() if name != "place"}
+    (tmp_path / "log.jsonl").write_text(json.dumps({"answer": given, "of later": 1}) + "\n")
+    assert answers.Log(tmp_path / "log.jsonl").answers == [ANSWER]
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

@@ -242,6 +242,9 @@ class _Lines:
     def flush(self):
         pass
 
+    def isatty(self):
+        return False  # Else there were progress bars.
+
 
 def kind_of(path):
     """What sort of file it is, for the table."""
