@@ -166,7 +166,7 @@ def draw_task(task: Task, path: pathlib.Path) -> None:
     """Draws the points, and the class that the network predicts at each place of the plane."""
     picture, axes = canvas()
     sides, points = grid(task)
-    logits = task.model.apply(task.variables, points).logits
+    logits = jax.jit(task.model.apply)(task.variables, points).logits
     predicted = np.argmax(logits, axis=-1).reshape(GRID_SIZE, GRID_SIZE)
     classes = colors.ListedColormap(CLASS_COLORS)
     axes.pcolormesh(*sides, predicted, cmap=classes, alpha=0.25, vmin=0, vmax=2, rasterized=True)

@@ -12,7 +12,7 @@ from flax import errors
 from flax import linen as nn
 
 from dynamical_jax.errors import UserError
-from dynamical_jax.types import ApplyFn, Outputs, Variables
+from dynamical_jax.types import ApplyFn, Outputs, Variables, take_rows
 
 ROW_TOLERANCE = 0.05
 """Of the largest logit: far above rounding in half precision, far below what a batch mean does."""
@@ -77,7 +77,7 @@ def output_shapes(apply: ApplyFn, variables: Variables, x: Any) -> Outputs:
         in `as_outputs`.
     """
     try:
-        return as_outputs(jax.eval_shape(apply, variables, x[np.zeros(2, int)]), 2)
+        return as_outputs(jax.eval_shape(apply, variables, take_rows(x, np.zeros(2, int))), 2)
     except tuple(REASONS) as error:
         raise UserError(REASONS[type(error)].format(shape=x.shape[1:])) from error
 
@@ -135,7 +135,7 @@ def check_rows(apply: ApplyFn, variables: Variables, x: Any) -> None:
     positions = np.unique([0, len(x) // 2, len(x) - 1])
     try:
         together, alone = map(
-            np.asarray, _logits_together_and_alone(apply, variables, x[positions])
+            np.asarray, _logits_together_and_alone(apply, variables, take_rows(x, positions))
         )
     except Exception:
         return

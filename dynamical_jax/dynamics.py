@@ -1,11 +1,15 @@
 """Training dynamics G, its change Δ by a query, and the approximation ratio (§3).
 
 The loss is the *sum* of cross-entropies over a set (Eq. 4), and `grad_s` = Σ_{x∈S} ∇_θ ℓ(x, y).
+
+Functions of gradients are compiled: operation by operation, each shape of parameter would take
+several programs of its own.
 """
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -13,6 +17,7 @@ from jaxtyping import Array, Float
 from dynamical_jax.types import AnyArray
 
 
+@jax.jit
 def training_dynamics(grad_s: Any) -> Float[Array, ""]:
     """Returns G(S) = ‖g_S‖², the decrease of the loss on S per unit of gradient flow, Eq. 8.
 
@@ -22,6 +27,7 @@ def training_dynamics(grad_s: Any) -> Float[Array, ""]:
     return optax.tree.norm(grad_s, squared=True)
 
 
+@jax.jit
 def training_dynamics_from_kernel(
     ntk: Float[AnyArray, "n n k k"], residual: Float[AnyArray, "n k"]
 ) -> Float[Array, ""]:
@@ -36,6 +42,7 @@ def training_dynamics_from_kernel(
     return jnp.einsum("xi,xyij,yj->", residual, ntk, residual)
 
 
+@jax.jit
 def squared_error_training_dynamics(
     ntk: Float[AnyArray, "n n"], residual: Float[AnyArray, "n k"]
 ) -> Float[Array, ""]:
@@ -71,6 +78,7 @@ def change_of_training_dynamics(
     return squared_norm + gamma * inner_product
 
 
+@jax.jit
 def inner_product_share(
     squared_norm: Float[AnyArray, "b"], inner_product: Float[AnyArray, "b"]
 ) -> Float[Array, ""]:
@@ -91,6 +99,7 @@ def inner_product_share(
     return jnp.where(total == 0, 0, product / jnp.where(total == 0, 1, total))
 
 
+@jax.jit
 def mean_cosine(products: Float[AnyArray, "b b"]) -> Float[Array, ""]:
     """Returns the mean cosine of the gradients of two examples of a query: 1 if all are alike.
 
@@ -106,6 +115,7 @@ def mean_cosine(products: Float[AnyArray, "b b"]) -> Float[Array, ""]:
     return jnp.mean(cosines, where=~jnp.eye(len(cosines), dtype=bool))
 
 
+@jax.jit
 def near_copies(products: Float[AnyArray, "b b"], cosine: float = 0.9) -> Float[Array, ""]:
     """Returns the share of a query whose gradient is nearly that of an example before it.
 
@@ -126,6 +136,7 @@ def _cosines(products: AnyArray) -> Array:
     return jnp.where(size > 0, products / jnp.where(size > 0, size, 1), 0)
 
 
+@jax.jit
 def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:
     """Returns Δ(Q|S) = G(S ∪ Q) − G(S) = ‖g_Q‖² + 2 g_Q·g_S exactly, Eq. 11 and 13.
 
@@ -136,6 +147,7 @@ def change_by_set(grad_q: Any, grad_s: Any) -> Float[Array, ""]:
     return optax.tree.norm(grad_q, squared=True) + 2 * optax.tree.vdot(grad_q, grad_s)
 
 
+@jax.jit
 def approximation_ratio(
     changes: Float[AnyArray, "b"], grad_q: Any, grad_s: Any
 ) -> Float[Array, ""]:

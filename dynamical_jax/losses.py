@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dynamical_jax.types import AnyArray
 
 
+@jax.jit
 def cross_entropy(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Float[Array, "n"]:
     """Returns ℓ(f(x), y) = −log σ(f(x))_y of each example, Eq. 4.
 
@@ -21,6 +22,7 @@ def cross_entropy(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) ->
     return optax.softmax_cross_entropy_with_integer_labels(_at_least_single(logits), labels)
 
 
+@jax.jit
 def squared_error(
     outputs: Float[AnyArray, "n k"], targets: Float[AnyArray, "n k"]
 ) -> Float[Array, "n"]:
@@ -28,6 +30,7 @@ def squared_error(
     return 0.5 * jnp.sum((outputs - targets) ** 2, axis=-1)
 
 
+@jax.jit
 def residual(logits: Float[AnyArray, "n k"], labels: Int[AnyArray, "n"]) -> Float[Array, "n k"]:
     """Returns d = σ(f) − y, the gradient of the cross-entropy in the logits, Eq. 6 and 8.
 

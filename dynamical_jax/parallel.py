@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynamical_jax.errors import UserError
+from dynamical_jax.types import take_rows
 
 AXIS = "data"
 
@@ -76,7 +77,7 @@ def rows(x: Any, positions: np.ndarray, mesh: Mesh | None) -> Any:
       mesh: the devices.
     """
     if mesh is None:
-        return x[positions]
+        return take_rows(x, positions)
     sharding = NamedSharding(mesh, P(AXIS))
     if jax.process_count() == 1:
         return jax.device_put(x[positions], sharding)

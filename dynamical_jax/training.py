@@ -181,8 +181,14 @@ It is called whenever S was evaluated, and in between as the arguments of `fit` 
 def begin(variables: Variables, config: TrainingConfig) -> Progress:
     """Returns the state of training before its first epoch. `variables` are copied."""
     optimizer = _optimizer(config)
-    variables = jax.tree.map(jnp.copy, dict(variables))
-    return Progress(0, variables, jax.jit(optimizer.init)(variables["params"]))
+    return Progress(0, *_copy_and_init(optimizer, dict(variables)))
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _copy_and_init(
+    optimizer: optax.GradientTransformation, variables: Variables
+) -> tuple[Variables, Any]:
+    return jax.tree.map(jnp.copy, variables), optimizer.init(variables["params"])
 
 
 def fit(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -74,7 +75,19 @@ class Rows:
         return len(self.indices)
 
     def __getitem__(self, positions: Any) -> Any:
-        return self.data[self.indices[positions]]
+        return take_rows(self.data, self.indices[positions])
+
+
+def take_rows(x: Any, positions: Any) -> Any:
+    """Returns `x[positions]`, of a JAX array by one compiled program: indexing takes five of them.
+
+    Args:
+      x: `[n, ...]`, anything that gathers rows as `x[positions]`.
+      positions: integers from 0 to n − 1.
+    """
+    if isinstance(x, jax.Array):
+        return jnp.take(x, positions, axis=0, mode="clip")
+    return x[positions]
 
 
 def ignore_progress(done: int, total: int) -> None:

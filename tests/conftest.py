@@ -1,3 +1,4 @@
+import collections
 import os
 import pathlib
 import sys
@@ -18,6 +19,39 @@ import dynamical_jax as dj
 # the process with a line that names them.
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu", action="store_true", help="show the CPU seconds of each test file")
+
+
+def cpu_seconds():
+    """Of this process and of its children that have ended: other work on the machine is not in."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    item.cpu_start = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.when == "teardown":  # Workers send these properties to the process that reports.
+        item.user_properties.append(("cpu", cpu_seconds() - item.cpu_start))
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--cpu"):
+        return
+    seconds = collections.Counter()
+    for report in terminalreporter.getreports(""):
+        seconds[report.nodeid.partition("::")[0]] += dict(report.user_properties).get("cpu", 0)
+    terminalreporter.section("CPU seconds, without imports and collection")
+    for file, spent in [*seconds.most_common(30), ("all", seconds.total())]:
+        terminalreporter.write_line(f"{spent:8.1f} {file}")
 
 
 def pytest_configure(config):

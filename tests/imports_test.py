@@ -98,7 +98,8 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         "import dynamical_jax.programs.select, dynamical_jax.programs.label\n"
         "import dynamical_jax.programs.embed\n"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'torch',"
-        " 'starlette', 'uvicorn', 'ray', 'safetensors', 'dynamical_jax.runs.processes'}\n"
+        " 'starlette', 'uvicorn', 'ray', 'safetensors', 'dynamical_jax.runs.processes',"
+        " 'scipy.stats'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from dynamical_jax.labeling.answers import AT_RANDOM, GRID, LABEL, QUERY, RANDOM, Answer, Batch
 
@@ -120,6 +119,8 @@ def share(found: Sequence[Point]) -> Share | None:
     if not found:
         return None
     right, total = sum(point.right for point in found), len(found)
+    import scipy.stats  # here, because it is a third of the time that the package takes to import
+
     interval = scipy.stats.binomtest(right, total).proportion_ci(CONFIDENCE_LEVEL, "wilson")
     return Share(right, total, float(interval.low), float(interval.high))
 

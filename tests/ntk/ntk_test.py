@@ -206,7 +206,7 @@ def test_too_large_says_how_large(monkeypatch):
 
 @installed
 @pytest.mark.filterwarnings("ignore:size requires ndarray:DeprecationWarning")  # Theirs, in 2.
-@pytest.mark.parametrize("implementation", [1, 2])
+@pytest.mark.parametrize("implementation", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trace", [True, False])
 def test_against_neural_tangents(implementation, trace):
     model, variables, x = network()
@@ -217,6 +217,7 @@ def test_against_neural_tangents(implementation, trace):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # 4 s; below, a wide network follows kernel regression.
 @installed
 def test_approaches_the_infinite_width_kernel():
     # 𝒦 → Θ ⊗ I_K: diagonal blocks approach Θ, the others 0.
