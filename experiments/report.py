@@ -7,7 +7,11 @@ nothing else. Writes to the first of them, or to --report_dir:
 
 - table.md: accuracies by strategy and labels, beside the paper's if the setting is in the paper;
 - accuracy.png: the same as curves;
-- statistics.md: area under the curve, label efficiency, paired tests, penalty matrix.
+- statistics.md: area under the curve, label efficiency, paired tests, penalty matrix;
+- rounds.csv: a row for each round, for pandas and spreadsheets.
+
+--html adds report.html, all of it on one page that needs no other file, with tables that a click
+sorts. --tensorboard_dir=runs/events writes the curves for TensorBoard.
 """
 
 import functools
@@ -27,6 +31,11 @@ REFERENCES = flags.DEFINE_list(
     None,
     "Strategies against which the others are tested; by default random and dynamical, or the first "
     "strategy where neither is recorded.",
+)
+
+HTML = flags.DEFINE_boolean("html", False, "Write report.html, too.")
+TENSORBOARD_DIR = flags.DEFINE_string(
+    "tensorboard_dir", None, "Directory for event files of TensorBoard, one for each run."
 )
 
 # Fields that a record must have.
@@ -66,6 +75,9 @@ def run(directories: list[str]) -> list[str]:
     for name in references:
         if name not in names:
             raise dj.UserError(f"no records of reference {name!r}; choose from {', '.join(names)}")
+    for package, is_wanted in (("markdown", HTML.value), ("tensorboardX", TENSORBOARD_DIR.value)):
+        if is_wanted:
+            dj.reports.exports.check_installed(package)
     output = pathlib.Path(OUTPUT_DIR.value or directories[0])
     texts = {
         "table.md": dj.reports.markdown.accuracy(rounds, published(rounds)),
@@ -75,12 +87,24 @@ def run(directories: list[str]) -> list[str]:
         output.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             dj.files.write(output / name, text)
+        written = [*texts, "accuracy.png", "rounds.csv"]
         dj.plotting.accuracy(rounds, output / "accuracy.png")
+        dj.files.write(output / "rounds.csv", dj.reports.exports.tidy(rounds))
+        if HTML.value:
+            title = f"{rounds[0]['dataset']}, {rounds[0]['model']}"
+            pictures = {"test accuracy": output / "accuracy.png"}
+            page = dj.reports.exports.page(title, list(texts.values()), pictures)
+            dj.files.write(output / "report.html", page)
+            written.append("report.html")
+        if TENSORBOARD_DIR.value:
+            dj.reports.exports.tensorboard(rounds, pathlib.Path(TENSORBOARD_DIR.value))
     except OSError as error:
         raise dj.UserError(f"cannot write to {output}: {error.strerror}") from error
     print("\n".join(texts.values()))
-    for name in (*texts, "accuracy.png"):
+    for name in written:
         print(output / name)
+    if TENSORBOARD_DIR.value:
+        print(f"{TENSORBOARD_DIR.value}: tensorboard --logdir={TENSORBOARD_DIR.value}")
     return []
 
 

@@ -8,8 +8,13 @@ import numpy as np
 
 from dynamical_jax import files
 from dynamical_jax.runs import records
+from dynamical_jax.strategies import STRATEGIES
 
 MOST_BANDS = 4
+MOST_INSIDE = 8
+"""Above so many strategies the legend stands beside the curves."""
+
+PALETTE = "tab20"
 
 
 def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
@@ -17,28 +22,49 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 
     With more than `MOST_BANDS` strategies deviations are left out: they would hide each other.
     """
-    rounds, picture = list(rounds), figure(6.0, 4.0)
-    axes = picture.subplots()
+    rounds = list(rounds)
     curves = records.curves(rounds)
+    legend_beside = len(curves) > MOST_INSIDE
+    picture = figure(9.0, 5.0) if legend_beside else figure(6.0, 4.0)
+    axes = picture.subplots()
     num_seeds = len({record["seed"] for record in rounds})
     bands = num_seeds > 1 and len(curves) <= MOST_BANDS
+    color_of = colors(curves)
     for name, curve in curves.items():
-        mean, std = 100 * curve.mean, 100 * curve.std
+        mean, std, color = 100 * curve.mean, 100 * curve.std, color_of[name]
         if curve.num_seeds < num_seeds:
             name = f"{name} ({curve.num_seeds} of {num_seeds} seeds)"
-        (line,) = axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name)
+        axes.plot(curve.num_labeled, mean, marker="o", markersize=4, label=name, color=color)
         if bands and curve.num_seeds > 1:
-            axes.fill_between(
-                curve.num_labeled, mean - std, mean + std, color=line.get_color(), alpha=0.15
-            )
+            axes.fill_between(curve.num_labeled, mean - std, mean + std, color=color, alpha=0.15)
     what = f"mean of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
     what += ", band: ± 1 standard deviation" if bands else ""
     axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({what})", fontsize=10)
     axes.set_xlabel("labels")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if legend_beside:
+        picture.legend(frameon=False, fontsize=8, loc="outside right upper")
+    else:
+        axes.legend(frameon=False)
     save(picture, path)
+
+
+def colors(names: Iterable[str]) -> dict[str, Any]:
+    """Returns name → colour: of a strategy the same in all pictures, of other names one left over.
+
+    Above twenty names some colours come twice.
+    """
+    import matplotlib
+
+    palette = matplotlib.colormaps[PALETTE].colors
+    # First the ten strong colours, then their light ones.
+    palette = [*palette[::2], *palette[1::2]]
+    names = list(names)
+    known = {name: palette[i % len(palette)] for i, name in enumerate(STRATEGIES) if name in names}
+    left = [color for color in palette if color not in known.values()] or palette
+    others = [name for name in names if name not in known]
+    return known | {name: left[i % len(left)] for i, name in enumerate(others)}
 
 
 def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:

@@ -324,3 +324,14 @@ def test_the_papers_tables_are_whole():
         assert set(table.mean) <= set(dj.STRATEGIES)
         assert {len(v) for of in (table.mean, table.std) for v in of.values()} == {rounds}
         assert max(map(max, table.mean.values())) < 100
+
+
+def test_forms_for_other_programs(run, tmp_path):
+    pytest.importorskip("markdown")
+    pytest.importorskip("tensorboardX")
+    status, output, errors = run(records(), html=True, tensorboard_dir=str(tmp_path / "events"))
+    assert (status, errors) == (None, "")
+    for name in ("rounds.csv", "report.html"):
+        assert (tmp_path / "run0" / name).stat().st_size > 1000
+        assert name in output
+    assert len(list((tmp_path / "events").iterdir())) == 15
