@@ -37,6 +37,7 @@ from dynamical_jax.data import images as images
 from dynamical_jax.data import pool as pool
 from dynamical_jax.data.datasets import Dataset as Dataset
 from dynamical_jax.errors import UserError as UserError
+from dynamical_jax.losses import Loss as Loss
 from dynamical_jax.ntk import alignment as alignment
 from dynamical_jax.ntk import generalization as generalization
 from dynamical_jax.ntk import mmd as mmd

@@ -104,9 +104,16 @@ def explain_not_finite(variables: Variables, x: Any) -> str:
     )
 
 
-def check_labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> None:
-    """Raises `UserError` unless labels are `[n]` integers that count the model's classes from 0."""
+def check_labels(
+    apply: ApplyFn, variables: Variables, x: Any, labels: Any, of_classes: bool = True
+) -> None:
+    """Raises `UserError` unless labels are `[n]` integers that count the model's classes from 0.
+
+    If they are not of classes, but targets of another kind, there must be as many as inputs.
+    """
     labels = np.asarray(labels)
+    if not of_classes and len(labels) == len(x):
+        return
     if labels.size == 0:
         return
     num_classes = output_shapes(apply, variables, x).logits.shape[1]

@@ -68,6 +68,8 @@ class TrainingConfig:
       look_every: number of epochs between evaluations on S.
       backbone_learning_rate: of all layers but the last of a `models.Pretrained`; None:
         `learning_rate`. A schedule lowers both.
+      loss: of an example, whose mean over a minibatch is minimised. An accuracy is the share of
+        examples whose pseudo-label is the target; the target losses are of this loss.
     """
 
     optimizer: str = "adam"
@@ -82,6 +84,7 @@ class TrainingConfig:
     max_epochs: int = 500
     look_every: int = 5
     backbone_learning_rate: float | None = None
+    loss: losses.Loss = losses.CROSS_ENTROPY
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -242,13 +245,13 @@ def fit(
     progress = start if isinstance(start, Progress) else begin(start, config)
     epoch, *state = progress
     variables, optimizer_state = parallel.replicate(state, mesh)
-    contract.check_labels(model.apply, variables, labeled.x, labeled.y)
+    contract.check_labels(model.apply, variables, labeled.x, labeled.y, config.loss.of_classes)
 
     def look() -> Evaluation | None:
         """Returns the evaluation on S if it is due after this epoch, else None."""
         if epoch == 0 or (epoch % config.look_every and epoch != config.max_epochs):
             return None
-        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size, mesh)
+        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size, mesh, config.loss)
         if not math.isfinite(evaluation.loss):
             raise DivergedError(
                 f"training diverged: after epoch {epoch} the loss is not finite; a learning rate "
@@ -291,6 +294,7 @@ def fit(
                 count,
                 key,
                 mesh,
+                config.loss,
             )
         )
         short = time.perf_counter() - started < SHORT_CALL
@@ -324,40 +328,47 @@ def evaluate(
     examples: Examples,
     batch_size: int = 256,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Evaluation:
-    """Returns accuracy and mean cross-entropy over a set, in evaluation mode, block by block."""
+    """Returns accuracy and mean loss over a set, in evaluation mode, block by block."""
     size, devices = len(examples.y), parallel.num_devices(mesh)
     variables = parallel.replicate(variables, mesh)
 
     def totals(positions: np.ndarray, count: int) -> np.ndarray:
         block = Examples(*(parallel.rows(part, positions, mesh) for part in examples))
         mask = parallel.rows(np.arange(len(positions)) < count, np.arange(len(positions)), mesh)
-        of_devices = parallel.fetch(_evaluate_block(apply, mesh, variables, block, mask))
+        of_devices = parallel.fetch(_evaluate_block(apply, mesh, loss, variables, block, mask))
         return np.sum(of_devices, axis=0, dtype=np.float64)
 
     block_size = bucketed(-(-size // devices), batch_size) * devices
-    correct, loss = sum(map_blocks(totals, size, block_size, smallest=devices)) / size
-    return Evaluation(float(correct), float(loss))
+    correct, mean = sum(map_blocks(totals, size, block_size, smallest=devices)) / size
+    return Evaluation(float(correct), float(mean))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "mesh"))
+@functools.partial(jax.jit, static_argnames=("apply", "mesh", "loss"))
 def _evaluate_block(
-    apply: ApplyFn, mesh: Mesh | None, variables: Variables, block: Examples, mask: Array
+    apply: ApplyFn,
+    mesh: Mesh | None,
+    loss: losses.Loss,
+    variables: Variables,
+    block: Examples,
+    mask: Array,
 ) -> Array:
     """Returns numbers of right predictions and sums of losses, a row for each device."""
 
     def totals(variables: Variables, block: Examples, mask: Array) -> Array:
         logits = contract.as_outputs(apply(variables, block.x), len(block.x)).logits
-        correct = jnp.argmax(logits, axis=-1) == block.y
-        loss = losses.cross_entropy(logits, block.y)
-        return jnp.stack([jnp.vdot(mask, correct.astype(loss.dtype)), jnp.vdot(mask, loss)])[None]
+        same = loss.pseudo_labels(logits) == block.y
+        correct = jnp.all(same.reshape(len(same), -1), axis=1)
+        each = loss(logits, block.y)
+        return jnp.stack([jnp.vdot(mask, correct.astype(each.dtype)), jnp.vdot(mask, each)])[None]
 
     return parallel.on_each(totals, mesh, False, True, True)(variables, block, mask)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "optimizer", "batch_size", "mesh"),
+    static_argnames=("model", "optimizer", "batch_size", "mesh", "loss"),
     donate_argnames=("variables", "optimizer_state"),
 )
 def _epochs(
@@ -374,6 +385,7 @@ def _epochs(
     count: Array,
     key: Array,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> tuple[Variables, Any]:
     """Runs epochs `first`, `first` + 1, …, with the first rows of `orders` and `learning_rates`."""
 
@@ -386,7 +398,7 @@ def _epochs(
         )
         return _epoch(
             *(model, optimizer, batch_size, variables, optimizer_state, buffer),
-            *(orders[index], count, jax.random.fold_in(key, first + index), mesh),
+            *(orders[index], count, jax.random.fold_in(key, first + index), mesh, loss),
         )
 
     return jax.lax.fori_loop(0, num_epochs, run, (dict(variables), optimizer_state))
@@ -403,6 +415,7 @@ def _epoch(
     count: Array,
     key: Array,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> tuple[Variables, Any]:
     """Runs one epoch over the first `count` entries of `order`."""
     num_steps = (count + batch_size - 1) // batch_size
@@ -418,7 +431,7 @@ def _epoch(
         batch = Examples(buffer.x[rows], buffer.y[rows])
         batch, mask = parallel.divided((batch, slots < stop), mesh)
         gradient, _, statistics = batch_gradient(
-            model, variables, batch, mask, jax.random.fold_in(key, index)
+            model, variables, batch, mask, jax.random.fold_in(key, index), loss
         )
         gradient, statistics = parallel.together((gradient, statistics), mesh)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, variables["params"])
@@ -429,7 +442,12 @@ def _epoch(
 
 
 def batch_gradient(
-    model: nn.Module, variables: Variables, batch: Examples, mask: Array, dropout_key: Array
+    model: nn.Module,
+    variables: Variables,
+    batch: Examples,
+    mask: Array,
+    dropout_key: Array,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> tuple[Any, Array, Variables]:
     """Returns gradient and value of the mean loss over unmasked rows, and new statistics.
 
@@ -441,6 +459,7 @@ def batch_gradient(
       batch: x `[n, ...]`, y `[n]`.
       mask: `[n]` bool, at least one True.
       dropout_key: for the module's "dropout" stream.
+      loss: of each row.
     """
     rest = {name: value for name, value in variables.items() if name != "params"}
 
@@ -454,11 +473,11 @@ def batch_gradient(
                 rngs={"dropout": dropout_key},
             )
         logits = contract.as_outputs(outputs, len(batch.x)).logits
-        loss = losses.cross_entropy(logits, batch.y)
-        return jnp.sum(loss, where=mask) / jnp.sum(mask), statistics
+        each = loss(logits, batch.y)
+        return jnp.sum(each, where=mask) / jnp.sum(mask), statistics
 
-    (loss, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-    return gradient, loss, statistics
+    (mean, statistics), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+    return gradient, mean, statistics
 
 
 def _mask_batch_norm(mask: Array, call: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -53,7 +53,12 @@ class UnsupportedError(NotImplementedError):
 
 
 def gradient_terms(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any,
+    direction: Params,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> GradientTerms:
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
 
@@ -63,6 +68,7 @@ def gradient_terms(
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
       direction: a pytree like `variables["params"]`.
+      loss: whose gradients these are.
 
     Raises:
       UnsupportedError: if the model has no factored form here. Never a wrong answer.
@@ -72,19 +78,25 @@ def gradient_terms(
     apply = _without_jit(apply)
     check_supported(apply, variables, x)
 
-    def loss(probe: Array) -> tuple[Array, Array]:
+    def total(probe: Array) -> tuple[Array, Array]:
         with _tapped(variables, functools.partial(_share_tap, direction, probe), []):
             logits = contract.as_outputs(apply(variables, x), len(x)).logits
-        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
-        return jnp.sum(losses.cross_entropy(logits, targets)), targets
+        targets = loss.pseudo_labels(logits) if labels is None else labels
+        return jnp.sum(loss(logits, targets)), targets
 
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
     probe = jnp.zeros((len(x), 2), dtype)
-    terms, targets = jax.grad(loss, has_aux=True)(probe)
+    terms, targets = jax.grad(total, has_aux=True)(probe)
     return GradientTerms(terms[:, 0], terms[:, 1], targets)
 
 
-def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pairs.Form]:
+def forms(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
+) -> list[pairs.Form]:
     """Returns the gradients of all examples, layer by layer in forms that `pairs.products` takes.
 
     Args:
@@ -92,11 +104,12 @@ def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pai
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
+      loss: whose gradients these are.
 
     Raises:
       UnsupportedError: if the model has no factored form here. Never a wrong answer.
     """
-    of_layers = map_layers(pairs.forms_of, apply, variables, x, total_loss(labels))
+    of_layers = map_layers(pairs.forms_of, apply, variables, x, total_loss(labels, loss))
     return [form for of_layer in of_layers for form in of_layer]
 
 
@@ -157,14 +170,14 @@ def map_layers(
     ]
 
 
-def total_loss(labels: Any) -> Callable[[Array], Array]:
+def total_loss(labels: Any, loss: losses.Loss = losses.CROSS_ENTROPY) -> Callable[[Array], Array]:
     """Returns the function of logits to the loss, summed; at pseudo-labels if labels are None."""
 
-    def loss(logits: Array) -> Array:
-        targets = jnp.argmax(logits, axis=-1) if labels is None else labels
-        return jnp.sum(losses.cross_entropy(logits, targets))
+    def total(logits: Array) -> Array:
+        targets = loss.pseudo_labels(logits) if labels is None else labels
+        return jnp.sum(loss(logits, targets))
 
-    return loss
+    return total
 
 
 _Jitted = type(jax.jit(lambda: None))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dynamical_jax import contract, resources
+from dynamical_jax import contract, losses, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -30,6 +30,7 @@ def gram(
     engine: str = "factored",
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Float[np.ndarray, "n n"]:
     """Returns g_u·g_v of all pairs of examples, exactly symmetric, in NumPy.
 
@@ -46,11 +47,17 @@ def gram(
         warning that says why.
       chunk_size: examples of a block, likewise; by default as many, up to 256, as fit.
       on_progress: called with (done, n) after each block of rows.
+      loss: whose gradients these are.
 
     Raises:
       UserError: if the engine is unknown or a label is no class of the model.
     """
-    options = {"engine": engine, "chunk_size": chunk_size, "on_progress": on_progress}
+    options = {
+        "engine": engine,
+        "chunk_size": chunk_size,
+        "on_progress": on_progress,
+        "loss": loss,
+    }
     return _products(apply, variables, Examples(x, labels), None, **options)
 
 
@@ -63,6 +70,7 @@ def cross_gram(
     engine: str = "factored",
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Float[np.ndarray, "m n"]:
     """Returns g_u·g_v of each u in one set with each v in another, in NumPy.
 
@@ -74,11 +82,17 @@ def cross_gram(
       engine: as of `gram`.
       chunk_size: likewise.
       on_progress: called with (done, m) after each block of rows.
+      loss: whose gradients these are.
 
     Raises:
       UserError: if the engine is unknown or a label is no class of the model.
     """
-    options = {"engine": engine, "chunk_size": chunk_size, "on_progress": on_progress}
+    options = {
+        "engine": engine,
+        "chunk_size": chunk_size,
+        "on_progress": on_progress,
+        "loss": loss,
+    }
     return _products(apply, variables, Examples(*left), Examples(*right), **options)
 
 
@@ -91,15 +105,17 @@ def _products(
     engine: str,
     chunk_size: int | None,
     on_progress: OnProgress,
+    loss: losses.Loss,
 ) -> np.ndarray:
     """Returns the products of two sets, or of one with itself if there is no `right`."""
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    engines = scoring.with_loss(ENGINES, loss)
     symmetric = right is None
     right = left if symmetric else right
     for x, labels in (left, right):
         if labels is not None:
-            contract.check_labels(apply, variables, x, labels)
+            contract.check_labels(apply, variables, x, labels, loss.of_classes)
         if len(x):
             contract.check_rows(apply, variables, x)
     if left.x.shape[1:] != right.x.shape[1:]:
@@ -122,7 +138,7 @@ def _products(
 
     def arguments(of: Examples, positions: np.ndarray) -> tuple[Any, ...]:
         labels = None if of.y is None else np.asarray(of.y)[positions]
-        return apply, ENGINES[engine], variables, Examples(of.x[positions], labels)
+        return apply, engines[engine], variables, Examples(of.x[positions], labels)
 
     largest = scoring.LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size
     block_size = bucketed(max(result.shape), largest)
@@ -152,7 +168,7 @@ def _products(
             raise
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=3)
         right = None if symmetric else right
-        options = {"chunk_size": chunk_size, "on_progress": on_progress}
+        options = {"chunk_size": chunk_size, "on_progress": on_progress, "loss": loss}
         return _products(apply, variables, left, right, engine="vmap", **options)
     if symmetric:
         upper = np.triu(result)

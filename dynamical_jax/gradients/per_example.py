@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Shaped
 
 from dynamical_jax import contract, losses
 from dynamical_jax.gradients import pairs
@@ -17,20 +17,29 @@ from dynamical_jax.types import AnyArray, ApplyFn, GradientTerms, Params, Variab
 
 
 def per_example_gradients(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Int[AnyArray, "n"]
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Shaped[AnyArray, "n ..."],
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Params:
     """Returns ∇_θ ℓ(x_u, y_u) of every example, a pytree of parameters with a leading axis n."""
     rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def loss(params: Params, x: Any, label: Any) -> Array:
+    def of_one(params: Params, x: Any, label: Any) -> Array:
         logits = contract.as_outputs(apply({"params": params, **rest}, x[None]), 1).logits
-        return losses.cross_entropy(logits, label[None])[0]
+        return loss(logits, label[None])[0]
 
-    return jax.vmap(jax.grad(loss), (None, 0, 0))(variables["params"], x, labels)
+    return jax.vmap(jax.grad(of_one), (None, 0, 0))(variables["params"], x, labels)
 
 
 def gradient_terms(
-    apply: ApplyFn, variables: Variables, x: Any, labels: Any, direction: Params
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any,
+    direction: Params,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> GradientTerms:
     """Returns ‖g_u‖² and g_u·v of every example u, v being `direction`.
 
@@ -40,9 +49,10 @@ def gradient_terms(
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
       direction: a pytree like `variables["params"]`.
+      loss: whose gradients these are.
     """
-    labels = _labels(apply, variables, x, labels)
-    gradients = per_example_gradients(apply, variables, x, labels)
+    labels = _labels(apply, variables, x, labels, loss)
+    gradients = per_example_gradients(apply, variables, x, labels, loss)
     gradients = jax.tree.map(
         lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)), gradients
     )
@@ -51,7 +61,13 @@ def gradient_terms(
     return GradientTerms(squared_norm, inner_product, labels)
 
 
-def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pairs.Form]:
+def forms(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
+) -> list[pairs.Form]:
     """Returns the gradients of all examples, formed and flattened, for `pairs.products`.
 
     Args:
@@ -59,13 +75,15 @@ def forms(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> list[pai
       variables: with all parameters in `params`.
       x: `[n, ...]` inputs.
       labels: `[n]`, or None for pseudo-labels.
+      loss: whose gradients these are.
     """
-    labels = _labels(apply, variables, x, labels)
-    return [pairs.Formed(jax.vmap(pairs.flat)(per_example_gradients(apply, variables, x, labels)))]
+    labels = _labels(apply, variables, x, labels, loss)
+    gradients = per_example_gradients(apply, variables, x, labels, loss)
+    return [pairs.Formed(jax.vmap(pairs.flat)(gradients))]
 
 
-def _labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any) -> Any:
+def _labels(apply: ApplyFn, variables: Variables, x: Any, labels: Any, loss: losses.Loss) -> Any:
     """Returns the labels, or the predictions if there are none."""
     if labels is not None:
         return labels
-    return jnp.argmax(contract.as_outputs(apply(variables, x), len(x)).logits, axis=-1)
+    return loss.pseudo_labels(contract.as_outputs(apply(variables, x), len(x)).logits)

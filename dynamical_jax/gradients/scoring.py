@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, parallel, resources
+from dynamical_jax import contract, losses, parallel, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -45,6 +47,7 @@ def norms_and_products(
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> GradientTerms:
     """Returns ‖g_u‖², g_u·v and the label used for every example u, in NumPy.
 
@@ -64,19 +67,51 @@ def norms_and_products(
       on_progress: called with (done, total) after each block.
       mesh: devices that score a part of the examples each, `chunk_size` at a time, as
         `parallel.make_mesh` makes it.
+      loss: whose gradients these are.
 
     Raises:
-      UserError: if the engine is unknown or a label is no class of the model.
+      UserError: if the engine is unknown, a label is no class of the model, or `direction` is not
+        like the parameters.
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    check_direction(variables["params"], direction)
     if len(x) == 0:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))
-    options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
-    examples = Examples(x, labels)
+    options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh, "loss": loss}
+    examples, engines = Examples(x, labels), with_loss(ENGINES, loss)
     return GradientTerms(
-        *score_blocks(apply, ENGINES, engine, variables, examples, direction, **options)
+        *score_blocks(apply, engines, engine, variables, examples, direction, **options)
     )
+
+
+def check_direction(params: Params, direction: Params) -> None:
+    """Raises `UserError` unless `direction` has the leaves of `params`, in their shapes."""
+    ours, theirs = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(tree))
+        }
+        for tree in (params, direction)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"direction must be like the parameters: {name} is {theirs.get(name, 'missing')} "
+                f"there, and {ours.get(name, 'missing')} in the parameters"
+            )
+
+
+def with_loss(engines: Mapping[str, Any], loss: losses.Loss) -> Mapping[str, Any]:
+    """Returns engines for a loss; the same functions each time, as programs are kept for each."""
+    if loss == losses.CROSS_ENTROPY:
+        return engines
+    return {name: _with_loss(engine, loss) for name, engine in engines.items()}
+
+
+@functools.lru_cache(64)
+def _with_loss(engine: Callable[..., Any], loss: losses.Loss) -> Callable[..., Any]:
+    return functools.partial(engine, loss=loss)
 
 
 def score_blocks(
@@ -90,6 +125,7 @@ def score_blocks(
     chunk_size: int | None,
     on_progress: OnProgress,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> list[np.ndarray]:
     """Returns what an engine computes of each example, in NumPy, block by block.
 
@@ -104,10 +140,11 @@ def score_blocks(
       chunk_size: as of `norms_and_products`.
       on_progress: likewise.
       mesh: likewise.
+      loss: that of the engines, whose labels these are.
     """
     x, labels = examples
     if labels is not None:
-        contract.check_labels(apply, variables, x, labels)
+        contract.check_labels(apply, variables, x, labels, loss.of_classes)
     contract.check_rows(apply, variables, x)
 
     variables, given = parallel.replicate((variables, given), mesh)
@@ -146,7 +183,12 @@ def score_blocks(
         if engine != "factored":
             raise
         warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=3)
-        options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
+        options = {
+            "chunk_size": chunk_size,
+            "on_progress": on_progress,
+            "mesh": mesh,
+            "loss": loss,
+        }
         return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
     return columns
 

@@ -19,6 +19,7 @@ def set_gradient(
     examples: Examples,
     chunk_size: int = 128,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Params:
     """Returns g_S = Σ_{x∈S} ∇_θ ℓ(x, y), a pytree of parameters, accumulated block by block.
 
@@ -29,11 +30,12 @@ def set_gradient(
       chunk_size: how many examples at a time; halved if memory runs out. Changes memory and speed,
         not the result.
       mesh: devices that take a part of the examples each, `chunk_size` at a time.
+      loss: ℓ.
 
     Raises:
       UserError: if a label is no class of the model.
     """
-    contract.check_labels(apply, variables, examples.x, examples.y)
+    contract.check_labels(apply, variables, examples.x, examples.y, loss.of_classes)
     labels = np.asarray(examples.y)
     devices = parallel.num_devices(mesh)
     block_size = bucketed(-(-len(labels) // devices), chunk_size) * devices
@@ -46,7 +48,7 @@ def set_gradient(
         parts = (examples.x, labels)
         block = Examples(*(parallel.rows(part, positions, mesh) for part in parts))
         weights = parallel.rows(weights, np.arange(len(positions)), mesh)
-        gradient = _block_gradient(apply, mesh, variables, block, weights)
+        gradient = _block_gradient(apply, mesh, loss, variables, block, weights)
         # Memory that runs out must do so before the sum is touched.
         gradient = jax.block_until_ready(gradient)
         total = gradient if total is None else _add(total, gradient)
@@ -65,23 +67,28 @@ def _add(total: Params, gradient: Params) -> Params:
     return jax.tree.map(jnp.add, total, gradient)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "mesh"))
+@functools.partial(jax.jit, static_argnames=("apply", "mesh", "loss"))
 def _block_gradient(
-    apply: ApplyFn, mesh: Mesh | None, variables: Variables, block: Examples, weights: Any
+    apply: ApplyFn,
+    mesh: Mesh | None,
+    loss: losses.Loss,
+    variables: Variables,
+    block: Examples,
+    weights: Any,
 ) -> Params:
     """Returns the gradient of the block; with a mesh, a row for each device."""
 
     def gradient(variables: Variables, block: Examples, weights: Any) -> Params:
         rest = {name: value for name, value in variables.items() if name != "params"}
 
-        def loss(params: Params) -> Array:
+        def total(params: Params) -> Array:
             outputs = contract.as_outputs(apply({"params": params, **rest}, block.x), len(block.x))
-            return jnp.vdot(weights, losses.cross_entropy(outputs.logits, block.y))
+            return jnp.vdot(weights, loss(outputs.logits, block.y))
 
         # Summed in float32 at least, since there are many terms.
         summed = jax.tree.map(
             lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)),
-            jax.grad(loss)(variables["params"]),
+            jax.grad(total)(variables["params"]),
         )
         return summed if mesh is None else jax.tree.map(lambda leaf: leaf[None], summed)
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from dynamical_jax import losses
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example, scoring, sketching
 from dynamical_jax.types import (
@@ -34,6 +35,7 @@ def sketch(
     chunk_size: int | None = None,
     on_progress: OnProgress = ignore_progress,
     mesh: Mesh | None = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Float[np.ndarray, "n {size}"]:
     """Returns a vector s_u of each example, such that s_u·s_v is g_u·g_v in expectation, in NumPy.
 
@@ -57,6 +59,7 @@ def sketch(
         up to 256, as fit.
       on_progress: called with (done, n) after each block.
       mesh: devices that take a part of the examples each, as of `norms_and_products`.
+      loss: whose gradients these are.
 
     Raises:
       UserError: if the engine is unknown, a label is no class of the model, or the size is below 1.
@@ -70,25 +73,28 @@ def sketch(
     options = {"chunk_size": chunk_size, "on_progress": on_progress, "mesh": mesh}
     key, examples = jax.random.key(seed), Examples(x, labels)
     (sketches,) = scoring.score_blocks(
-        apply, engines(size), engine, variables, examples, key, **options
+        apply, engines(size, loss), engine, variables, examples, key, loss=loss, **options
     )
     return sketches
 
 
 @functools.cache  # Programs are compiled for each function: those of one size are shared.
-def engines(size: int) -> dict[str, Callable[..., tuple[Array]]]:
+def engines(
+    size: int, loss: losses.Loss = losses.CROSS_ENTROPY
+) -> dict[str, Callable[..., tuple[Array]]]:
     """Returns name → function of (apply, variables, x, labels, key) to sketches of this size."""
 
     def factored_sketches(
         apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
     ) -> tuple[Array]:
-        objective = factored.total_loss(labels)
+        objective = factored.total_loss(labels, loss)
         return (of_objective(apply, variables, x, objective, key, size),)
 
     def formed_sketches(
         apply: ApplyFn, variables: Variables, x: Any, labels: Any, key: Array
     ) -> tuple[Array]:
-        return (sketching.of_forms(key, size, per_example.forms(apply, variables, x, labels)),)
+        forms = per_example.forms(apply, variables, x, labels, loss)
+        return (sketching.of_forms(key, size, forms),)
 
     return {"factored": factored_sketches, "vmap": formed_sketches}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dynamical_jax import losses
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.set_gradient import set_gradient
 from dynamical_jax.types import ApplyFn, Examples, GradientTerms, Variables
@@ -25,26 +26,33 @@ class Verification(NamedTuple):
     inner_product: float
 
 
-def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Verification:
+def verify(
+    model: Any,
+    variables: Variables,
+    x: Any,
+    labels: Any = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
+) -> Verification:
     """Compares the factored engine with `vmap(jax.grad)`, and prints the largest difference.
 
     In float32 differences of 1e-5 are rounding. Larger ones mean that a layer is registered wrongly
     (`gradients.register`), or that the model mixes examples.
 
     Args:
-      model: a Flax Linen module, or its `apply`.
+      model: a Flax Linen module, such as `models.from_nnx` makes, or its `apply`.
       variables: its variables.
       x: `[n, ...]` inputs, at least two.
       labels: `[n]`; pseudo-labels if None.
+      loss: whose gradients are compared.
 
     Raises:
       UnsupportedError: if the model has no factored form: then it is scored by `vmap(jax.grad)`.
     """
     apply: ApplyFn = getattr(model, "apply", model)
-    reference, engine = (_compiled(module, apply) for module in (per_example, factored))
+    reference, engine = (_compiled(module, apply, loss) for module in (per_example, factored))
     exact = reference(variables, x, labels, variables["params"])
     # A direction as in dynamicAL: the gradient of a set.
-    direction = set_gradient(apply, variables, Examples(x, np.asarray(exact.label)))
+    direction = set_gradient(apply, variables, Examples(x, np.asarray(exact.label)), loss=loss)
     ours, exact = (
         jax.tree.map(np.asarray, terms(variables, x, exact.label, direction))
         for terms in (engine, reference)
@@ -68,6 +76,8 @@ def verify(model: Any, variables: Variables, x: Any, labels: Any = None) -> Veri
     return result
 
 
-def _compiled(engine: ModuleType, apply: ApplyFn) -> Callable[..., GradientTerms]:
+def _compiled(
+    engine: ModuleType, apply: ApplyFn, loss: losses.Loss
+) -> Callable[..., GradientTerms]:
     # A function of its own each time: another registration must not meet an earlier one's program.
-    return jax.jit(functools.partial(engine.gradient_terms, apply))
+    return jax.jit(functools.partial(engine.gradient_terms, apply, loss=loss))

@@ -50,6 +50,7 @@ class OnCandidates(Dynamical):
             np.asarray(scored.terms.label)[candidates],
             engine=self.engine,
             chunk_size=self.chunk_size,
+            loss=self.loss,
         )
         positions, scores = self.choose(key, scored.change[candidates], products, batch_size)
         return Query(candidates[np.asarray(positions)], np.asarray(scores), state)

@@ -57,6 +57,7 @@ class DynamicalDiverse(OnCandidates):
             chunk_size=self.chunk_size,
             on_progress=scored.view.on_progress,
             mesh=scored.view.mesh,
+            loss=self.loss,
         )
         weights = np.maximum(scored.change, 0)
         one = np.ones((len(sketches), 1), sketches.dtype)

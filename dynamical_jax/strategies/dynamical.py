@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamical_jax import dynamics, gradients
+from dynamical_jax import dynamics, gradients, losses
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.types import Array, Examples
@@ -24,11 +24,13 @@ class Dynamical(Strategy):
         `math.inf` the inner product alone.
       engine: how gradients are computed, a key of `gradients.ENGINES`; changes no score.
       chunk_size: examples at a time; by default what memory allows; changes no score.
+      loss: that the model is trained by, whose gradients make the dynamics.
     """
 
     gamma: float = 2.0
     engine: str = "factored"
     chunk_size: int | None = None
+    loss: losses.Loss = losses.CROSS_ENTROPY
 
     def __post_init__(self):
         if math.isnan(self.gamma) or self.gamma < 0:
@@ -51,6 +53,7 @@ class Dynamical(Strategy):
             chunk_size=self.chunk_size,
             on_progress=view.on_progress,
             mesh=view.mesh,
+            loss=self.loss,
         )
         change = dynamics.change_of_training_dynamics(
             jnp.asarray(terms.squared_norm), jnp.asarray(terms.inner_product), self.gamma
@@ -94,7 +97,9 @@ class Dynamical(Strategy):
     def _set_gradient(self, view: LearnerView, examples: Examples) -> Any:
         # A batch gradient needs less memory than scoring; 128 is what training takes at a time.
         size = self.chunk_size or 128
-        return gradients.set_gradient(view.apply, view.variables, examples, size, view.mesh)
+        return gradients.set_gradient(
+            view.apply, view.variables, examples, size, view.mesh, self.loss
+        )
 
 
 class Changes(NamedTuple):

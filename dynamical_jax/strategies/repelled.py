@@ -61,5 +61,6 @@ class DynamicalRepelled(Dynamical):
             chunk_size=self.chunk_size,
             on_progress=view.on_progress,
             mesh=view.mesh,
+            loss=self.loss,
         )
         return np.asarray(terms.inner_product)
