@@ -24,6 +24,7 @@ class Task(NamedTuple):
       pool_size: images in the pool, where there is one.
       precision: of matrix products; "default" for each framework's own.
       device: "cpu" or "gpu".
+      num_features: of vectors, where the pool holds them.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Task(NamedTuple):
     pool_size: int | None = None
     precision: str = "default"
     device: str = "cpu"
+    num_features: int | None = None
 
 
 class Work(NamedTuple):

@@ -1,9 +1,13 @@
-"""Embeds images by a pretrained network, once: the vectors are kept on disk."""
+"""Embeds images by a pretrained network, once: the vectors are kept on disk.
+
+Those of a network are in one file, in the order in which they were computed, and beside it is a
+file that says which images they are of. So images that were embedded before are not embedded again,
+whatever others are new, and an interruption loses a batch at most.
+"""
 
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,10 +24,13 @@ from dynamical_jax.data import images
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.weights import Weights
-from dynamical_jax.types import Array, Examples, Variables
+from dynamical_jax.types import Array, Examples, Rows, Variables
 
 BATCH_SIZE = 32
 """Images that go through the network at a time."""
+
+KEY_SIZE = 16
+"""Bytes that tell images apart."""
 
 # Raise it when a network or what comes before it changes, so that older files are not used.
 FORMAT = 1
@@ -34,11 +41,8 @@ Read = Callable[[np.ndarray], tuple[Any, np.ndarray]]
 
 def embed(
     weights: Weights, x: Any, cache_dir: str | os.PathLike, image_size: int | None = None
-) -> images.OnDisk:
+) -> Rows:
     """Returns the embeddings of images, `[n, d]` float32.
-
-    They are computed once for the same images and weights. If that is interrupted, the next call
-    goes on.
 
     Args:
       weights: of the network.
@@ -51,10 +55,9 @@ def embed(
       UserError: if the network cannot take such images, or the cache cannot be written.
     """
     images.check_pixels(x)
-    source = f"pixels {images.checksum(x):08x} {x.shape}"
-    everything = np.ones(len(x), bool)
-    read = lambda positions: (x[positions], everything[positions])
-    return _embed(weights, len(x), read, source, cache_dir, image_size)
+    read = lambda positions: (x[positions], np.ones(len(positions), bool))
+    vectors, _ = _embed(weights, list(images.digests(x)), read, cache_dir, image_size)
+    return vectors
 
 
 def embed_files(
@@ -62,8 +65,8 @@ def embed_files(
     paths: Sequence[str],
     cache_dir: str | os.PathLike,
     image_size: int | None = None,
-) -> images.OnDisk:
-    """Returns the embeddings of image files, `[n, d]`; a file that cannot be read has NaN.
+) -> tuple[Rows, np.ndarray]:
+    """Returns the embeddings of image files that can be read, `[m, d]`, and the rows of these.
 
     Args:
       weights: as in `embed`.
@@ -81,9 +84,9 @@ def embed_files(
         chosen = [paths[position] for position in positions]
         return images.read_all(chosen, shape, weights.preprocessing.interpolation)
 
-    return _embed(
-        weights, len(paths), read, repr(images.list_files(paths)[1]), cache_dir, image_size
-    )
+    _, listing = images.list_files(paths)
+    keys = [name.encode().ljust(KEY_SIZE)[:KEY_SIZE] for name in listing]
+    return _embed(weights, keys, read, cache_dir, image_size)
 
 
 def embed_dataset(
@@ -107,70 +110,103 @@ def embed_dataset(
 
 def _embed(
     weights: Weights,
-    size: int,
+    keys: Sequence[bytes],
     read: Read,
-    source: str,
     cache_dir: str | os.PathLike,
     image_size: int | None,
-) -> images.OnDisk:
-    """Returns the embeddings of `size` images, of which `source` says what they are."""
+) -> tuple[Rows, np.ndarray]:
+    """Returns the embeddings of images that can be read, and the rows of these.
+
+    Args:
+      weights: of the network.
+      keys: of the images: those that have the same are the same.
+      read: reads them.
+      cache_dir: as in `embed`.
+      image_size: likewise.
+    """
     model = models.pretrained(weights, 1, image_size)
     example, _ = read(np.zeros(1, int))
     variables = _variables(model, example)
     width = jax.eval_shape(model.apply, variables, example).embedding.shape[1]
-    facts = (weights.model, weights.checksum, model.size, model.mean, model.std, source, FORMAT)
-    key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
-    path = pathlib.Path(cache_dir) / f"embeddings-{key}.npy"
-    partial = path.with_suffix(".partial")
+    facts = (weights, model.size, example.shape[1:], FORMAT, images.FORMAT)
+    name = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+    path = pathlib.Path(cache_dir) / f"embeddings-{name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                _append_rows(partial, size, width, lambda p: _vectors(model, variables, *read(p)))
-                os.replace(partial, path)
+            store = _Store(path, width)
+            first = {key: i for i, key in reversed(list(enumerate(keys)))}
+            new = np.array(sorted(i for key, i in first.items() if key not in store.row_of), int)
+            progress = tqdm.tqdm(
+                desc="embedding images",
+                total=len(keys),
+                initial=len(keys) - len(new),
+                disable=None,
+                leave=False,
+            )
+            with progress:
+                for start in range(0, len(new), BATCH_SIZE):
+                    positions = new[start : start + BATCH_SIZE]
+                    x, readable = read(positions)
+                    vectors = _vectors(model, variables, x)
+                    store.add([keys[i] for i in positions[readable]], vectors[readable])
+                    progress.update(len(positions))
     except OSError as error:
         raise UserError(
             f"cannot write the cache {path}: {error}; give another --cache_dir"
         ) from error
-    return images.OnDisk(path)
+    rows = np.array([store.row_of.get(key, -1) for key in keys])
+    return Rows(store, rows[rows >= 0]), np.flatnonzero(rows >= 0)
 
 
-def _append_rows(
-    path: pathlib.Path, size: int, width: int, rows: Callable[[np.ndarray], np.ndarray]
-) -> None:
-    """Writes an .npy file `[size, width]` row by row, and goes on where it was interrupted."""
-    header = io.BytesIO()
-    described = {"descr": "<f4", "fortran_order": False, "shape": (size, width)}
-    np.lib.format.write_array_header_1_0(header, described)
-    with path.open("a+b") as file:
-        file.seek(0)
-        if file.read(header.tell()) != header.getvalue():
-            file.truncate(0)
-            file.write(header.getvalue())
-        done = (file.seek(0, os.SEEK_END) - header.tell()) // (4 * width)
-        file.truncate(header.tell() + done * 4 * width)
-        progress = tqdm.tqdm(
-            desc="embedding images", total=size, initial=done, disable=None, leave=False
-        )
-        with progress:
-            for start in range(done, size, BATCH_SIZE):
-                positions = np.arange(start, min(start + BATCH_SIZE, size))
-                file.write(rows(positions).astype("<f4").tobytes())
-                file.flush()
-                progress.update(len(positions))
+class _Store:
+    """Vectors in a file, mapped anew for each access, as `images.OnDisk` does, and their keys.
+
+    Args:
+      path: of the vectors, without suffix.
+      width: numbers of each.
+    """
+
+    def __init__(self, path: pathlib.Path, width: int):
+        self._vectors, self._keys = path.with_suffix(".vectors"), path.with_suffix(".keys")
+        self._width, self.dtype = width, np.dtype("<f4")
+        for file in (self._vectors, self._keys):
+            file.touch()
+        keys = self._keys.read_bytes()
+        count = min(len(keys) // KEY_SIZE, self._vectors.stat().st_size // (4 * width))
+        os.truncate(self._vectors, count * 4 * width)  # What was written last may not be whole.
+        os.truncate(self._keys, count * KEY_SIZE)
+        self.row_of = {keys[KEY_SIZE * i : KEY_SIZE * (i + 1)]: i for i in range(count)}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of all vectors together."""
+        return (len(self.row_of), self._width)
+
+    def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        """Adds vectors `[b, d]` with new keys, each another."""
+        # A vector is there when its key is.
+        for file, content in (
+            (self._vectors, vectors.astype(self.dtype).tobytes()),
+            (self._keys, b"".join(keys)),
+        ):
+            with file.open("ab") as opened:
+                opened.write(content)
+        for key in keys:
+            self.row_of[key] = len(self.row_of)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.array(np.memmap(self._vectors, self.dtype, "r", shape=self.shape)[rows])
 
 
-def _vectors(
-    model: models.Pretrained, variables: Variables, x: Any, readable: np.ndarray
-) -> np.ndarray:
-    """Returns the embeddings of at most `BATCH_SIZE` images; NaN for those that are not readable.
+def _vectors(model: models.Pretrained, variables: Variables, x: Any) -> np.ndarray:
+    """Returns the embeddings of at most `BATCH_SIZE` images.
 
     Blocks are filled up, so that one program is compiled.
     """
     filled = np.zeros((BATCH_SIZE, *x.shape[1:]), x.dtype)
     filled[: len(x)] = x
-    vectors = np.asarray(_embedding(model, variables, filled))[: len(x)]
-    return np.where(readable[:, None], vectors, np.nan)
+    return np.asarray(_embedding(model, variables, filled))[: len(x)]
 
 
 @functools.partial(jax.jit, static_argnames="model")

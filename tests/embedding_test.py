@@ -40,14 +40,36 @@ class TestEmbed:
         embedded = embedding.embed(weights, network[2], tmp_path)
         assert (embedded.shape, embedded.dtype) == ((40, WIDTH), np.float32)
         np.testing.assert_allclose(embedded[:], vectors, atol=1e-5)
+        smaller = embedding.embed(weights, network[2], tmp_path, image_size=4)
+        assert np.abs(smaller[:] - embedded[:]).max() > 0.1
         np.testing.assert_array_equal(
             embedding.embed(weights, network[2], tmp_path)[:], embedded[:]
         )
-        assert len(list(tmp_path.glob("*.npy"))) == 1
-        embedding.embed(weights, network[2][:30], tmp_path)
-        embedding.embed(weights, network[2], tmp_path, image_size=4)
-        assert len(list(tmp_path.glob("*.npy"))) == 3
-        assert not list(tmp_path.glob("*.partial"))
+
+    @pytest.fixture
+    def seen(self, monkeypatch):
+        """The images that went through the network."""
+        embed, seen = embedding._vectors, []
+
+        def watched(model, variables, x):
+            seen.extend(x)
+            return embed(model, variables, x)
+
+        monkeypatch.setattr(embedding, "_vectors", watched)
+        return seen
+
+    def test_only_what_is_new_goes_through_the_network(self, weights, network, tmp_path, seen):
+        x = network[2]
+        first = embedding.embed(weights, x[:20], tmp_path)[:]
+        order = np.random.default_rng(0).permutation(30)
+        both = embedding.embed(weights, x[np.append(order, order[:5])], tmp_path)[:]
+        assert len(seen) == 30
+        np.testing.assert_array_equal(seen[20:], x[order[order >= 20]])
+        back = np.argsort(order)
+        np.testing.assert_array_equal(both[back][:20], first)
+        np.testing.assert_array_equal(both[30:], both[:5])
+        apart = embedding.embed(weights, x[:30], tmp_path / "other")[:]
+        np.testing.assert_allclose(both[back], apart, atol=1e-5)
 
     def test_an_interruption_loses_one_block(self, weights, network, tmp_path, monkeypatch):
         monkeypatch.setattr(embedding, "BATCH_SIZE", 8)
@@ -63,12 +85,18 @@ class TestEmbed:
         monkeypatch.setattr(embedding, "_vectors", killed)
         with pytest.raises(KeyboardInterrupt):
             embedding.embed(weights, network[2], tmp_path)
-        (partial,) = tmp_path.glob("*.partial")
-        with partial.open("ab") as file:
-            file.write(b"half a row")
+        for written in (*tmp_path.glob("*.vectors"), *tmp_path.glob("*.keys")):
+            with written.open("ab") as file:
+                file.write(b"half a row")
         again = embedding.embed(weights, network[2], tmp_path)[:]
         assert done[3:] == [8, 8, 8]
         np.testing.assert_array_equal(again, whole)
+        (written,) = tmp_path.glob("*.vectors")  # Of which a power failure may lose more.
+        with written.open("r+b") as file:
+            file.truncate(written.stat().st_size - 1)
+        again = embedding.embed(weights, network[2], tmp_path)[:]
+        assert done[6:] == [1]
+        np.testing.assert_allclose(again, whole, atol=1e-5)
 
     @pytest.mark.parametrize(
         "x", [np.zeros((4, 5), np.float32), toy.images(4), toy.images(4)[..., :1] / 255]

@@ -302,16 +302,17 @@ def blocks(x: Any) -> Iterator[np.ndarray]:
 def first_equal(x: Any) -> np.ndarray:
     """Returns for each row of `[n, ...]` the position of the first that equals it."""
     seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(d, position) for position, d in enumerate(_digests(x))], int)
+    return np.array([seen.setdefault(d, position) for position, d in enumerate(digests(x))], int)
 
 
 def count_copies(x: Any, other: Any) -> int:
     """Returns how many rows of x `[n, ...]` are rows of `other` `[m, ...]`, too."""
-    known = set(_digests(other))
-    return sum(digest in known for digest in _digests(x))
+    known = set(digests(other))
+    return sum(digest in known for digest in digests(x))
 
 
-def _digests(x: Any) -> Iterator[bytes]:
+def digests(x: Any) -> Iterator[bytes]:
+    """Yields 16 bytes for each row of `[n, ...]`, which tell whether rows are equal."""
     for block in blocks(x):
         for row in np.ascontiguousarray(block):
             yield hashlib.blake2b(row, digest_size=16).digest()

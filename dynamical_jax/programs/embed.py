@@ -64,15 +64,14 @@ def run(argv: list[str]) -> list[str]:
     if not found:
         raise UserError(f"there are no image files in {folder}")
     print(network.describe())
-    vectors = embedding.embed_files(
+    vectors, rows = embedding.embed_files(
         network, found, options.prepare_cache_dir(), options.IMAGE_SIZE.value
-    )[:]
-    readable = np.isfinite(vectors).all(axis=1)
-    paths = [pathlib.Path(path).relative_to(folder).as_posix() for path in found]
-    report([path for path, reads in zip(paths, readable, strict=True) if not reads], len(paths))
+    )
+    paths = np.array([pathlib.Path(path).relative_to(folder).as_posix() for path in found])
+    report(np.delete(paths, rows).tolist(), len(paths))
     with files.replacing(output) as partial, partial.open("wb") as file:
-        np.savez(file, embedding=vectors[readable], path=np.array(paths)[readable])
-    print(f"{output}: {readable.sum()} vectors of {vectors.shape[1]} numbers")
+        np.savez(file, embedding=vectors[:], path=paths[rows])
+    print(f"{output}: {len(vectors)} vectors of {vectors.shape[1]} numbers")
     return []
 
 
