@@ -13,6 +13,7 @@ is a path, else with an apostrophe.
 import codecs
 import contextlib
 import csv
+import glob
 import io
 import os
 import pathlib
@@ -84,6 +85,16 @@ def locked(path: pathlib.Path) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         raise UserError(f"{path} is in use by another process: wait for it") from error
+
+
+def remove_partial(path: pathlib.Path) -> None:
+    """Removes what killed processes have left of their work on a table; call it when it is locked.
+
+    The table itself is whole: what is written becomes it in the end.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def read_labels(path: pathlib.Path, folder: str) -> Labels:

@@ -167,3 +167,32 @@ def test_near_copies_are_found_among_the_images(tmp_path):
     assert pictures.near.tolist() == [0, 0, 2, 2, 4, 4]
     pictures = labeling.folder.read(str(photos), paths, cache_dir=tmp_path)
     assert pictures.near.tolist() == list(range(6))
+
+
+def test_paths_are_relative_however_the_folder_is_written(photos, tmp_path, monkeypatch):
+    (photos / "deep").mkdir()
+    (photos / "01.png").rename(photos / "deep" / "01.png")
+    (photos / "02.png").rename(photos / "deep" / "sheet.png")
+    monkeypatch.chdir(tmp_path)
+    sheet = photos / "sheet.png"
+    (photos / "00.png").rename(sheet)
+    expected = ["03.png", "04.png", "deep/01.png", "deep/sheet.png"]
+    for folder in ("photos", "photos/", "./photos", str(photos), "photos/../photos//"):
+        found = labeling.folder.find(folder, sheet)
+        assert [path for path in found if path in expected or "sheet" in path] == expected
+        assert all((photos / path).is_file() for path in found)
+    monkeypatch.chdir(photos)
+    assert "deep/01.png" in labeling.folder.find(".", sheet)
+
+
+def test_what_a_killed_process_left_is_removed(photos, tmp_path):
+    table, other = tmp_path / "labels.csv", tmp_path / "labels.csv.backup"
+    labeling.add_labels(table, label(0))
+    for name in ("labels.csv.123.partial", "other.csv.5.partial"):
+        (tmp_path / name).write_text("path,la")
+    other.write_text("mine")
+    paths = labeling.folder.find(str(photos), tmp_path / "sheet.png")
+    labeling.folder.take_over(table, tmp_path / "to_label.csv", str(photos), paths)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"labels.csv", "labels.csv.backup", "other.csv.5.partial"} <= left
+    assert "labels.csv.123.partial" not in left
