@@ -85,6 +85,7 @@ def test_script_without_labels(installed, photos):
     assert log["flags"]["batch_size"] == 3
 
 
+@pytest.mark.slow  # Two processes that import JAX; the list of files above says as much.
 def test_the_page_finds_its_files(installed, tmp_path):
     program = (
         "from dynamical_jax.labeling import server; print((server.PAGE / 'page.js').is_file())"
@@ -96,6 +97,7 @@ def test_the_page_finds_its_files(installed, tmp_path):
     assert done.stderr.startswith("error: a folder of images must be given")
 
 
+@pytest.mark.slow  # Two processes; select_test.py looks at flags and messages.
 def test_script_says_what_it_can(installed, tmp_path):
     done = installed.select(tmp_path, help="true")
     assert "dynamical-select --images=path/to/images" in done.stdout

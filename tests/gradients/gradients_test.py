@@ -22,7 +22,7 @@ def test_set_gradient_is_the_sum_of_gradients(name):
     reference = jax.jit(gradients.per_example_gradients, static_argnums=0)
     each = reference(apply, variables, *examples)
     expected = jax.tree.map(lambda leaf: leaf.sum(axis=0), each)
-    for chunk_size in (1, 3, 7, 16):
+    for chunk_size in (3, 16):  # With padding in the last block, and in the only one.
         gradient = gradients.set_gradient(apply, variables, examples, chunk_size)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected
@@ -35,7 +35,7 @@ def test_chunk_size_changes_nothing(name, engine):
     apply, variables, (x, y) = setting(name, 11)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
     whole = gradients.norms_and_products(apply, variables, x, direction, engine=engine)
-    for chunk_size in (1, 4, 11, 64):
+    for chunk_size in (4, 64):
         parts = gradients.norms_and_products(
             apply, variables, x, direction, engine=engine, chunk_size=chunk_size
         )
@@ -47,9 +47,9 @@ def test_chunk_size_changes_nothing(name, engine):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("engine", gradients.ENGINES)
 def test_score_does_not_depend_on_batch_mates(name, engine):
-    apply, variables, (x, y) = setting(name, 6)
+    apply, variables, (x, y) = setting(name, 11)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
-    others = np.concatenate([x[:1], toy.images(5, seed=9)])
+    others = np.concatenate([x[:1], toy.images(10, seed=9)])
     one, two = (
         gradients.norms_and_products(apply, variables, batch, direction, engine=engine)
         for batch in (x, others)
@@ -72,7 +72,7 @@ def test_terms_from_the_gradients_themselves():
 
 
 def test_labels_are_the_predictions():
-    apply, variables, (x, y) = setting("cnn", 8)
+    apply, variables, (x, y) = setting("cnn", 11)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
     predictions = np.argmax(jax.jit(apply)(variables, x).logits, axis=-1)
     pseudo = gradients.norms_and_products(apply, variables, x, direction)

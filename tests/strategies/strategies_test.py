@@ -61,14 +61,14 @@ class TestContract:
 
     def test_never_a_labeled_example(self, name):
         # Positions count in the unlabeled set, so that rows of the pool come out unlabeled.
-        images = toy.images(30)
-        pool = dj.pool.initial_pool(30, 18, np.random.default_rng(0))
+        images = toy.images(26)
+        pool = dj.pool.initial_pool(26, 6, np.random.default_rng(0))
         view = make_view(
             strategy=name,
-            labeled=dj.Examples(images[pool.labeled], toy.labels(18)),
+            labeled=dj.Examples(images[pool.labeled], toy.labels(6)),
             unlabeled=Rows(images, pool.unlabeled),
         )
-        query = dj.STRATEGIES[name]().query(KEY, view, 12)
+        query = dj.STRATEGIES[name]().query(KEY, view, 20)
         after, rows = pool.reveal(query.positions)
         assert not np.isin(rows, pool.labeled).any()
         assert len(after.unlabeled) == 0

@@ -34,7 +34,10 @@ SMALL = {
 
 
 @pytest.fixture
-def run(run_binary, tmp_path):
+def run(run_binary, tmp_path, monkeypatch):
+    # Of 2,000 resamples each takes a millisecond.
+    monkeypatch.setattr(MODULES["fig2_alignment"], "RESAMPLES", 50)
+
     def run(name, **values):
         read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(MODULES[name])}
         small = {key: value for key, value in SMALL.items() if key in read}
@@ -44,22 +47,41 @@ def run(run_binary, tmp_path):
     return run
 
 
+RUNS = {}
+
+
+@pytest.fixture
+def small_run(run, tmp_path_factory):
+    """Runs a binary with `SMALL`, once for all tests; returns status, output, errors, directory."""
+
+    def small_run(name):
+        if name not in RUNS:
+            directory = tmp_path_factory.mktemp(name)
+            RUNS[name] = (*run(name, output_dir=str(directory)), directory)
+        return RUNS[name]
+
+    return small_run
+
+
+def read(name, directory):
+    return json.loads((directory / f"{name}.json").read_text())
+
+
 @pytest.mark.parametrize("name", BINARIES)
-def test_json_picture_and_one_sentence(run, tmp_path, name):
-    status, output, errors = run(name)
+def test_json_picture_and_one_sentence(small_run, name):
+    status, output, errors, directory = small_run(name)
     assert (status, errors) == (None, "")
-    results = json.loads((tmp_path / "run" / f"{name}.json").read_text())
+    results = read(name, directory)
     sentence, *files = output.splitlines()
     assert results["finding"] == sentence
     assert [file.rpartition("/")[2] for file in files] == [f"{name}.json", f"{name}.png"]
     assert results["flags"]["widths"] == ["8", "8"]
     assert results["versions"]["jax"]
-    assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
+    assert (directory / f"{name}.png").stat().st_size > 10_000
 
 
-def test_figure_1_has_both_scales(run, tmp_path):
-    run("fig1_bound_and_mmd")
-    rows = json.loads((tmp_path / "run" / "fig1_bound_and_mmd.json").read_text())["rows"]
+def test_figure_1_has_both_scales(small_run):
+    rows = read("fig1_bound_and_mmd", small_run("fig1_bound_and_mmd")[-1])["rows"]
     assert [(row["query_size"], row["scale"]) for row in rows] == [
         (size, scale) for size in (5, 10) for scale in ("as it is", "mean diagonal 1")
     ]
@@ -133,7 +155,7 @@ def test_what_earlier_seeds_gave_is_kept(run, tmp_path, monkeypatch, name):
     assert json.loads((tmp_path / "run" / f"{name}.json").read_text())["seeds"] == [0, 1]
 
 
-def test_the_theorems_hold(run, tmp_path):
+def test_the_theorems_hold(run, small_run, tmp_path):
     _, output, _ = run("theorem1_convergence", widths=["64", "64"])
     assert "between the sides of Theorem 1 at 150 of 150 times" in output
     curves = json.loads((tmp_path / "run" / "theorem1_convergence.json").read_text())["curves"]
@@ -141,9 +163,9 @@ def test_the_theorems_hold(run, tmp_path):
         error, term = curve["error"], curve["convergence_term"]
         assert error[0] == pytest.approx(term[0], rel=1e-4)  # ‖Y‖², centred
         assert error[0] - error[-1] == pytest.approx(term[0] - term[-1], rel=0.5)
-    _, output, _ = run("theorem2_generalization")
+    _, output, _, directory = small_run("theorem2_generalization")
     assert "by alignment in 6 of 6 cases" in output
-    rows = json.loads((tmp_path / "run" / "theorem2_generalization.json").read_text())["rows"]
+    rows = read("theorem2_generalization", directory)["rows"]
     for row in rows:
         assert row["middle"] == pytest.approx(10 * row["bound"] ** 2)  # n/2 with n = 20
 
@@ -205,9 +227,8 @@ def test_figure_2_by_definition(setting):
     assert points["cross_entropy"][3] == pytest.approx(expected, rel=1e-4)
 
 
-def test_figure_2_correlates_what_it_says(run, tmp_path):
-    run("fig2_alignment")
-    results = json.loads((tmp_path / "run" / "fig2_alignment.json").read_text())
+def test_figure_2_correlates_what_it_says(small_run):
+    results = read("fig2_alignment", small_run("fig2_alignment")[-1])
     for when in ("at initialisation", "after training"):
         points = results[when]["points"]
         for name in ("squared_error", "cross_entropy"):
@@ -222,9 +243,9 @@ def test_figure_2_correlates_what_it_says(run, tmp_path):
     assert paired["low"] > 0.5
 
 
-def test_theorem_1_says_what_it_computed(run, tmp_path):
-    _, output, _ = run("theorem1_convergence")
-    results = json.loads((tmp_path / "run" / "theorem1_convergence.json").read_text())
+def test_theorem_1_says_what_it_computed(small_run):
+    _, output, _, directory = small_run("theorem1_convergence")
+    results = read("theorem1_convergence", directory)
     curves = results["curves"]
     error, term = (np.array([c[name] for c in curves]) for name in ("error", "convergence_term"))
     apart = np.max(np.abs(error**0.5 - term**0.5) / error[:, :1] ** 0.5)
