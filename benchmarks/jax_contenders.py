@@ -66,7 +66,7 @@ def training_step(task: Task) -> Work:
     model, size = _model(task), STEPS * task.batch_size
     buffer = dj.Examples(_images(size), _labels(size))
     state = {"variables": _variables(model), "optimizer": None, "epoch": 0}
-    optimizer = dj.training._optimizer("adam", 0.0)
+    optimizer = dj.training._optimizer(dj.TrainingConfig())
 
     def epoch() -> Any:
         if state["optimizer"] is None:
@@ -104,7 +104,7 @@ def pool(task: Task) -> Work:
             model.apply, variables, unlabeled, direction, chunk_size=task.batch_size
         )
 
-    one_block = min(task.pool_size, task.batch_size or scoring.LARGEST_CHUNK_SIZE)
+    one_block = min(task.pool_size, task.batch_size or scoring.largest_chunk_size())
     return _work(lambda: score(task.pool_size), 1, warm_up=lambda: score(one_block))
 
 

@@ -211,6 +211,13 @@ def broadcast(value: Any = None) -> Any:
     return pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
 
 
+def smallest(value: int) -> int:
+    """Returns the smallest of what the processes give: what each measures may differ."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.min(multihost_utils.process_allgather(np.int32(value))))
+
+
 def check_agreement(what: str, value: Any) -> None:
     """Raises `UserError`, in every process, unless all of them have the same value.
 

@@ -297,7 +297,7 @@ def fit(
                 config.loss,
             )
         )
-        short = time.perf_counter() - started < SHORT_CALL
+        short = parallel.smallest(time.perf_counter() - started < SHORT_CALL)
         at_once = min(2 * at_once, most_at_once) if short else max(at_once // 2, 1)
         epoch = epochs[-1]
         labeled_now = look()

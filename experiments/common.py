@@ -14,6 +14,8 @@ import dynamical_jax as dj
 from dynamical_jax.programs import binary, options, pretrained
 from experiments import neutral_flags, paper
 
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+
 PRESET = flags.DEFINE_string(
     "preset",
     None,
@@ -45,6 +47,13 @@ CHECKPOINT_EVERY = flags.DEFINE_integer(
     20,
     "How many epochs apart checkpoints are saved, from which the same command continues.",
     lower_bound=1,
+)
+PRECISION = flags.DEFINE_enum(
+    "precision",
+    None,
+    PRECISIONS,
+    "Precision of matrix products on GPU and TPU; by default JAX's, which on recent GPUs is "
+    "tensorfloat32. A CPU computes in float32 in any case.",
 )
 NUM_DEVICES = flags.DEFINE_integer(
     "num_devices",
@@ -293,6 +302,8 @@ def load_dataset(weights: dj.models.Weights | None = None) -> dj.Dataset:
     if name not in dj.datasets.DATASETS:
         kind = options.ARRAYS if name.endswith((".npz", ".npy")) else options.FOLDER
     binary.check_read(dataset=[kind])
+    if PRECISION.value is not None:
+        jax.config.update("jax_default_matmul_precision", PRECISION.value)
     cache_dir = options.prepare_cache_dir()
     dataset = dj.datasets.load(
         DATASET.value,

@@ -237,7 +237,7 @@ def test_epochs_in_one_call_change_nothing(monkeypatch, seconds, calls):
     )
     assert seen == [(epoch, epoch in (5, 6)) for epoch in calls]
     key = dj.streams.key(3, "dropout", 0)
-    optimizer = training._optimizer("adam", 0.0)
+    optimizer = training._optimizer(dj.TrainingConfig())
     variables, state = start, jax.jit(optimizer.init)(start["params"])
     one = jax.jit(training._epoch, static_argnums=(0, 1, 2))
     for epoch in range(1, 7):

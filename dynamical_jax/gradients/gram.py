@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dynamical_jax import contract, losses, resources
+from dynamical_jax import contract, losses, parallel, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
 from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
@@ -140,7 +140,7 @@ def _products(
         labels = None if of.y is None else np.asarray(of.y)[positions]
         return apply, engines[engine], variables, Examples(of.x[positions], labels)
 
-    largest = scoring.LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size
+    largest = scoring.largest_chunk_size() if chunk_size is None else chunk_size
     block_size = bucketed(max(result.shape), largest)
 
     def fill_rows(rows: np.ndarray, count: int) -> None:
@@ -158,7 +158,7 @@ def _products(
         if chunk_size is None:
             rows = lambda size: block_at(0, size, len(left.x))[0]
             program = lambda size: _forms.lower(*arguments(left, rows(size)))
-            block_size = scoring.fitting_block_size(program, block_size)
+            block_size = parallel.smallest(scoring.fitting_block_size(program, block_size))
         map_blocks(fill_rows, len(left.x), block_size, on_progress)
     except UserError:
         raise

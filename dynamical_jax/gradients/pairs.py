@@ -86,7 +86,7 @@ def _products_of_rows(left: Rows, right: Rows) -> Array:
 def _for_each(function: Callable[[Any], Array], examples: Any, elements: int) -> Array:
     """Applies `function` to each example, to so many at a time that the results stay small."""
     n = len(jax.tree.leaves(examples)[0])
-    batch_size = max(1, min(n, shares.CHUNK_ELEMENTS // elements))
+    batch_size = max(1, min(n, shares.chunk_elements() // elements))
     return lax.map(function, examples, batch_size=batch_size)
 
 

@@ -32,8 +32,10 @@ ENGINES = {
 }
 """name → function of (apply, variables, x, labels, direction); all give the same numbers."""
 
-# On CPU and GPU larger blocks gain nothing more; smaller ones are taken where memory is short.
+# On a CPU larger blocks gain nothing; an accelerator has work for all of its cores with thousands
+# of small images (not measured). Smaller ones are taken where memory is short.
 LARGEST_CHUNK_SIZE = 256
+LARGEST_CHUNK_SIZE_ON_ACCELERATORS = 4096
 
 
 def norms_and_products(
@@ -62,7 +64,7 @@ def norms_and_products(
       engine: a key of `ENGINES`; changes memory and speed, not the result. Where a model has no
         factored form, "vmap" takes its place, with a warning that says why.
       chunk_size: how many examples at a time; changes memory and speed, not the result. By default
-        as many, up to `LARGEST_CHUNK_SIZE`, as need at most half of the free memory, as the
+        as many, up to `largest_chunk_size`, as need at most half of the free memory, as the
         compiler estimates it. If memory runs out all the same, it is halved.
       on_progress: called with (done, total) after each block.
       mesh: devices that score a part of the examples each, `chunk_size` at a time, as
@@ -165,7 +167,7 @@ def score_blocks(
             column[positions[:count]] = term[:count]
 
     devices = parallel.num_devices(mesh)
-    limit = LARGEST_CHUNK_SIZE if chunk_size is None else chunk_size
+    limit = largest_chunk_size() if chunk_size is None else chunk_size
     block_size = bucketed(-(-len(x) // devices), limit)  # For each device.
     try:
         if chunk_size is None:
@@ -173,7 +175,7 @@ def score_blocks(
             program = lambda size: _score_block.lower(
                 *arguments(block_at(0, size * devices, len(x))[0])
             )
-            block_size = fitting_block_size(program, block_size)
+            block_size = parallel.smallest(fitting_block_size(program, block_size))
         map_blocks(score, len(x), block_size * devices, on_progress, devices)
     except UserError:
         raise
@@ -191,6 +193,13 @@ def score_blocks(
         }
         return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
     return columns
+
+
+def largest_chunk_size() -> int:
+    """Returns how many examples are taken at a time, at most, on this platform."""
+    if jax.default_backend() == "cpu":
+        return LARGEST_CHUNK_SIZE
+    return LARGEST_CHUNK_SIZE_ON_ACCELERATORS
 
 
 def fitting_block_size(program: Callable[[int], Any], block_size: int) -> int:

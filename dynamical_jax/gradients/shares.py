@@ -37,11 +37,19 @@ Shares = tuple[Array, Array]
 # the same with 2**15 to 2**20.
 CHUNK_ELEMENTS = 2**18
 
+# An accelerator starves on so few: 256 MiB of float32, which is one product of matrices for a whole
+# block of small networks. Chosen by that, not measured.
+CHUNK_ELEMENTS_ON_ACCELERATORS = 2**26
+
 # A formed gradient is written and read back; per element that takes as long as so many
 # multiplications of a matrix product. Measured likewise, and relative to 8: ResNet-18 takes the
 # same time with 2 to 12, 1.15 times as long with 32 and 1.7 with 0, which forms every gradient; the
 # CNN the same with 1 to 128, twice as long with 0 and 7.5 times with 512, which forms too few.
 COST_OF_FORMING = 8
+
+# From data sheets: 8 bytes at 1.5 to 3 TB/s take as long as 50 to 80 multiplications in float32, or
+# some 400 in TensorFloat-32. Not measured.
+COST_OF_FORMING_ON_ACCELERATORS = 50
 
 
 def shares_of(
@@ -287,7 +295,7 @@ def forms_gradient(
     taps, channels = math.prod(window.size), image_shape[-1] // groups
     positions, features = math.prod(e_shape[1:-1]), e_shape[-1] // groups
     pixels = math.prod(image_shape[1:-1])
-    forming = COST_OF_FORMING * taps * channels * features
+    forming = cost_of_forming() * taps * channels * features
     return forming < pixels**2 * channels + positions**2 * (taps + features)
 
 
@@ -296,8 +304,18 @@ def accumulation_dtype(variables: Any) -> Any:
     return jnp.result_type(jnp.float32, *jax.tree.leaves(variables["params"]))
 
 
+def chunk_elements() -> int:
+    """Returns how many elements of gradients are formed together, on this platform."""
+    return CHUNK_ELEMENTS if jax.default_backend() == "cpu" else CHUNK_ELEMENTS_ON_ACCELERATORS
+
+
+def cost_of_forming() -> int:
+    """Returns the multiplications that forming one element of a gradient costs as much as."""
+    return COST_OF_FORMING if jax.default_backend() == "cpu" else COST_OF_FORMING_ON_ACCELERATORS
+
+
 def _chunk(elements: int, n: int) -> int:
-    return max(1, min(n, CHUNK_ELEMENTS // elements))
+    return max(1, min(n, chunk_elements() // elements))
 
 
 def _square_and_product(gradient: Any, direction: Any) -> Shares:

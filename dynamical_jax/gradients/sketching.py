@@ -90,7 +90,7 @@ def folds(positions: int, depth: int, features: int, size: int) -> bool:
 
     Multiplications per example and group: T·d·p and the writing of d·p elements, or T·k·(d + p).
     """
-    forming = (positions + shares.COST_OF_FORMING) * depth * features
+    forming = (positions + shares.cost_of_forming()) * depth * features
     return forming <= positions * size * (depth + features)
 
 
