@@ -130,6 +130,8 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
         raise UserError(f"{STRATEGY.value} needs a model with dropout: choose vgg11")
     training = options.training_config()
     scale = options.FEATURE_SCALE.value
+    if weights is not None and vectors:
+        print(weights.describe())
     config = labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
     return chosen, config if vectors else config._replace(weights=weights)
 

@@ -118,6 +118,7 @@ class TestEmbed:
             assert status is None
             asked.append((tmp_path / f"{number}.csv").read_text())
         assert "15 to choose from, 1 cannot be read, 1 are copies of others" in output
+        assert output.startswith(f"{weights}: vit_ti with timm or DINOv2's names, for images of")
         assert asked[0] == asked[1]
 
     @pytest.mark.slow  # Compiles the whole network.
