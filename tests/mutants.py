@@ -1,10 +1,11 @@
 """Plants faults, one at a time, and shows which tests find them. Run by hand:
 
-    python tests/mutants.py [name …] [--all] [--output=results/benchmarks/mutants.md]
+    python tests/mutants.py [name …] [--all | --named=TABLE] [--output=TABLE]
 
 Each fault is planted in a copy of the checkout, in a temporary directory, and pytest runs there
 until the first failure; the checkout itself is not touched. By default the test files named beside
-a fault are run, with `--all` the whole default suite. Before any fault the same tests are run
+a fault are run, with `--all` the whole default suite, with `--named` only the test that a table of
+before names, to see that it still finds the fault. Before any fault the same tests are run
 without one: they must pass, or nothing that fails would mean anything.
 
 Exit status 0 if every fault is found. It takes about a minute for each.
@@ -268,8 +269,9 @@ def markdown(rows: Sequence[Sequence[str]], scope: str) -> str:
     return "\n".join(lines)
 
 
-def read_rows(path: pathlib.Path) -> list[list[str]]:
+def read_rows(path: pathlib.Path | str) -> list[list[str]]:
     """Returns the rows of a table that was written before; none if there is no file."""
+    path = pathlib.Path(path)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     return [row for row in rows if row[-1] not in ("found by", "---")]
@@ -280,12 +282,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Plants faults and shows which tests find them.")
     parser.add_argument("names", nargs="*", help="which faults; all by default")
     parser.add_argument("--all", action="store_true", help="run the whole default suite for each")
+    parser.add_argument("--named", help="a table: run only the tests that it names")
     parser.add_argument("--output", help="a file for the table; its rows of other faults stay")
     options = parser.parse_args()
     known = {fault.name: fault for fault in FAULTS}
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no fault {unknown[0]!r}; choose from {', '.join(map(repr, known))}")
     faults = [known[name] for name in options.names or known]
+    if options.named:
+        named = {name: re.findall(r"`(.+?)`", found) for name, _, found in read_rows(options.named)}
+        faults = [fault._replace(tests=tuple(named[fault.name])) for fault in faults]
     rows = []
     with tempfile.TemporaryDirectory(prefix="dynamical_jax-mutants-") as directory:
         tree, cache = pathlib.Path(directory, "tree"), str(pathlib.Path(directory, "cache"))
@@ -301,6 +307,8 @@ def main() -> int:
             rows.append((fault.name, f"`{fault.file}`", found))
             print(" | ".join(rows[-1]), flush=True)
     scope = "the whole default suite" if options.all else "the test files of the code in question"
+    if options.named:
+        scope = "the tests that the table named before"
     if options.output:
         output = pathlib.Path(options.output)
         table = {row[0]: row for row in [*read_rows(output), *rows]}
