@@ -111,6 +111,13 @@ def test_skipped_and_doubly_annotated_tasks(form, tmp_path):
     assert found.foreign == ["elsewhere.jpg"]
 
 
+def test_what_was_chosen_before_a_task_was_skipped_is_no_label(tmp_path):
+    skipped = task("a/1.jpg", ("cat", "1"))
+    skipped["annotations"][0]["was_cancelled"] = True
+    found = read(tmp_path, [skipped, task("5.jpg", ("dog", "1"))])
+    assert (found.labels, found.num_skipped) == ({"5.jpg": "dog"}, 1)
+
+
 @pytest.mark.parametrize(
     ("address", "path"),
     [
