@@ -12,8 +12,8 @@ mean square over pairs u ≠ v and seeds, and likewise for ‖g_u‖², u = v, o
 - two-sided: all of r_iᵀ aᵀe q_j, √k on either side (as LoGra);
 - dense: a matrix of random signs; for models of less than a million parameters.
 
-Then, for each model of pictures, milliseconds of a batch of 32×32 images: sketches of 512 numbers
-beside scores, which take turns in processes of their own.
+Then, for each model of pictures among them, or each of --models, milliseconds of a batch of 32×32
+images: sketches of 512 numbers beside scores, which take turns in processes of their own.
 """
 
 import functools
@@ -40,6 +40,7 @@ SIZES = flags.DEFINE_list("sizes", ["64", "256", "1024"], "Numbers of a sketch."
 EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs of training at most.")
 NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 32, "Unlabeled examples whose pairs count.")
 NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Draws of the signs.")
+flags.declare_key_flag("models")
 flags.declare_key_flag("repetitions")
 flags.declare_key_flag("json")
 
@@ -107,6 +108,11 @@ def run() -> None:
     for dataset, model in cases:
         if not dataset or model not in dj.models.MODELS:
             raise dj.UserError(f"a case looks like cifar10:cnn, got {dataset}:{model}")
+    models = harness.MODELS.value
+    if models is None:
+        models = list(dict.fromkeys(model for _, model in cases if model in BATCH_SIZES))
+    if unknown := set(models) - set(BATCH_SIZES):
+        raise dj.UserError(f"models to time are {', '.join(BATCH_SIZES)}; got {unknown.pop()!r}")
     report = harness.Report("sketch")
     print(report.head())
     for dataset, model in cases:
@@ -114,7 +120,7 @@ def run() -> None:
         report.add(case)
         print("\n" + table(case), flush=True)
     with harness.worker_environment() as environment:
-        for model in dict.fromkeys(model for _, model in cases if model in BATCH_SIZES):
+        for model in models:
             task = Task(model, BATCH_SIZES[model])
             case = harness.compare(task, CONTENDERS, harness.REPETITIONS.value, environment)
             report.add(case)

@@ -2,8 +2,9 @@
 
 Trains a model on |S| labels and computes, epoch by epoch, the approximation ratio R(Q|S) = Σ_u
 Δ({u}|S) / Δ(Q|S) of random queries Q (Eq. 14). Draws its mean and standard deviation over Q against
-the loss on S. Where R is 1, the sum of single changes, which dynamicAL makes as large as possible,
-equals the change by the whole set.
+the loss on S, with R of the query that dynamicAL would make then (a pass over the pool). Where R is
+1, the sum of single changes, which dynamicAL makes as large as possible, equals the change by the
+whole set.
 
   python -m experiments.fig4_approximation_ratio --dataset=cifar10 --initial_size=500
       --ratio_sizes=250,500,1000 --all_epochs --max_epochs=500 --every=20
@@ -105,10 +106,11 @@ def describe_point(point: dict[str, Any]) -> str:
         f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (b = {size})"
         for size, values in point["ratios"].items()
     ]
+    own = [f"{ratio:.3f} (b = {size})" for size, ratio in point["own_ratios"].items()]
     return (
         f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S and a loss of "
         f"{point['train_loss']:.2g}, R is on average over {NUM_QUERIES.value} random Q "
-        f"{', '.join(parts)}."
+        f"{', '.join(parts)}. Of dynamicAL's own query it is {', '.join(own)}."
     )
 
 
@@ -140,6 +142,8 @@ def ratios(
             for size, (ratio, limit) in zip(sizes, ratios, strict=True):
                 values[str(size)].append(ratio)
                 values_without_g_s[str(size)].append(limit)
+        own = own_query(model, variables, dataset, pool, grad_s, sizes[-1])
+        own_ratios = query_ratios(model, variables, dataset.pool.x[own], grad_s, sizes)
         points.append(
             {
                 "epoch": epoch,
@@ -148,6 +152,9 @@ def ratios(
                 "training_dynamics": float(dj.dynamics.training_dynamics(grad_s)),
                 "ratios": values,
                 "ratios_without_g_s": values_without_g_s,
+                "own_ratios": {
+                    str(size): ratio for size, (ratio, _) in zip(sizes, own_ratios, strict=True)
+                },
             }
         )
         save(points)
@@ -171,6 +178,22 @@ def ratios(
     if points[-1]["epoch"] != fit.epochs:
         look(fit.epochs, fit.variables, fit.labeled)
     return points
+
+
+def own_query(
+    model: Any, variables: Any, dataset: dj.Dataset, pool: Any, grad_s: Any, batch_size: int
+) -> np.ndarray:
+    """Returns the rows of the pool that dynamicAL would query, the largest Δ first."""
+    terms = dj.gradients.norms_and_products(
+        model.apply,
+        variables,
+        dj.types.Rows(dataset.pool_images, pool.unlabeled),
+        grad_s,
+        engine=options.ENGINE.value,
+        chunk_size=options.CHUNK_SIZE.value,
+    )
+    changes = dj.dynamics.change_of_training_dynamics(terms.squared_norm, terms.inner_product)
+    return pool.unlabeled[np.asarray(dj.strategies.selection.top_b(changes, batch_size))]
 
 
 def query_ratios(

@@ -71,7 +71,8 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
     """Draws R over the loss on S for each b: mean over draws ± one standard deviation.
 
     Args:
-      points: for each epoch "train_loss", and "ratios": b → R of each draw.
+      points: for each epoch "train_loss", and "ratios": b → R of each draw; perhaps "own_ratios":
+        b → R of the query that dynamicAL would make, dashed.
       path: path of the picture.
     """
     picture = figure(6.0, 4.0)
@@ -82,6 +83,9 @@ def approximation_ratio(points: Sequence[Mapping[str, Any]], path: pathlib.Path)
         mean, std = values.mean(axis=1), values.std(axis=1, ddof=1)
         (line,) = axes.plot(losses, mean, marker="o", markersize=3, label=f"b = {size}")
         axes.fill_between(losses, mean - std, mean + std, color=line.get_color(), alpha=0.15)
+        if "own_ratios" in points[0]:
+            own = [point["own_ratios"][size] for point in points]
+            axes.plot(losses, own, "--", color=line.get_color(), label=f"dynamicAL's, b = {size}")
     axes.axhline(1, color="gray", linewidth=0.8)
     # Before S is fitted the denominator of R changes sign, and R can be any number.
     axes.set_ylim(-1, 3)

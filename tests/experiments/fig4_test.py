@@ -35,6 +35,9 @@ def test_json_and_picture(run, tmp_path):
     assert [point["epoch"] for point in results["points"]] == [0, 3, 4]
     for point in results["points"]:
         assert {size: len(found) for size, found in point["ratios"].items()} == {"3": 3, "6": 3}
+        assert set(point["own_ratios"]) == {"3", "6"}
+        assert all(np.isfinite(list(point["own_ratios"].values())))
+    assert "Of dynamicAL's own query it is" in output
     assert (tmp_path / "approximation_ratio.png").stat().st_size > 10_000
 
 
@@ -87,6 +90,21 @@ def test_ratio_by_definition():
         products = np.array([[u @ v for v in each[:size]] for u in each[:size]])
         pairs = products[~np.eye(size, dtype=bool)].mean() / np.diag(products).mean()
         np.testing.assert_allclose(found, 1 / (1 + (size - 1) * pairs), rtol=1e-3)
+
+
+def test_own_query_is_that_of_dynamical(dataset):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])
+    model = toy.models()["cnn"]
+    variables = toy.variables(model)
+    pool = dj.pool.initial_pool(len(dataset.pool.y), 10, np.random.default_rng(0))
+    labeled = dj.Examples(dataset.pool.x[pool.labeled], dataset.pool.y[pool.labeled])
+    grad_s = dj.gradients.set_gradient(model.apply, variables, labeled)
+    own = fig4.own_query(model, variables, dataset, pool, grad_s, 5)
+    view = dj.LearnerView(model.apply, variables, labeled, dataset.pool.x[pool.unlabeled])
+    query = dj.strategies.Dynamical(gamma=2.0)
+    expected = query.select(jax.random.key(0), query.score(jax.random.key(0), view, None), 5, None)
+    np.testing.assert_array_equal(own, pool.unlabeled[expected.positions])
 
 
 @pytest.mark.parametrize(
