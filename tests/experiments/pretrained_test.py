@@ -75,6 +75,7 @@ def test_to_train_the_head_is_to_learn_from_a_file_of_embeddings(run, weights, t
     assert (record["dataset"], record["model"]) == ("digits", "linear")
 
 
+@pytest.mark.slow  # Compiles the whole network.
 def test_all_layers_are_trained(run, weights, tmp_path):
     status, output, errors = run(
         *(active_learning,),

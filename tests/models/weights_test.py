@@ -216,6 +216,7 @@ class TestViT:
         shapes = jax.eval_shape(make(1000).init, jax.random.key(0), np.zeros((1, 224, 224, 3)))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
 
+    @pytest.mark.slow  # Compiles both engines.
     def test_gradients_are_had_layer_by_layer(self):
         module = dj.models.ViT(3, 8, 2, depth=1, patch_size=4, layer_scale=True)
         x = pixels(8)
@@ -228,6 +229,7 @@ class TestViT:
 class TestOthers:
     """The networks of the paper; PyTorch's are those of the benchmarks, by torchvision's names."""
 
+    @pytest.mark.slow  # As the other large networks of PyTorch.
     @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
     def test_resnet18(self, suffix, tmp_path):
         torch = pytest.importorskip("torch", reason="parity is checked where PyTorch is installed")
