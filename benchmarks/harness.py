@@ -36,7 +36,7 @@ DEFAULT_BATCH_SIZES = {
     "resnet18-cifar": (32,),
     "vgg11": (128,),
 }
-PEERS = ("torch", "backpack-for-pytorch")
+PEERS = ("torch", "backpack-for-pytorch", "scikit-activeml")
 PRECISIONS = ("default", "float32", "tensorfloat32")
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -156,7 +156,7 @@ class Worker:
         )
 
     def ask(self, request: str) -> Any:
-        """Sends "warm_up", "turn" or "peak" to the worker; returns its reply.
+        """Sends "warm_up", "turn", "cpu" or "peak" to the worker; returns its reply.
 
         Raises:
           LeftOutError: if the worker fails.
@@ -288,7 +288,13 @@ def run_once(contender: str, task: Task, environment: Mapping[str, str]) -> dict
         worker.ask("warm_up")  # Compiles for the worker that is measured.
     with start_worker(contender, task, environment) as worker:
         seconds, peak = run_alone(worker)
-    return {**task._asdict(), "seconds": round(seconds, 6), "peak_mib": round(peak / 2**20, 1)}
+        of_cores = worker.ask("cpu")
+    return {
+        **task._asdict(),
+        "seconds": round(seconds, 6),
+        "cpu_seconds": round(of_cores, 6),
+        "peak_mib": round(peak / 2**20, 1),
+    }
 
 
 def run_alone(worker: Worker) -> tuple[float, int]:

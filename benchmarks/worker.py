@@ -43,12 +43,18 @@ class Contender:
 
     def turn(self) -> float:
         """Returns the seconds of the work, from the median over the calls of one turn."""
-        seconds = []
+        seconds, of_cores = [], []
         while sum(seconds) < SECONDS_OF_A_TURN:
-            start = time.perf_counter()
+            start, start_of_cores = time.perf_counter(), time.process_time()
             self.work.call()
             seconds.append(time.perf_counter() - start)
+            of_cores.append(time.process_time() - start_of_cores)
+        self._of_cores = float(np.median(of_cores)) * self.work.calls
         return float(np.median(seconds)) * self.work.calls
+
+    def cpu(self) -> float:
+        """Returns the seconds of all cores in the last turn, which other programs hardly change."""
+        return self._of_cores
 
     def peak(self) -> int:
         """Returns the peak memory in bytes so far, without what was held before the first call."""

@@ -53,7 +53,7 @@ REQUIRED_FIELDS = {
 FREE_FLAGS = {*neutral_flags.FLAGS, "num_seeds", "first_seed", "strategies"}
 
 # Flags that older records lack, and the values that say what was done then.
-BEFORE = {"hidden": ["512"], "train": "head"}
+BEFORE = {"hidden": ["512"], "train": "head", "redundancy": False}
 
 
 def main(argv: list[str]) -> int | None:
@@ -155,7 +155,7 @@ def describe_difference(record: dj.records.Record, other: dj.records.Record) -> 
         free_names = free_names - dj.strategies.options(name) if name in names else set()
     free_names |= FREE_FLAGS
     ours, theirs = (
-        {name: value for name, value in of["flags"].items() if name not in free_names}
+        {name: value for name, value in {**BEFORE, **of["flags"]}.items() if name not in free_names}
         for of in (record, other)
     )
     return dj.run_directory.describe_difference(ours, theirs)

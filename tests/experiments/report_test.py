@@ -290,6 +290,13 @@ def test_options_matter_to_the_strategies_that_have_them(run, tmp_path):
     assert "of different settings (--beta=4.0 there and 1.0 here" in errors
 
 
+def test_records_from_before_a_flag_are_those_of_its_default(run):
+    assert run(records([0]), records([1], hidden=["512"], redundancy=False))[0] is None
+    status, _, errors = run(records([0]), records([1], hidden=["64"]))
+    assert status == 1
+    assert "of different settings (--hidden=512 there and 64 here" in errors
+
+
 @pytest.mark.parametrize(
     ("directories", "message"),
     [
