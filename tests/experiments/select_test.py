@@ -139,6 +139,24 @@ def test_another_kind_of_model_begins_anew(run, pictures, tmp_path):
     assert "no labels that the model was not trained on" in output
 
 
+def test_a_table_that_is_a_link_to_itself(run, tmp_path):
+    (tmp_path / "labels.csv").symlink_to("labels.csv")
+    status, output, errors = run()
+    assert (status, output) == (1, "")
+    assert errors == "error: cannot read labels.csv: Too many levels of symbolic links\n"
+
+
+def test_flags_without_use_are_named(run, pictures, tmp_path):
+    _, output, _ = run(strategy="margin", learning_rate=0.1)
+    unused = "--strategy, --learning_rate, --max_epochs"
+    assert f"fewer than two classes are labeled: drawn at random, without {unused}" in output
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
+    run()
+    _, output, _ = run(learning_rate=0.1)
+    unused = "--learning_rate, --max_epochs"
+    assert f"the model was not trained on: it stays as it is, without {unused}" in output
+
+
 def test_one_class_is_no_class(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", {"0/0.png": "zero"})
     _, output, _ = run(predictions="new/rest.csv")

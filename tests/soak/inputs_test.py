@@ -1,6 +1,7 @@
 """Bad inputs, generated: damaged files and hostile flags. One line answers each, or none.
 
-`SOAK_INPUTS` of them, from `SOAK_SEED` on; by default 500 from 0. A verdict is
+`SOAK_INPUTS` of them, from `SOAK_SEED` on; by default 50 from 0. If `SOAK_INPUT_MINUTES` is
+given, as many as fit. A verdict is
 
 - refused: status 1, and one line that begins with "error: " beside warnings;
 - harmless: status 0, where a file was set aside and made again, say, or still means something;
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import traceback
 from collections import Counter, defaultdict
 
@@ -26,7 +28,8 @@ from dynamical_jax.programs import label as label_program
 from dynamical_jax.programs import select
 from experiments import active_learning, fig4_approximation_ratio, report
 
-COUNT = int(os.environ.get("SOAK_INPUTS", 500))
+COUNT = int(os.environ.get("SOAK_INPUTS", 50))
+MINUTES = float(os.environ.get("SOAK_INPUT_MINUTES", "inf"))
 SEED = int(os.environ.get("SOAK_SEED", 0))
 PROGRAMS = {
     "select": select,
@@ -281,7 +284,7 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
 
     def serve(settings):  # All but the page itself.
         with dj.labeling.Session(settings) as sitting:
-            sitting.wait(SECONDS)
+            sitting.wait(float(SECONDS))
             if sitting.status()["error"]:
                 raise dj.UserError(sitting.status()["error"])
 
@@ -291,7 +294,10 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
     before = signal.signal(signal.SIGALRM, alarm)
     cases = [Case(tmp_path, name, cache_dir) for name in PROGRAMS]
     verdicts, table, examples = Counter(), defaultdict(Counter), defaultdict(list)
+    end = time.monotonic() + 60 * MINUTES
     for number in range(SEED, SEED + COUNT):
+        if time.monotonic() > end:
+            break
         generator = np.random.default_rng(number)
         case = cases[generator.integers(len(cases))]
         folder = tmp_path / "trial"
@@ -343,7 +349,7 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
             print(f"seed {number}, {case.name}, {what}, {more}: {verdict}", *lines, sep="\n  ")
         shutil.rmtree(folder)
     signal.signal(signal.SIGALRM, before)
-    print(f"\n{COUNT} inputs from seed {SEED}: {dict(verdicts)}")
+    print(f"\n{verdicts.total()} inputs from seed {SEED}: {dict(verdicts)}")
     for sort in sorted(table):
         print(f"  {sort:28}{dict(table[sort])}")
     print("\nmessages:")

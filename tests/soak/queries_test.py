@@ -1,6 +1,6 @@
 """Queries of all strategies on random pools: none holds an example twice, or a labeled one.
 
-`SOAK_QUERIES` of them, spread evenly over the strategies; by default 100,000.
+`SOAK_QUERIES` of them, spread evenly over the strategies; by default 2,000.
 """
 
 import os
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import dynamical_jax as dj
 
-COUNT = int(os.environ.get("SOAK_QUERIES", 100_000))
+COUNT = int(os.environ.get("SOAK_QUERIES", 2_000))
 FEATURES, LABELED = 3, 4
 # Few, since programs are compiled for each pair.
 SIZES = ((5, 1), (5, 5), (24, 7))
@@ -31,11 +31,12 @@ POOLS = {
 
 
 class Head(nn.Module):
-    """Logits of a linear layer, and its input as embedding."""
+    """Logits of a linear layer, and its input as embedding; BALD needs dropout."""
 
     @nn.compact
     def __call__(self, x, train=False):
-        return dj.Outputs(nn.Dense(toy.NUM_CLASSES)(x), x)
+        hidden = nn.Dropout(0.5, deterministic=not train)(x)
+        return dj.Outputs(nn.Dense(toy.NUM_CLASSES)(hidden), x)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Round after round on a tiny pool: memory, open files and memory maps stay as they are.
 
-For `SOAK_MINUTES`; by default 20.
+For `SOAK_MINUTES`; by default 2.
 """
 
 import gc
@@ -15,7 +15,7 @@ import toy
 import dynamical_jax as dj
 from dynamical_jax.runs.checkpoints import Checkpoints
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", 20))
+MINUTES = float(os.environ.get("SOAK_MINUTES", 2))
 WARM_UP = 4  # Runs of each strategy, by then all programs are compiled, and caches are filled.
 
 
