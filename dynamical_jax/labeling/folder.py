@@ -318,7 +318,7 @@ def without(folder: Folder, paths: Collection[str]) -> Folder:
     return folder._replace(unlabeled=np.array(rows, int))
 
 
-def apart(folder: Folder, others: Sequence[int] = ()) -> Folder:
+def apart(folder: Folder, others: Sequence[int] | np.ndarray = ()) -> Folder:
     """Returns the folder with only one of near-copies among the rows to choose from.
 
     Args:

@@ -11,6 +11,7 @@ given, as many as fit. A verdict is
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -285,6 +286,8 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
     def serve(settings):  # All but the page itself.
         with dj.labeling.Session(settings) as sitting:
             sitting.wait(float(SECONDS))
+            # A session shows all errors; those that are no `UserError` with their type.
+            assert not re.match(r"\w+Error: ", sitting.status()["error"])
             if sitting.status()["error"]:
                 raise dj.UserError(sitting.status()["error"])
 
