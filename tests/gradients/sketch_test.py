@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from flax import linen as nn
 from gradients.gram_test import LAYERS, SIZE, Alone, Shared, drawn, flat_gradients
 
 import dynamical_jax as dj
@@ -20,6 +21,8 @@ NUM_SEEDS = 300
 # A program for each takes two seconds to compile.
 QUICK = {"dense of rows", "groups", "tokens beyond the table", "two outputs"}
 KINDS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYERS]
+# Elements of one row of aᵀe meet in one number, so that the signs of a alone do not suffice.
+WIDER = {"more outputs than numbers": (nn.Dense(40, use_bias=False), drawn(SIZE, 4))}
 
 
 def assert_unbiased(sketches, gradient):
@@ -38,9 +41,9 @@ def assert_unbiased(sketches, gradient):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *WIDER])
 def test_layer(name):
-    layer, x = LAYERS[name]
+    layer, x = {**LAYERS, **WIDER}[name]
     model = Alone(layer)
     variables = jax.tree.map(
         lambda leaf: leaf.astype(float), dict(model.init(jax.random.key(0), x))
