@@ -18,6 +18,7 @@ KEY = jax.random.key(0)
 NEED_EMBEDDING = (
     *("coreset", "badge", "albl", "bait"),
     *("typiclust", "probcover", "max_herding", "uncertainty_herding"),
+    "dynamical_herding",
 )
 
 

@@ -30,8 +30,8 @@ BLOCK_SIZE = flags.DEFINE_integer(
 RADIUS = flags.DEFINE_float(
     "radius",
     None,
-    "probcover, max_herding, uncertainty_herding: radius of the balls, or of the kernel, among "
-    "embeddings of norm 1; by default each one's own rule.",
+    "probcover, max_herding, uncertainty_herding, dynamical_herding: radius of the balls, or of "
+    "the kernel, among embeddings of norm 1; by default each one's own rule.",
 )
 TEMPERATURE = flags.DEFINE_float(
     "temperature", 1.0, "uncertainty_herding: logits are divided by it."

@@ -22,6 +22,7 @@ from dynamical_jax.strategies.confidence import Confidence as Confidence
 from dynamical_jax.strategies.coreset import Coreset as Coreset
 from dynamical_jax.strategies.diverse import DynamicalDiverse as DynamicalDiverse
 from dynamical_jax.strategies.dynamical import Dynamical as Dynamical
+from dynamical_jax.strategies.dynamical_herding import DynamicalHerding as DynamicalHerding
 from dynamical_jax.strategies.entropy import Entropy as Entropy
 from dynamical_jax.strategies.joint import DynamicalJoint as DynamicalJoint
 from dynamical_jax.strategies.margin import Margin as Margin
@@ -56,6 +57,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "dynamical_joint": DynamicalJoint,
     "dynamical_diverse": DynamicalDiverse,
     "dynamical_repelled": DynamicalRepelled,
+    "dynamical_herding": DynamicalHerding,
 }
 
 

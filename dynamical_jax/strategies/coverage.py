@@ -68,7 +68,7 @@ class Covering(Strategy):
         key_targets, key_radius = jax.random.split(key)
         outputs, embeddings = unit_embeddings(view)
         points, labeled = embeddings
-        weights = self.weights(outputs.logits)
+        weights = self.weights(view, outputs.logits)
         radius = self.radius
         if radius is None:
             radius = self.default_radius(key_radius, embeddings, outputs.logits.shape[-1])
@@ -89,13 +89,26 @@ class Covering(Strategy):
         positions, gains = selection.cover(*covering, self.kernel, radius, batch_size)
         return Query(order[positions], gains, state)
 
-    def weights(self, logits: Array) -> Array:
-        """Returns how much each example counts, from its logits; by default all alike."""
+    def weights(self, view: LearnerView, logits: Array) -> AnyArray:
+        """Returns how much each example of U counts, of logits `[n, K]`; by default all alike."""
         return jnp.ones(len(logits))
 
     @abc.abstractmethod
     def default_radius(self, key: Array, embeddings: Embeddings, num_classes: int) -> float:
         """Returns the radius where none is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NarrowingCovering(Covering):
+    """A coverage with a radius that falls as labels come in.
+
+    By default it is the smallest distance between labeled examples, copies aside; 1 where there are
+    none.
+    """
+
+    def default_radius(self, key: Array, embeddings: Embeddings, num_classes: int) -> float:
+        """Returns the smallest distance between labeled examples."""
+        return selection.smallest_distance(embeddings.labeled) or 1.0
 
 
 def unit_embeddings(view: LearnerView) -> tuple[Outputs, Embeddings]:

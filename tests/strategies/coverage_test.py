@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+import scipy.special
+from flax import linen as nn
 
 import dynamical_jax as dj
 from dynamical_jax import strategies, streams
@@ -20,6 +22,17 @@ OUTPUTS = np.concatenate([LOGITS, EMBEDDING], axis=1).astype(np.float32)[GENERAT
 
 def split(variables, x):
     return dj.Outputs(x[:, :3], x[:, 3:])
+
+
+LABELS = np.arange(12) % 3
+
+
+class Last(nn.Module):
+    """A last layer of weights, so that there is something to differentiate."""
+
+    @nn.compact
+    def __call__(self, x):
+        return dj.Outputs(nn.Dense(3, use_bias=False)(x[:, 3:]), x[:, 3:])
 
 
 def make_view(num_labeled=12, outputs=OUTPUTS):
@@ -69,6 +82,31 @@ def test_herding_is_greedy_on_all_pairs(name, num_labeled):
     covered = kernel(labeled, points).max(axis=0, initial=0)
     query = strategies.create(name).query(KEY, make_view(num_labeled), 40)
     assert_greedy(query, kernel(points, points), weights, covered)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_dynamical_herding_is_greedy_on_all_pairs(power):
+    weights = GENERATOR.normal(size=(6, 3)).astype(np.float32) / 3
+    labeled, unlabeled = np.split(OUTPUTS, [12])
+    view = dj.LearnerView(
+        Last().apply, {"params": {"Dense_0": {"kernel": weights}}}, (labeled, LABELS), unlabeled
+    )
+    # The gradient of a last layer is h (p − y)ᵀ.
+    embedding = OUTPUTS[:, 3:].astype(np.float64)
+    p = scipy.special.softmax(embedding @ weights, axis=1)
+    labels = np.concatenate([LABELS, p[12:].argmax(axis=1)])
+    gradients = embedding[:, :, None] * (p - np.eye(3)[labels])[:, None]
+    of_labeled = gradients[:12].sum(axis=0)
+    change = [np.sum(each**2) + 2 * np.sum(each * of_labeled) for each in gradients[12:]]
+    assert min(change) < 0 < max(change)
+    expected = (np.maximum(change, 0) / max(change)) ** power
+
+    labeled, points = np.split(unit(), [12])
+    radius = distances(labeled, labeled)[~np.eye(12, dtype=bool)].min()
+    kernel = lambda x, y: np.exp(-((distances(x, y) / radius) ** 2))
+    query = strategies.DynamicalHerding(power=power).query(KEY, view, 40)
+    covered = kernel(labeled, points).max(axis=0)
+    assert_greedy(query, kernel(points, points), expected, covered)
 
 
 def test_the_temperature_divides_the_logits():
@@ -187,6 +225,8 @@ def test_lazy_greedy_is_greedy_also_where_gains_are_equal():
         ("max_herding", {"radius": np.nan}, "radius must be above 0 and finite"),
         ("max_herding", {"num_targets": 0}, "num_targets must be at least 1"),
         ("uncertainty_herding", {"temperature": 0.0}, "temperature must be above 0"),
+        ("dynamical_herding", {"gamma": -1.0}, "gamma must be at least 0"),
+        ("dynamical_herding", {"power": np.nan}, "power must be above 0 and finite"),
     ],
 )
 def test_bad_options(name, options, message):
