@@ -41,7 +41,7 @@ NEAR_COPIES = flags.DEFINE_integer(
 binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
-AUTOMATIC, LATER = "auto", "dynamical_sampled"
+AUTOMATIC, LATER = "auto", "uncertainty_herding"
 STRATEGY = flags.DEFINE_string(
     "strategy",
     "dynamical",

@@ -53,13 +53,13 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
 def colors(names: Iterable[str]) -> dict[str, Any]:
     """Returns name → colour: of a strategy the same in all pictures, of other names one left over.
 
-    Above twenty names some colours come twice.
+    Above 25 names some colours come twice.
     """
     import matplotlib
 
-    palette = matplotlib.colormaps[PALETTE].colors
-    # First the ten strong colours, then their light ones.
-    palette = [*palette[::2], *palette[1::2]]
+    palette, dark = (matplotlib.colormaps[name].colors for name in (PALETTE, "tab20b"))
+    # First the ten strong colours, then their light ones, then five dark ones.
+    palette = [*palette[::2], *palette[1::2], *dark[::4]]
     names = list(names)
     known = {name: palette[i % len(palette)] for i, name in enumerate(STRATEGIES) if name in names}
     left = [color for color in palette if color not in known.values()] or palette

@@ -471,7 +471,7 @@ def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictu
     folder, truth = pictures
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(truth.items())[10:50]))
     _, output, _ = run(predictions="rest.csv", max_epochs=20, strategy="auto")
-    assert "strategy: dynamical_sampled, because there are 40 labels of 3 classes" in output
+    assert "strategy: uncertainty_herding, because there are 40 labels of 3 classes" in output
     expected = {row["path"]: row for row in rows_of(tmp_path / "rest.csv")}
     flags_of = {"checkpoint": "to_label.checkpoint", "table": "predicted.csv", "top": 2}
     status, output, errors = run_binary(predict, str(folder), **flags_of)

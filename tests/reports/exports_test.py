@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dynamical_jax.reports import exports, plotting
+from dynamical_jax.strategies import STRATEGIES
 
 
 def rounds():
@@ -87,4 +88,6 @@ def test_a_strategy_has_one_colour():
     both = plotting.colors(["badge", "mine", "dynamical"])
     assert plotting.colors(["dynamical"])["dynamical"] == both["dynamical"]
     assert plotting.colors(["random", "badge"])["badge"] == both["badge"]
+    every = plotting.colors(STRATEGIES).values()
+    assert len(set(every)) == len(STRATEGIES)
     assert len(set(both.values())) == 3
