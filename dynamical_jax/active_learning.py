@@ -162,7 +162,8 @@ class Experiment:
         the model scales its inputs, stay as they are.
 
     Raises:
-      UserError: on construction, if the budget exceeds the pool.
+      UserError: on construction, if the budget exceeds the pool, or the strategy takes gradients of
+        another loss than `training_config.loss`.
     """
 
     dataset: Dataset
@@ -183,6 +184,11 @@ class Experiment:
             raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
         if self.evaluate_every < 0 or self.eval_batch_size < 1:
             raise UserError("evaluate_every must be at least 0, eval_batch_size at least 1")
+        if any(loss != self.training_config.loss for loss in self.strategy.needs_losses):
+            raise UserError(
+                f"{type(self.strategy).__name__} takes gradients of another loss than the model is "
+                "trained by: give the strategy and TrainingConfig the same Loss"
+            )
         size = len(self._pool_rows())
         if self.budget.total > size:
             raise UserError(
@@ -254,6 +260,7 @@ class Experiment:
                     self.dataset.test_examples,
                     self.eval_batch_size,
                     self.mesh,
+                    self.training_config.loss,
                 )
             best, last_test_epoch = max(best, test.accuracy), epoch
 
@@ -309,7 +316,9 @@ class Experiment:
             if self.redundancy and self.budget.batch_size > 1:
                 with stopwatch("describe"):
                     asked = Rows(view.unlabeled, chosen.positions)
-                    redundancy = gradients.redundancy(view.apply, view.variables, asked)
+                    redundancy = gradients.redundancy(
+                        view.apply, view.variables, asked, loss=self.training_config.loss
+                    )
                     facts = {**facts, **redundancy._asdict()}
             pool, rows_of_query = pool.reveal(chosen.positions)
             query = self.dataset.index[rows_of_query]

@@ -59,9 +59,9 @@ class TrainingConfig:
       weight_decay: decoupled for Adam, an L2 term of the gradient for SGD.
       target_accuracy: training does not stop before this share of S is classified correctly. All
         three targets are checked in evaluation mode; a target of None is always met.
-      target_loss: training does not stop before the mean cross-entropy on S is at most this.
-      target_total_loss: training does not stop before the cross-entropy summed over S, the paper's
-        loss (Eq. 4), is at most this. `docs/convergence.md` says why this is the default.
+      target_loss: training does not stop before the mean loss on S is at most this.
+      target_total_loss: training does not stop before the loss summed over S, by default the
+        paper's (Eq. 4), is at most this. `docs/convergence.md` says why this is the default.
       min_epochs: training takes at least so many epochs.
       max_epochs: training stops after so many epochs, even if a target is not met. If all targets
         are None, it takes exactly so many.

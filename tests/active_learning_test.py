@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -69,6 +70,50 @@ def test_redundancy_is_told_of_any_strategy(dataset):
         "query_mean_cosine": None,
         "query_near_copies": None,
     }
+
+
+def mostly_absent(logits, label):
+    """Of each class by itself; residuals are nearly all positive, and gradients alike."""
+    return jnp.sum(jax.nn.softplus(logits)) - 0.1 * logits[label]
+
+
+def test_the_loss_of_training_is_that_of_all_that_is_told(dataset):
+    loss = dj.Loss(mostly_absent)
+    config = dataclasses.replace(CONFIG, max_epochs=1, loss=loss)
+    model = toy.standardized(dj.models.Linear(3))
+    told = dj.Experiment(
+        dataset, model, dj.strategies.Random(), BUDGET, config, seed=0, redundancy=True
+    )
+    state, first = told.step(told.init())
+    logits = model.apply(state.variables, dataset.test.x).logits
+    expected = np.mean(loss(logits, dataset.test.y))
+    assert first.test.loss == pytest.approx(float(expected), rel=1e-5)
+    asked = dataset.pool.x[np.flatnonzero(np.isin(dataset.index, first.query))]
+    cosine = lambda of: dj.dynamics.mean_cosine(
+        dj.gradients.gram(model.apply, state.variables, asked, loss=of)
+    )
+    exact, other = float(cosine(loss)), float(cosine(dj.losses.CROSS_ENTROPY))
+    assert abs(exact - other) > 0.2
+    assert first.query_facts["mean_cosine"] == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["dynamical", "dynamical_sampled", "dynamical_herding", "albl"])
+def test_gradients_of_another_loss_than_that_of_training_are_refused(dataset, name):
+    def create(**options):
+        if name == "albl":
+            return dj.strategies.ALBL({"one": dj.strategies.Dynamical(**options)})
+        return dj.STRATEGIES[name](**options)
+
+    loss = dj.Loss(mostly_absent)
+    config = dataclasses.replace(CONFIG, loss=loss)
+    one = experiment(dataset)
+    dataclasses.replace(one, strategy=create(loss=loss), training_config=config)
+    for other in (
+        {"strategy": create(loss=loss)},
+        {"strategy": create(), "training_config": config},
+    ):
+        with pytest.raises(dj.UserError, match="another loss than the model is trained by"):
+            dataclasses.replace(one, **other)
 
 
 def test_strategies_of_one_seed_are_paired(dataset):

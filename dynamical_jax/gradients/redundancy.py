@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from dynamical_jax import dynamics
+from dynamical_jax import dynamics, losses
 from dynamical_jax.gradients.sketch import sketch
 from dynamical_jax.types import ApplyFn, Variables
 
@@ -14,7 +14,13 @@ class Redundancy(NamedTuple):
     near_copies: float
 
 
-def redundancy(apply: ApplyFn, variables: Variables, x: Any, labels: Any = None) -> Redundancy:
+def redundancy(
+    apply: ApplyFn,
+    variables: Variables,
+    x: Any,
+    labels: Any = None,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
+) -> Redundancy:
     """Returns how alike the gradients of a query are, from sketches of 512 numbers.
 
     Cosines of sketches err by 0.04 at most, and not at all for copies.
@@ -24,7 +30,8 @@ def redundancy(apply: ApplyFn, variables: Variables, x: Any, labels: Any = None)
       variables: its variables.
       x: `[b, ...]` inputs of the query, at least two, in its order.
       labels: `[b]`; pseudo-labels if None.
+      loss: whose gradients these are.
     """
-    sketches = sketch(apply, variables, x, labels)
+    sketches = sketch(apply, variables, x, labels, loss=loss)
     products = sketches @ sketches.T
     return Redundancy(float(dynamics.mean_cosine(products)), float(dynamics.near_copies(products)))

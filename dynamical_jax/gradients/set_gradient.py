@@ -23,6 +23,8 @@ def set_gradient(
 ) -> Params:
     """Returns g_S = Σ_{x∈S} ∇_θ ℓ(x, y), a pytree of parameters, accumulated block by block.
 
+    A block is summed in the type of the parameters, as in training; blocks in float32 at least.
+
     Args:
       apply: the model, `apply(variables, x)`.
       variables: its variables.
@@ -85,7 +87,7 @@ def _block_gradient(
             outputs = contract.as_outputs(apply({"params": params, **rest}, block.x), len(block.x))
             return jnp.vdot(weights, loss(outputs.logits, block.y))
 
-        # Summed in float32 at least, since there are many terms.
+        # Blocks are summed in float32 at least, since there may be many.
         summed = jax.tree.map(
             lambda leaf: leaf.astype(jnp.result_type(jnp.float32, leaf)),
             jax.grad(total)(variables["params"]),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamical_jax import losses
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.strategies.confidence import Confidence
@@ -78,6 +79,11 @@ class ALBL(Strategy):
     def needs_dropout(self) -> bool:
         """Whether any arm needs a model with dropout."""
         return any(arm.needs_dropout for arm in self.arms.values())
+
+    @property
+    def needs_losses(self) -> tuple[losses.Loss, ...]:
+        """The losses of all arms."""
+        return tuple(loss for arm in self.arms.values() for loss in arm.needs_losses)
 
     @property
     def _minimum_probability(self) -> float:

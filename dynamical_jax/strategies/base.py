@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, nnx_modules
+from dynamical_jax import contract, losses, nnx_modules
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import dropout, selection
 from dynamical_jax.types import (
@@ -103,10 +103,12 @@ class Strategy(abc.ABC):
     Attributes:
       needs_embedding: whether the model has to return an embedding beside its logits.
       needs_dropout: whether the model has to have `Dropout` layers of Flax Linen.
+      needs_losses: those that the model has to be trained by; an `Experiment` refuses another.
     """
 
     needs_embedding: ClassVar[bool] = False
     needs_dropout: ClassVar[bool] = False
+    needs_losses: ClassVar[tuple[losses.Loss, ...]] = ()
 
     def init(self) -> Any:
         """Returns the state before the first query; None for strategies that keep none."""

@@ -26,15 +26,19 @@ class BatchBald(Bald):
     next to nothing beyond a dozen examples: this is for small queries.
 
     Attributes:
-      num_configurations: how many ways of putting labels together are looked at.
+      num_configurations: how many ways of putting labels together are looked at; at least
+        `num_networks`, so that each network draws some.
     """
 
     num_configurations: int = 1_000
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_configurations < 1:
-            raise UserError(f"num_configurations must be at least 1, got {self.num_configurations}")
+        if self.num_configurations < self.num_networks:
+            raise UserError(
+                f"num_networks must be at most num_configurations, got {self.num_networks} and "
+                f"{self.num_configurations}"
+            )
 
     def score(self, key: Array, view: LearnerView, state: Any) -> Array:
         """Returns the log-probabilities `[n, num_networks, K]` of U."""
@@ -59,7 +63,7 @@ class Joint:
 
     Args:
       num_networks: t.
-      limit: how many ways are kept; where there are more they are drawn.
+      limit: how many ways are kept, at least t; where there are more they are drawn.
       generator: of the draws.
     """
 
@@ -74,13 +78,14 @@ class Joint:
         """Returns log p `[limit, t]` of each way by each network, and log-weights `[limit]`.
 
         The sum over ways of weight × p × f, p being the mean over networks, is the mean of f over
-        the joint distribution, or its estimate. What is beyond the number of ways has no weight.
+        the joint distribution, or its unbiased estimate. What is beyond the number of ways has no
+        weight.
         """
         weight = np.zeros(len(self._log_p), np.float32)
         if self._networks is not None:
-            weight = np.log(len(self._log_p[0]) / self._limit) - np.logaddexp.reduce(
-                self._log_p, axis=1
-            )
+            # 1 / how often the way is expected; networks draw one more or less than others.
+            draws = np.bincount(self._networks).astype(np.float32)
+            weight = -np.logaddexp.reduce(self._log_p + np.log(draws), axis=1)
         missing = self._limit - len(weight)
         log_p = np.pad(self._log_p, ((0, missing), (0, 0)))
         return log_p, np.pad(weight, (0, missing), constant_values=-np.inf)
@@ -91,7 +96,7 @@ class Joint:
             if len(self._log_p) * log_p.shape[1] <= self._limit:
                 self._log_p = (self._log_p[:, None] + log_p.T).reshape(-1, len(log_p))
                 return
-            # Of each network as many ways, by their probability under it.
+            # The networks draw in turn, each by its own probabilities.
             self._networks = np.arange(self._limit) % len(log_p)
             self._log_p = self._log_p[self._draw(self._log_p.T)]
         self._log_p = self._log_p + log_p.T[self._draw(log_p)]
@@ -107,13 +112,15 @@ def _gains(log_p: Array, log_joint: Array, log_weights: Array) -> Array:
     """H(y, chosen) − H(chosen) − mean H(y) over networks, of candidates `[m, t, K]`."""
     # Probabilities of many labels together are too small for float32: their largest is set apart.
     largest = jnp.max(log_joint, axis=1)
+    largest = jnp.where(jnp.isfinite(largest), largest, 0)  # Of ways that no network allows.
     joint = jnp.exp(log_joint - largest[:, None]) / log_joint.shape[1]
     weights = jnp.exp(log_weights + largest)
 
-    def together(candidate: Array) -> Array:
-        p = jnp.matmul(joint, jnp.exp(candidate), precision=jax.lax.Precision.HIGHEST)
+    def together(p: Array) -> Array:
         return jnp.sum(weights * (entropy(jnp.log(p)) - largest * jnp.sum(p, axis=1)))
 
-    p = jnp.sum(joint, axis=1)
-    of_chosen = -jnp.sum(weights * p * (jnp.log(p) + largest))
-    return jax.lax.map(together, log_p) - of_chosen - jnp.mean(entropy(log_p), axis=1)
+    def with_chosen(candidate: Array) -> Array:
+        return together(jnp.matmul(joint, jnp.exp(candidate), precision=jax.lax.Precision.HIGHEST))
+
+    of_chosen = together(jnp.sum(joint, axis=1, keepdims=True))
+    return jax.lax.map(with_chosen, log_p) - of_chosen - jnp.mean(entropy(log_p), axis=1)

@@ -24,7 +24,8 @@ class Dynamical(Strategy):
         `math.inf` the inner product alone.
       engine: how gradients are computed, a key of `gradients.ENGINES`; changes no score.
       chunk_size: examples at a time; by default what memory allows; changes no score.
-      loss: that the model is trained by, whose gradients make the dynamics.
+      loss: that the model is trained by, whose gradients make the dynamics; an `Experiment` refuses
+        another than that of its `TrainingConfig`.
     """
 
     gamma: float = 2.0
@@ -40,6 +41,11 @@ class Dynamical(Strategy):
             raise UserError(f"unknown engine {self.engine!r}; choose from {choices}")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise UserError(f"the chunk size must be at least 1, got {self.chunk_size}")
+
+    @property
+    def needs_losses(self) -> tuple[losses.Loss, ...]:
+        """The loss whose gradients are taken."""
+        return (self.loss,)
 
     def score(self, key: Array, view: LearnerView, state: Any) -> "Changes":
         """Returns Δ({u}|S) of each unlabeled example u, and its terms."""

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from dynamical_jax import losses
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies.base import LearnerView, check_finite
 from dynamical_jax.strategies.coverage import NarrowingCovering
@@ -25,18 +26,25 @@ class DynamicalHerding(NarrowingCovering):
       engine: likewise.
       chunk_size: likewise.
       power: of Δ. Δ has the degree of a squared gradient: with 1/2 the weight has that of 1 − m.
+      loss: as of `Dynamical`.
     """
 
     gamma: float = 2.0
     engine: str = "factored"
     chunk_size: int | None = None
     power: float = 0.5
+    loss: losses.Loss = losses.CROSS_ENTROPY
 
     def __post_init__(self):
         super().__post_init__()
         self._dynamical()  # Checks its own.
         if not 0 < self.power < np.inf:
             raise UserError(f"power must be above 0 and finite, got {self.power}")
+
+    @property
+    def needs_losses(self) -> tuple[losses.Loss, ...]:
+        """The loss whose gradients are taken."""
+        return (self.loss,)
 
     def weights(self, view: LearnerView, logits: Array) -> np.ndarray:
         """Returns the power of Δ of each example, over the largest."""
@@ -47,4 +55,4 @@ class DynamicalHerding(NarrowingCovering):
         return (change / max(change.max(), np.finfo(change.dtype).tiny)) ** self.power
 
     def _dynamical(self) -> Dynamical:
-        return Dynamical(self.gamma, self.engine, self.chunk_size)
+        return Dynamical(self.gamma, self.engine, self.chunk_size, self.loss)

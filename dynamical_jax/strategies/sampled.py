@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamical_jax import losses
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import selection
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy, check_finite
@@ -57,6 +58,11 @@ class Sampled(Strategy):
         """Whether the strategy that scores does."""
         return self.of.needs_dropout
 
+    @property
+    def needs_losses(self) -> tuple[losses.Loss, ...]:
+        """Those of the strategy that scores."""
+        return self.of.needs_losses
+
     def init(self) -> Any:
         """Returns the state of the strategy that scores."""
         return self.of.init()
@@ -85,6 +91,7 @@ def dynamical_sampled(
     engine: str = "factored",
     chunk_size: int | None = None,
     beta: float = 2.0,
+    loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Sampled:
     """Returns a strategy that draws with probabilities proportional to Δ({u}|S)^β.
 
@@ -95,8 +102,9 @@ def dynamical_sampled(
       engine: likewise.
       chunk_size: likewise.
       beta: as of `Sampled`.
+      loss: as of `Dynamical`.
     """
-    return Sampled(Dynamical(gamma, engine, chunk_size), beta, lambda scored: scored.change)
+    return Sampled(Dynamical(gamma, engine, chunk_size, loss), beta, lambda scored: scored.change)
 
 
 def power_margin(beta: float = 2.0) -> Sampled:

@@ -72,6 +72,48 @@ def test_drawn_ways_estimate_the_joint_distribution():
     np.testing.assert_allclose(gains[0], gains[1], rtol=0.1, atol=0.005)
 
 
+def test_draws_are_unbiased_where_networks_draw_unequally_often():
+    # Six draws by four networks: two of them draw twice.
+    log_p = draw_log_p(7, spread=2.5)
+    p = np.exp(log_p.astype(float))
+    estimates = []
+    for seed in range(400):
+        joint = strategies.batch_bald.Joint(T, 6, np.random.default_rng(seed))
+        for each in log_p[:4]:
+            joint.add(each)
+        estimates.append(strategies.batch_bald._gains(log_p[4:], *joint.configurations))
+    before = information(p[:4])
+    exact = [information(p[[0, 1, 2, 3, i]]) - before for i in (4, 5, 6)]
+    error = np.mean(estimates, axis=0) - exact
+    assert np.all(np.abs(error) < 4 * np.std(estimates, axis=0) / 20), error
+
+
+@pytest.mark.parametrize("limit", [9, 3, 2])  # All ways, and ways that are drawn.
+def test_labels_that_networks_rule_out(limit):
+    # Of three labels one is ruled out by both networks, another by either: who knows the label
+    # knows the network, and a label more tells nothing.
+    certain = np.array([[0, -np.inf, -np.inf], [-np.inf, 0, -np.inf]], np.float32)
+    joint = strategies.batch_bald.Joint(2, limit, np.random.default_rng(0))
+    gains = lambda: strategies.batch_bald._gains(certain[None], *joint.configurations)
+    np.testing.assert_allclose(gains(), np.log(2), rtol=1e-6)
+    for _ in range(2):
+        joint.add(certain)
+        np.testing.assert_allclose(gains(), 0, atol=1e-6)
+    log_p, log_weights = joint.configurations
+    of_ways = np.exp(log_weights) @ np.exp(log_p)
+    np.testing.assert_allclose(of_ways, [1, 1], rtol=1e-6)  # Each network's add up to 1.
+
+
+def test_a_model_may_rule_a_class_out():
+    log_p = np.log(0.7) + draw_log_p(20)
+    log_p = np.concatenate([log_p, np.full((20, T, 1), -np.inf, np.float32)], axis=2)
+    log_p -= np.logaddexp.reduce(log_p, axis=2, keepdims=True)
+    with_class = strategies.BatchBald().select(KEY, log_p, 5, None)  # 4⁴ ways.
+    without = strategies.BatchBald().select(KEY, log_p[..., :K], 5, None)
+    np.testing.assert_array_equal(with_class.positions, without.positions)
+    np.testing.assert_allclose(with_class.scores, without.scores, atol=1e-5)
+
+
 def test_many_labels_together_do_not_underflow():
     query = strategies.BatchBald(num_configurations=50).select(KEY, draw_log_p(200), 150, None)
     assert np.isfinite(query.scores).all()
@@ -126,7 +168,10 @@ def test_models_without_dropout_are_refused_before_training(name):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_networks": 1}, "at least 2, got 1"), ({"num_configurations": 0}, "at least 1, got 0")],
+    [
+        ({"num_networks": 1}, "at least 2, got 1"),
+        ({"num_configurations": 19}, "at most num_configurations, got 20 and 19"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(dj.UserError, match=message):
