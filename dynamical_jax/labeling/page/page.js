@@ -380,7 +380,7 @@ async function loadProgress() {
   heading("How good is the model?");
   if (value.now) {
     line(`${interval(value.now)} right`, "large");
-    line(`on the last ${value.now.total} images that were drawn at random, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label; the newest model may be a little better than those of the last batches.`, "quiet");
+    line(`on the ${value.now.total} random images of the last batches, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label; the newest model may be a little better than those of the last batches.`, "quiet");
   } else {
     line("That is told once random images are labeled that there was a model for.", "quiet");
   }
