@@ -118,7 +118,7 @@ def test_score_and_select_draw_separately():
 
 def test_no_labels_of_the_pool_can_be_reached():
     fields = {field.name for field in dataclasses.fields(dj.LearnerView)}
-    assert fields == {"apply", "variables", "labeled", "unlabeled", "on_progress"}
+    assert fields == {"apply", "variables", "labeled", "unlabeled", "on_progress", "mesh"}
 
 
 def test_labels_must_be_as_many_as_inputs():
