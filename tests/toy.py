@@ -125,6 +125,7 @@ RECORDS = [
 
 
 def python_blocks(page: pathlib.Path) -> list[str]:
+    # What cannot run without files or names of the reader's is marked py.
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
