@@ -33,12 +33,13 @@ def map_blocks(
 ) -> list[Any]:
     """Returns `run(positions, count)` of each block of `size` rows.
 
-    A block for which memory runs out is tried again at half the size, as are all after it.
+    A block for which memory runs out is tried again at half the size, as are all after it, rounded
+    down to whole rows for each device.
 
     Args:
       run: called with a block as from `block_at`.
       size: number of rows.
-      block_size: rows of a block.
+      block_size: rows of a block, a multiple of `smallest`.
       on_progress: called with (done, total) after each block.
       smallest: size of the smallest blocks, a row for each device.
     """
@@ -50,7 +51,7 @@ def map_blocks(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or block_size <= smallest:
                 raise
-            block_size //= 2
+            block_size = max(smallest, block_size // 2 // smallest * smallest)
             continue
         start += count
         on_progress(start, size)

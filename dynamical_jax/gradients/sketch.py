@@ -39,11 +39,14 @@ def sketch(
 ) -> Float[np.ndarray, "n {size}"]:
     """Returns a vector s_u of each example, such that s_u·s_v is g_u·g_v in expectation, in NumPy.
 
-    The expectation is over seeds. For two examples the standard error of s_u·s_v is about
-    ‖g_u‖ ‖g_v‖ / √size: of the cosine of two gradients 0.040 at 512 numbers for the CNN on CIFAR-10
-    and 0.044 for a linear layer on embeddings (`benchmarks.sketch`), where projections of a and e
-    by matrices of √size columns each err by 0.173 and 0.059. It comes from one forward and one
-    backward pass, as scores do.
+    The expectation is over seeds. The standard error of s_u·s_v is near ‖g_u‖ ‖g_v‖ / √size where
+    g_u and g_v are not alike: measured at 512 numbers, of the cosine of two gradients, @CNN@ for the
+    CNN on CIFAR-10 and @LIN@ for a linear layer on embeddings (`benchmarks.sketch`), where
+    projections of a and e by matrices of √size columns each err by 0.173 and 0.059. It grows as
+    they get more alike. At g_u = g_v it is up to √2 times that for layers that are folded, and up
+    to √8 times for dense layers of vectors that are projected (`sketching`). Of many pairs, some
+    err by several standard errors. Sketches come from one forward and one backward pass, as scores
+    do.
 
     Sketches are linear: the sum of those of a set is the sketch of the set's gradient. Those of one
     seed, size, engine and shape of inputs go together, also from several calls.

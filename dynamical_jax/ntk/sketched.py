@@ -31,8 +31,9 @@ def from_sketch(
 ) -> Float[np.ndarray, "n m"]:
     """Returns Θ between two sets of examples in expectation over seeds, of rank `size` at most.
 
-    The standard error of Θ(x, x') is at most about √(Θ(x, x) Θ(x', x') / size). Good for means,
-    norms and neighbours; not for Θ⁻¹, which depends on what the sketch leaves out. One forward and
+    The standard error of Θ(x, x') is about √(Θ(x, x) Θ(x', x') / size) at most where gradients are
+    not alike, and up to √8 times that where they are (`gradients.sketching`). Good for means, norms
+    and neighbours; not for Θ⁻¹, which depends on what the sketch leaves out. One forward and
     K backward passes, and n × `size` numbers, whatever the number of parameters.
 
     Args:

@@ -126,6 +126,29 @@ def test_chunk_size_follows_free_memory(monkeypatch):
         np.testing.assert_allclose(terms.squared_norm, ample.squared_norm, rtol=1e-5)
 
 
+def test_halved_blocks_have_whole_rows_for_each_device():
+    def run_of(limit, sizes):
+        def run(positions, count):
+            sizes.append(len(positions))
+            if len(positions) > limit:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return positions[:count]
+
+        return run
+
+    for block_size, limit, expected in (
+        (20, 10, [20, 8, 8, 8]),
+        (12, 4, [12, 4, 4, 4, 4, 4]),
+    ):
+        sizes = []
+        parts = gradients.map_blocks(run_of(limit, sizes), 20, block_size, smallest=4)
+        assert sizes[: len(expected)] == expected
+        assert all(size % 4 == 0 for size in sizes)
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(20))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        gradients.map_blocks(run_of(3, []), 20, 20, smallest=4)
+
+
 def test_out_of_memory_halves_the_block(monkeypatch):
     apply, variables, (x, y) = setting("cnn", 16)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))

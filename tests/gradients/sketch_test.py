@@ -109,6 +109,56 @@ def test_the_error_falls_with_the_root_of_the_size(float64):
     assert 0.7 < errors[1] * np.sqrt(16 * NUM_NUMBERS) < 1.5
 
 
+@pytest.mark.parametrize(("engine", "num_classes"), [("factored", 100), ("vmap", 64)])
+def test_few_classes_that_matter_do_not_meet(engine, num_classes):
+    """Two of them, of elements that are all `size` apart in a kernel."""
+    size, x = 64, np.abs(drawn(SIZE, 32)).astype(np.float32)
+    bias = np.full(num_classes, -20, np.float32)
+    bias[[0, 1 if num_classes == size else size]] = 0
+    kernel = 0.01 * drawn(32, num_classes).astype(np.float32)
+    model = Alone(nn.Dense(num_classes))
+    variables = {"params": {"layer": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}}
+    setting = model.apply, variables, x, np.zeros(SIZE, int)
+    gradient = flat_gradients(*setting)
+    with mock.patch.object(sketching, "folds", return_value=True):
+        sketches = of_seeds(setting, engine, size)
+    norm = np.linalg.norm(gradient, axis=1)
+    products = np.einsum("suk,svk->suv", sketches, sketches)
+    errors = (products - gradient @ gradient.T) / np.outer(norm, norm)
+    cosines = gradient @ gradient.T / np.outer(norm, norm)
+    promised = np.sqrt(np.mean(1 + cosines**2) / size)
+    assert np.sqrt(np.mean(errors**2)) < 1.1 * promised
+
+
+def test_the_variance_of_projections_of_one_position():
+    """The bound of `sketching`, less what signs spare: their fourth moment is 1, no normal's 3."""
+    size, (a, e) = 64, (drawn(SIZE, 40), drawn(SIZE, 30))
+    layer, x = Alone(nn.Dense(30, use_bias=False)), a.astype(np.float32)
+    variables = {"params": {"layer": {"kernel": jnp.zeros((40, 30))}}}
+    weights = jnp.asarray(e, jnp.float32)
+    objective = lambda outputs: jnp.sum(outputs * weights)
+
+    def sketches(x, key):
+        of_layer = functools.partial(sketching.of_layer, key, size)
+        return sum(factored.map_layers(of_layer, layer.apply, variables, x, objective))
+
+    keys = jax.random.split(jax.random.key(0), 4 * NUM_SEEDS)
+    with mock.patch.object(sketching, "folds", return_value=False):
+        found = jax.jit(jax.vmap(sketches, (None, 0)))(x, keys)
+    cosines = [part @ part.T / np.outer(*[np.linalg.norm(part, axis=1)] * 2) for part in (a, e)]
+    squared = np.square(cosines)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(e, axis=1)
+    products = np.einsum("suk,svk->suv", found, found) / np.outer(norms, norms)
+    bound = (np.prod(1 + 2 * squared, axis=0) - np.prod(squared, axis=0)) / size
+    shares = [part**2 / np.sum(part**2, axis=1, keepdims=True) for part in (a, e)]
+    spared = 2 * np.array([share @ share.T for share in shares])
+    exact = (np.prod(1 + 2 * squared - spared, axis=0) - np.prod(squared, axis=0)) / size
+    assert np.all(exact < bound)
+    ratio, same = np.var(products, axis=0) / exact, np.eye(SIZE, dtype=bool)
+    for ratios in (ratio[same], ratio[~same]):
+        np.testing.assert_allclose(np.mean(ratios), 1, atol=0.08)
+
+
 @pytest.mark.parametrize("engine", ["factored", "vmap"])
 def test_a_seed_is_a_map_of_each_example_alone(setting, engine):
     apply, variables, x, y = setting
