@@ -23,9 +23,9 @@ def redundancy(
 ) -> Redundancy:
     """Returns how alike the gradients of a query are, from sketches of 512 numbers.
 
-    The standard error of g_u·g_v is about 0.04 ‖g_u‖ ‖g_v‖ where g_u and g_v are not alike, and more
-    where they are (`gradients.sketch`); single pairs err by several times that. Copies have the same
-    sketch: their cosine is 1.
+    The standard error of the cosine of two sketches is about 0.04 for images that are not alike, up
+    to twice that where layers are projected and see nearly the same (`gradients.sketch`); of many
+    pairs, some err by several times as much. Copies have the same sketch: their cosine is 1.
 
     Args:
       apply: the model, `apply(variables, x)`.
