@@ -6,6 +6,7 @@ Functions of gradients are compiled: operation by operation, each shape of param
 several programs of its own.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -115,7 +116,7 @@ def mean_cosine(products: Float[AnyArray, "b b"]) -> Float[Array, ""]:
     return jnp.mean(cosines, where=~jnp.eye(len(cosines), dtype=bool))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="cosine")
 def near_copies(products: Float[AnyArray, "b b"], cosine: float = 0.9) -> Float[Array, ""]:
     """Returns the share of a query whose gradient is nearly that of an example before it.
 

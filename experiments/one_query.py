@@ -1,6 +1,7 @@
 """What does each strategy ask for? Contact sheets of one query by each, of the same model.
 
-Trains a model on |S| labels, and lets each strategy query b images of the pool.
+Trains a model on |S| labels, and lets each strategy query b images of the pool: the variants of
+dynamicAL, or --strategies.
 
   python -m experiments.one_query --dataset=cifar10 --model=cnn --initial_size=500 --batch_size=20
       --strategies=dynamical,dynamical_sampled,dynamical_joint,dynamical_diverse,dynamical_repelled
@@ -23,14 +24,10 @@ from absl import app, flags, logging
 import dynamical_jax as dj
 from dynamical_jax.labeling import proposal
 from dynamical_jax.programs import binary, options, strategy
-from experiments import common
+from experiments import active_learning, common
 
-STRATEGIES = flags.DEFINE_list(
-    "strategies",
-    [name for name in dj.STRATEGIES if name.startswith("dynamical")],
-    f"Some of {', '.join(dj.STRATEGIES)}.",
-)
 for _name in (
+    "strategies",
     *("dataset", "image_size", "channels", "test_dir", "test_fraction", "unreadable"),
     *("data_dir", "download", "cache_dir", "output_dir", "first_seed", "initial_size"),
     *("model", "stem", "optimizer", "learning_rate", "schedule", "weight_decay", "batch_size"),
@@ -48,7 +45,10 @@ def main(argv: list[str]) -> int | None:
 def run(argv: list[str]) -> list[str]:
     """Trains, lets all strategies query, and draws; returns no failures."""
     binary.check_command_line(argv, sys.modules[__name__])
-    strategies = strategy.make(STRATEGIES.value)
+    names = active_learning.STRATEGIES.value
+    if flags.FLAGS["strategies"].using_default_value:
+        names = [name for name in dj.STRATEGIES if name.startswith("dynamical")]
+    strategies = strategy.make(names)
     budget = dj.Budget(common.INITIAL_SIZE.value, options.BATCH_SIZE.value, 1)
     dataset, model = common.load()
     if dataset.kind != "images":

@@ -29,5 +29,5 @@ def test_a_draw_from_one_stream_moves_no_other():
     assert streams.generator(0, "weights").random() == weights
     np.testing.assert_array_equal(  # A published run rests on these: new streams go at the end.
         streams.NAMES,
-        ["initial_set", "weights", "order", "dropout", "strategy", "noise", "draws"],
+        ["initial_set", "weights", "order", "dropout", "strategy", "noise", "draws", "imbalance"],
     )

@@ -54,10 +54,11 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve images, dark and bright."""
+    """Twelve images, dark and bright, of which no two are nearly the same."""
+    noise = np.random.default_rng(0).integers(0, 50, (12, 8, 8))
     for position in range(12):
-        image = np.full((8, 8), 200 * (position % 2) + position, np.uint8)
-        Image.fromarray(image).save(tmp_path / f"{position:02d}.png")
+        image = 200 * (position % 2) + noise[position]
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"{position:02d}.png")
     return tmp_path
 
 

@@ -113,15 +113,15 @@ def _products(
     engines = scoring.with_loss(ENGINES, loss)
     symmetric = right is None
     right = left if symmetric else right
+    if left.x.shape[1:] != right.x.shape[1:]:
+        raise UserError(
+            f"both sets need inputs of one shape, got {left.x.shape[1:]} and {right.x.shape[1:]}"
+        )
     for x, labels in (left, right):
         if labels is not None:
             contract.check_labels(apply, variables, x, labels, loss.of_classes)
         if len(x):
             contract.check_rows(apply, variables, x)
-    if left.x.shape[1:] != right.x.shape[1:]:
-        raise UserError(
-            f"both sets need inputs of one shape, got {left.x.shape[1:]} and {right.x.shape[1:]}"
-        )
     dtype = jax.dtypes.result_type(np.float32, *jax.tree.leaves(variables["params"]))
     shape = (len(left.x), len(right.x))
     resources.check_memory(

@@ -220,7 +220,7 @@ def test_interruption_is_one_line_and_can_be_continued(run, tmp_path, monkeypatc
 def test_presets_are_the_papers_settings_and_flags_prevail(run, monkeypatch):
     seen = {}
 
-    def compare(arms, module, default_dir):
+    def compare(arms, module, default_dir, pool_shares=None):
         seen.update(arms)
         seen["dataset"] = common.DATASET.value
         return []
