@@ -387,4 +387,6 @@ def summarize(path: pathlib.Path) -> None:
     picture = path.with_name("accuracy.png")
     dj.plotting.accuracy(rounds, picture)
     table = dj.records.table(rounds)
-    print(f"\ntest accuracy (%) on {rounds[0]['dataset']}\n{table}\n\n{path}\n{picture}")
+    print(
+        f"\ntest accuracy (%) on {dj.records.dataset_of(rounds[0])}\n{table}\n\n{path}\n{picture}"
+    )

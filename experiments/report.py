@@ -91,7 +91,7 @@ def run(directories: list[str]) -> list[str]:
         dj.plotting.accuracy(rounds, output / "accuracy.png")
         dj.files.write(output / "rounds.csv", dj.reports.exports.tidy(rounds))
         if HTML.value:
-            title = f"{rounds[0]['dataset']}, {rounds[0]['model']}"
+            title = f"{dj.records.dataset_of(rounds[0])}, {rounds[0]['model']}"
             pictures = {"test accuracy": output / "accuracy.png"}
             page = dj.reports.exports.page(title, list(texts.values()), pictures)
             dj.files.write(output / "report.html", page)

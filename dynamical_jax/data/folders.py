@@ -177,6 +177,8 @@ def features(path: str, unreadable: str = "skip") -> Features:
     Raises:
       UserError: if there is no path or embedding, or they do not fit.
     """
+    if not path.endswith((".npz", ".npy")):
+        raise UserError(f"{path} is no .npz or .npy file")
     arrays = _read_arrays(path)
     if missing := [name for name in ("embedding", "path") if name not in arrays]:
         raise UserError(
@@ -308,10 +310,14 @@ def _read_arrays(path: str) -> dict[str, Any]:
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as members:
-            size = sum(member.file_size for member in members.zip.infolist())
-            resources.check_memory(size, f"reading {path}", "make a smaller file")
-            return dict(members.items())
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":  # NumPy would take it for a pickle.
+                raise UserError(f"cannot read {path}: it is no .npz file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as members:
+                size = sum(member.file_size for member in members.zip.infolist())
+                resources.check_memory(size, f"reading {path}", "make a smaller file")
+                return dict(members.items())
     except UserError:
         raise
     except FileNotFoundError as error:

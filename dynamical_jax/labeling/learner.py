@@ -1,7 +1,7 @@
 """The model that learns from a person's labels, trained further in each round."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -48,10 +48,14 @@ class Config(NamedTuple):
 
 
 class Facts(TypedDict):
-    """How a fit went: epochs of training, and the share of S that is right, in [0, 1]."""
+    """How a fit went: epochs of training, and the share of S that is right, in [0, 1].
+
+    And whether the targets of training were met, which models of earlier versions do not say.
+    """
 
     epochs: files.Count
     train_accuracy: files.Share
+    converged: NotRequired[bool]
 
 
 class Description(msgspec.Struct):
@@ -158,7 +162,7 @@ def train(
       The learner, and how its training went.
     """
     learner, fit = fit_labels(start.learner, folder, config, on_epoch)
-    facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy)
+    facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy, converged=fit.converged)
     description = Description(
         config.model_description(folder),
         learner.class_names,

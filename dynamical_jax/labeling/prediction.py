@@ -110,12 +110,16 @@ def load(checkpoint: str | os.PathLike) -> Model:
         raise UserError(f"there is no model in {checkpoint}; dynamical-select makes one")
     description, leaves = found
     described = dict(description.model_description)
-    for what in ("features", "weights"):
-        if what in described:
-            raise UserError(
-                f"the model in {checkpoint} was trained with --{what}: for the time being only "
-                "dynamical-select --predictions predicts with it"
-            )
+    if "features" in described or "weights" in described:
+        how = (
+            "with --weights and --train=all"
+            if "weights" in described
+            else "on vectors, of a file (--features) or of a network (--weights), not on images"
+        )
+        raise UserError(
+            f"the model in {checkpoint} was trained {how}: for the time being only "
+            "dynamical-select --predictions predicts with it"
+        )
     name, shape = described.pop("model"), images.ImageShape(*described.pop("image_size"))
     attributes = {
         key: tuple(value) if isinstance(value, list) else value for key, value in described.items()

@@ -206,7 +206,16 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"there is no file {path}")
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     tensors = readers.get(suffix, _read_pytorch)(path)
-    return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    result = {}
+    for name, value in tensors.items():
+        try:
+            result[name] = np.asarray(value, np.float32)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} holds no weights, since its array {name!r} is not of numbers; vectors of "
+                "images go to --features"
+            ) from error
+    return result
 
 
 def _read_safetensors(path: str) -> Mapping[str, Any]:

@@ -19,6 +19,9 @@ CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.", "benchmarks.")
 LARGEST = 2**31 - 1
 """The largest whole number that a flag takes, besides seeds, which have their own limit."""
 
+EXAMPLES = {"images": "photos", "dataset": "cifar10", "labels": "labels.csv", "top": "3"}
+"""Flag → value: a program that has one of them names the first as an example."""
+
 _READERS: dict[str, tuple[str, tuple[str, ...]]] = {}
 _MAY_BE_INFINITE: set[str] = set()
 
@@ -92,10 +95,12 @@ def check_command_line(argv: list[str], module: Any) -> None:
       argv: the command line without its flags.
       module: the program; its key flags are those that it reads.
     """
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags look like --dataset=cifar10")
     key_flags = flags.FLAGS.get_key_flags_for_module(module)
     read_names = {flag.name for flag in key_flags}
+    if len(argv) > 1:
+        name = next((name for name in EXAMPLES if name in read_names), "name")
+        example = f"--{name}={EXAMPLES.get(name, 'value')}"
+        raise UserError(f"unexpected argument {argv[1]!r}; flags look like {example}")
     for name in given():
         if name not in read_names:
             raise UserError(f"--{name} has no effect here; --help lists what has")

@@ -21,8 +21,9 @@ LABELS = flags.DEFINE_string("labels", "labels.csv", "Table of labels: columns p
 FEATURES = flags.DEFINE_string(
     "features",
     None,
-    "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images, as "
-    "dynamical-embed writes it: a model of vectors learns from it, and the images are only shown.",
+    "An .npz file with arrays embedding [n, d] and path [n], relative to the folder of images: "
+    "dynamical-embed writes it (by default features.npz); elsewhere a model of vectors learns from "
+    "it, and the images are only shown.",
 )
 CLASSES = flags.DEFINE_list(
     "classes",

@@ -4,7 +4,8 @@
 
 predicts them by the model that dynamical-select or dynamical-label trained last, which is in
 to_label.checkpoint, and writes predicted.csv: for each image its path, and the three most probable
-classes with their probabilities. In Python, the model is
+classes with their probabilities. A model of vectors (--features, --weights) cannot be used so yet:
+dynamical-select --predictions=rest.csv predicts with it. In Python, the model is
 
   model = dynamical_jax.labeling.load("to_label.checkpoint")
   model.predict(["one.jpg", "two.jpg"], top=3)
@@ -69,5 +70,7 @@ def run(argv: list[str]) -> list[str]:
     broken = [image.path for image in named if not image.class_names]
     if broken:
         print(f"{len(broken)} images cannot be read: {', '.join(broken[:3])}", file=sys.stderr)
-    print(f"{table}: predictions for {len(named) - len(broken)} images")
+    number = len(model.learner.class_names)
+    few = f", of {number} classes each: no more known" if number < TOP.value else ""
+    print(f"{table}: predictions for {len(named) - len(broken)} images{few}")
     return []

@@ -97,7 +97,7 @@ def run(argv: list[str]) -> list[str]:
             query = [image.path for image in proposed]
             line = person.record(sys.modules[__name__], IMAGES.value, folder, facts, query)
             files.append(output.with_suffix(".jsonl"), line)
-            print(f"{output}: {len(proposed)} images to label next")
+            print(f"{output}: {len(proposed)} images to label next{_why_few(proposed, folder)}")
             shown = min(len(proposed), labeling.proposal.LARGEST_SHEET)
             print(f"{sheet}: {'all' if shown == len(proposed) else f'the first {shown}'} of them")
             if LABEL_STUDIO.value:
@@ -115,12 +115,19 @@ def run(argv: list[str]) -> list[str]:
     return []
 
 
+def _why_few(proposed: list[labeling.Proposed], folder: labeling.Folder) -> str:
+    """Returns why there are fewer images than were asked for; "" if there are not."""
+    if len(proposed) >= options.BATCH_SIZE.value:
+        return ""
+    near = ", near-copies apart" if len(proposed) < len(folder.unlabeled) else ""
+    return f", and not {options.BATCH_SIZE.value}: no more are left{near}"
+
+
 def check_flags() -> tuple[strategies.Strategy, labeling.Config, pathlib.Path]:
     """Checks the flags; returns the strategy, the learner's configuration and the output."""
+    given = "as in --images=photos; none given" if IMAGES.value is None else f"got {IMAGES.value}"
     if IMAGES.value is None or not pathlib.Path(IMAGES.value).is_dir():
-        raise UserError(
-            f"--images must be a folder of images, got {IMAGES.value}; --help explains more"
-        )
+        raise UserError(f"--images must be a folder of images, {given}; --help explains more")
     output = person.check_tables(IMAGES.value, {"predictions": PREDICTIONS.value})
     for name in person.CLASSES.value:
         labeling.classes.check_name(name)
@@ -154,7 +161,10 @@ def read_folder(
     left_out = labeling.answers.broken(labeling.answers.Log(labeling.answers.beside(table)).answers)
     folder = labeling.folder.without(folder, left_out)
     if broken := folder.broken:
-        print(f"{len(broken)} labels are of images that cannot be read: {', '.join(broken[:3])}")
+        number = (
+            "1 label is of an image" if len(broken) == 1 else f"{len(broken)} labels are of images"
+        )
+        print(f"{number} that {_unusable(len(broken))}: {', '.join(broken[:3])}")
     for path, label, other in folder.conflicts:
         print(f"{path} is labeled {label!r}, but a copy of it {other!r}")
     classes = Counter(folder.labels.values())
@@ -163,11 +173,12 @@ def read_folder(
             f"{one!r} ({classes[one]} labels) and {other!r} ({classes[other]}) are nearly the same:"
             " if they are one class, correct the table; --classes takes no other names"
         )
+    num_unusable = len(paths) - len(folder.readable)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
     print(
         f"{len(paths)} images in {IMAGES.value}: {len(folder.labeled)} labeled"
         f"{f' ({counts})' if counts else ''}, {len(folder.unlabeled)} to choose from, "
-        f"{len(paths) - len(folder.readable)} cannot be read, "
+        f"{num_unusable} {_unusable(num_unusable)}, "
         f"{folder.num_copies} are copies of others, {folder.num_near} nearly so"
     )
     if copies := [f"{path} of {first}" for path, first in folder.copies]:
@@ -176,6 +187,13 @@ def read_folder(
     if not update.num_predicted:
         return folder, {}
     return folder, {"num_right": update.num_right, "num_predicted": update.num_predicted}
+
+
+def _unusable(count: int) -> str:
+    """Returns what is wrong with images that are left out."""
+    if person.FEATURES.value is None:
+        return "cannot be read"
+    return f"cannot be read or {'has' if count == 1 else 'have'} no vector"
 
 
 def read_annotations(paths: list[str]) -> dict[pathlib.Path, dict[str, str]]:
@@ -227,7 +245,10 @@ def train(
     with working_bar(config.training.max_epochs) as bar:
         on_epoch = lambda progress, seen: bar.epoch(progress.epoch, seen, target)
         learner, fit = labeling.learner.train(start, folder, config, store, on_epoch)
-    print(f"trained for {fit['epochs']} epochs: {fit['train_accuracy']:.1%} of the labels right")
+    print(
+        f"trained for {fit['epochs']} epochs: {fit['train_accuracy']:.1%} of the labels right"
+        f"{'' if fit['converged'] else ' (not converged: --max_epochs)'}"
+    )
     return learner, fit
 
 
@@ -237,8 +258,10 @@ def choose(
     """Returns the images to label next, the most wanted first."""
     size, seed = options.BATCH_SIZE.value, person.SEED.value
     if learner is None:
+        # That begins with random draws by itself.
+        chosen_by = [] if person.STRATEGY.value == person.AUTOMATIC else [person.STRATEGY]
         unused = binary.list_given(
-            (person.STRATEGY, *strategy.OPTIONS, *options.OF_MODEL, *options.OF_TRAINING)
+            (*chosen_by, *strategy.OPTIONS, *options.OF_MODEL, *options.OF_TRAINING)
         )
         print(
             "fewer than two classes are labeled: drawn at random"

@@ -50,7 +50,7 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
     first, left_out = rounds[0], unfinished(rounds)
     seeds = sorted({record["seed"] for record in rounds})
     lines = [
-        f"# Test accuracy (%) on {first['dataset']} with {first['model']}",
+        f"# Test accuracy (%) on {records.dataset_of(first)} with {first['model']}",
         "",
         "Mean ± sample standard deviation over seeds, after the last epoch of each round.",
         "",
@@ -70,7 +70,7 @@ def accuracy(rounds: Sequence[records.Record], published: Published | None = Non
     lines += ["", *_convergence_section(rounds)]
     lines += [
         f"Seeds: {', '.join(map(str, seeds))}. "
-        f"Device: {_join_distinct(record['device'] for record in rounds)}. "
+        f"Device: {_join_distinct(_device(record['device']) for record in rounds)}. "
         f"Commit: {_join_distinct(record['git_commit'] for record in rounds)}. "
         f"JAX: {_join_distinct(record['versions']['jax'] for record in rounds)}.",
     ]
@@ -87,7 +87,8 @@ def significance(rounds: Sequence[records.Record], references: Iterable[str]) ->
     scores = common_scores(rounds)
     # Only the seeds that all strategies have: means over other seeds are not comparable.
     curves = records.curves(record for record in rounds if record["seed"] in scores.seeds)
-    lines = [f"# What the differences are worth: {rounds[0]['dataset']}, {rounds[0]['model']}", ""]
+    setting = f"{records.dataset_of(rounds[0])}, {rounds[0]['model']}"
+    lines = [f"# What the differences are worth: {setting}", ""]
     lines += _summary(curves, scores)
     if len(scores.seeds) < 2:
         return "\n".join([*lines, "", _too_few_seeds_note(len(scores.seeds))]) + "\n"
@@ -486,6 +487,11 @@ def _table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 def _format_points(difference: float) -> str:
     return records.format_number(100 * difference, sign="+").replace("-", MINUS)
+
+
+def _device(recorded: str) -> str:
+    """Returns the platform and the kind of a device; once if they are the same."""
+    return ": ".join(dict.fromkeys(recorded.split(": ")))
 
 
 def _join_distinct(values: Iterable[str | None]) -> str:

@@ -39,7 +39,7 @@ def accuracy(rounds: Iterable[records.Record], path: pathlib.Path) -> None:
             axes.fill_between(curve.num_labeled, mean - std, mean + std, color=color, alpha=0.15)
     what = f"mean of {num_seeds} seeds" if num_seeds > 1 else "1 seed"
     what += ", band: ± 1 standard deviation" if bands else ""
-    axes.set_title(f"{rounds[0]['dataset']}, {rounds[0]['model']} ({what})", fontsize=10)
+    axes.set_title(f"{records.dataset_of(rounds[0])}, {rounds[0]['model']} ({what})", fontsize=10)
     axes.set_xlabel("labels")
     axes.set_ylabel("test accuracy (%)")
     axes.grid(alpha=0.3)

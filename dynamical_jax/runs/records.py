@@ -141,6 +141,12 @@ def repair(path: pathlib.Path, say: Callable[[str], None] = print) -> list[Recor
     return read(path)
 
 
+def dataset_of(record: Record) -> str:
+    """Returns the name of the data set, and what shares of its classes are left in the pool."""
+    shares = record.get("flags", {}).get("pool_imbalance")
+    return record["dataset"] + (f" (pool imbalance {','.join(shares)})" if shares else "")
+
+
 def curves(records: Iterable[Record], value: str = "test_accuracy") -> dict[str, Curve]:
     """Returns the curve of `value` of each strategy, over seeds, in order of appearance.
 

@@ -95,7 +95,8 @@ def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> s
     """Returns the flags that differ, as in "--b=2 there and 3 here"; "" if none does."""
     names = sorted({*ours, *theirs})
     return ", ".join(
-        f"--{name}={_format_value(theirs.get(name))} there and {_format_value(ours.get(name))} here"
+        (f"no --{name}" if theirs.get(name) is None else f"--{name}={_format_value(theirs[name])}")
+        + f" there and {_format_value(ours.get(name))} here"
         for name in names
         if ours.get(name) != theirs.get(name)
     )
@@ -129,4 +130,6 @@ def _holds_work(path: pathlib.Path) -> bool:
 
 
 def _format_value(value: Any) -> str:
+    if value is None:
+        return "none"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -89,7 +89,8 @@ class Dynamical(Strategy):
         if share > 0.5 and 0 < self.gamma < math.inf:
             warnings.warn(
                 f"the labeled set is not fitted: the inner product with its gradient makes up "
-                f"{share:.0%} of the chosen Δ; train longer (a lower target_total_loss)",
+                f"{share:.0%} of the chosen Δ; train longer (a lower target_total_loss, "
+                "or a higher max_epochs where training ended there)",
                 stacklevel=3,
             )
         change = dynamics.change_of_training_dynamics(squared_norm, inner_product)

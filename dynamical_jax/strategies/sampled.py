@@ -104,7 +104,7 @@ def dynamical_sampled(
       beta: as of `Sampled`.
       loss: as of `Dynamical`.
     """
-    return Sampled(Dynamical(gamma, engine, chunk_size, loss), beta, lambda scored: scored.change)
+    return Sampled(Dynamical(gamma, engine, chunk_size, loss), beta, _change)
 
 
 def power_margin(beta: float = 2.0) -> Sampled:
@@ -115,5 +115,16 @@ def power_margin(beta: float = 2.0) -> Sampled:
     Args:
       beta: as of `Sampled`.
     """
+    return Sampled(Margin(), beta, _one_minus_margin)
+
+
+# Functions with a name, so that strategies can be sent to other processes.
+
+
+def _change(scored: Any) -> Any:
+    return scored.change
+
+
+def _one_minus_margin(scores: Any) -> Any:
     # `Margin` gives log((1 − m) / m), the logit of 1 − m.
-    return Sampled(Margin(), beta, jax.nn.sigmoid)
+    return jax.nn.sigmoid(scores)

@@ -280,4 +280,4 @@ def test_a_folder_of_ones_own(run, tmp_path, cache_dir):
     assert status == 1
     assert "made with other flags (--dataset_version=" in errors
     status, _, errors = run(**own, test_fraction=0.5)
-    assert "--test_fraction=None there and 0.5 here" in errors
+    assert "no --test_fraction there and 0.5 here" in errors

@@ -265,6 +265,12 @@ def test_areas_of_other_rounds_are_not_compared(run, tmp_path):
     assert "margin" in cells(text, "## Against random")
 
 
+def test_heads_name_the_imbalance_of_the_pool(run):
+    _, output, _ = run(records([0], pool_imbalance=["1", "0.1"]))
+    assert output.startswith("# Test accuracy (%) on cifar10 (pool imbalance 1,0.1) with cnn\n")
+    assert "differences are worth: cifar10 (pool imbalance 1,0.1), cnn\n" in output
+
+
 def test_other_references(run, tmp_path):
     run(records(), references=["margin"])
     text = (tmp_path / "run0" / "statistics.md").read_text()

@@ -150,6 +150,8 @@ def test_flags_without_use_are_named(run, pictures, tmp_path):
     _, output, _ = run(strategy="margin", learning_rate=0.1)
     unused = "--strategy, --learning_rate, --max_epochs"
     assert f"fewer than two classes are labeled: drawn at random, without {unused}" in output
+    _, output, _ = run(strategy="auto")
+    assert "drawn at random, without --max_epochs\n" in output
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
     run()
     _, output, _ = run(learning_rate=0.1)
@@ -206,7 +208,10 @@ def test_the_contact_sheet_is_not_asked_for(pictures, run, tmp_path):
 
 def test_all_are_labeled_and_more_asked_for_than_there_are(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[:57]))
-    run()
+    _, output, _ = run()
+    assert "to_label.csv: 3 images to label next, and not 10: no more are left\n" in output
+    assert "(not converged: --max_epochs)" in output
+    assert dj.files.read_lines(tmp_path / "to_label.jsonl", dict)[0]["converged"] is False
     assert len(fill_in(tmp_path / "to_label.csv", pictures[1].get)) == 3
     status, output, _ = run()
     assert status is None
@@ -250,7 +255,7 @@ class TestFeatures:
             assert not {"1/1.bmp", "broken.png", "empty.jpg", "gone.png"} & set(asked)
         assert "59 to choose from" not in output
         assert "20 labeled" in output
-        assert "3 cannot be read, 1 are copies of others" in output
+        assert "3 cannot be read or have no vector, 1 are copies of others" in output
         assert told[:3] == [
             f"3 of 63 images in {pictures[0]} have no vector in {vectors}: 1/1.bmp, broken.png, "
             "empty.jpg; they are left out",
@@ -265,6 +270,16 @@ class TestFeatures:
         assert "the model is trained from the start: that of the last round had --features=5" in (
             output
         )
+
+    def test_a_label_without_a_vector_and_a_model_that_only_select_uses(
+        self, run, run_binary, pictures, tmp_path, features, told
+    ):
+        folder, truth = pictures
+        dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(truth.items())[:50]))
+        _, output, _ = run(features=features(left_out=["1/1.bmp"]))
+        assert "1 label is of an image that cannot be read or has no vector: 1/1.bmp\n" in output
+        _, _, errors = run_binary(predict, str(folder))
+        assert "was trained on vectors, of a file (--features) or of a network (--wei" in errors
 
     def test_the_model_is_that_of_the_vectors(self, run, pictures, tmp_path, features, told):
         """What is asked for is what the strategy asks for of a pool of these vectors."""
@@ -301,6 +316,7 @@ class TestFeatures:
         ("arrays", "values", "message"),
         [
             ({}, {"features": "none.npz"}, "there is no file none.npz"),
+            ({}, {"features": __file__}, "select_test.py is no .npz or .npy file"),
             ({"path": None}, {}, "there is no array 'path'; features need embedding [n, d] and pa"),
             (
                 {"path": np.arange(61).astype(str)},
@@ -331,7 +347,7 @@ def test_other_strategies(run, pictures, tmp_path, strategy):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"images": None}, "--images must be a folder of images, got None"),
+        ({"images": None}, "as in --images=photos; none given;"),
         ({"images": "nowhere"}, "--images must be a folder of images, got nowhere"),
         ({"images": "."}, "there are no image files in ."),
         ({"output": "labels.csv"}, "--labels, --output and --predictions must be different"),
@@ -488,6 +504,8 @@ def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictu
     (image,) = model.predict([str(folder / "0/0.png")], top=9)
     assert len(image.class_names) == 3
     assert sum(image.probabilities) == pytest.approx(1, abs=1e-5)
+    _, output, _ = run_binary(predict, str(folder), **{**flags_of, "top": 9})
+    assert output == "predicted.csv: predictions for 61 images, of 3 classes each: no more known\n"
     table = (tmp_path / "labels.csv").read_bytes()
     status, _, errors = run_binary(predict, str(folder), **{**flags_of, "table": "labels.csv"})
     assert (status, (tmp_path / "labels.csv").read_bytes()) == (1, table)

@@ -397,6 +397,12 @@ class TestFile:
             weights.load(path)
         assert not ran.exists()
 
+    def test_vectors_of_images_are_no_weights(self, tmp_path):
+        path = tmp_path / "features.npz"
+        np.savez(path, embedding=np.eye(2), path=["a.jpg", "b.jpg"])
+        with pytest.raises(dj.UserError, match=r"holds no weights, .* 'path' .* go to --features"):
+            weights.load(path)
+
     def test_names_of_files(self, tmp_path, monkeypatch):
         with pytest.raises(dj.UserError, match=r"there is no file none\.npz"):
             weights.load("none.npz")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,12 @@ def strategy_of_the_docs():
     names = {}
     exec(block, names)
     return names["Balanced"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_can_be_sent_to_other_processes(name):
+    strategy = dj.STRATEGIES[name]()
+    assert type(pickle.loads(pickle.dumps(strategy))) is type(strategy)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "of the docs"])
