@@ -50,7 +50,7 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
     [('horse', 'Horse '), ('horse', 'hrose'), ('horse', 'horses')]
     """
     found, seen = [], {}
-    for name in dict.fromkeys(names):
+    for number, name in enumerate(dict.fromkeys(names)):
         plain = "".join(filter(str.isalnum, name.casefold()))
         keys = {plain}
         if len(plain) > 2 and not any(map(str.isdecimal, plain)):
@@ -60,7 +60,7 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
         if others and plain:
             found.append((min(others)[2], name))
         for key in keys:
-            seen.setdefault(key, []).append((len(seen), plain, name))
+            seen.setdefault(key, []).append((number, plain, name))
     return found
 
 

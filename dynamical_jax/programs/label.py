@@ -150,6 +150,8 @@ def serve(settings: labeling.choosing.Settings) -> None:
         if OPEN.value:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         uvicorn.Server(config).run(sockets=[listener])
+        # Only a signal ends it, which it raises again; a callback of XLA may have swallowed that.
+        raise KeyboardInterrupt
 
 
 def leave(session: labeling.Session) -> None:
