@@ -10,7 +10,7 @@ from absl import flags
 
 from dynamical_jax import gradients, models, training
 from dynamical_jax.data import datasets, images
-from dynamical_jax.models import weights
+from dynamical_jax.models import tensor_files
 from dynamical_jax.programs import binary
 
 MODEL = flags.DEFINE_string(
@@ -35,7 +35,7 @@ FEATURE_SCALE = flags.DEFINE_enum(
 WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    f"File with the weights of a pretrained network ({', '.join(weights.SUFFIXES)}): a "
+    f"File with the weights of a pretrained network ({', '.join(tensor_files.SUFFIXES)}): a "
     "ResNet-18, a VGG-11 or a vision transformer.",
 )
 TRAIN = flags.DEFINE_enum(
