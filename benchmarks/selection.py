@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int | None:
 def run() -> None:
     """Checks the flags, then times each strategy."""
     if harness.CONTENDERS.value is None:
-        harness.flags.FLAGS["contenders"].value = DEFAULT
+        flags.FLAGS["contenders"].value = DEFAULT
+    if harness.MODELS.value is None and not set(DEFAULT) & set(harness.CONTENDERS.value):
+        flags.FLAGS["models"].value = list(skactiveml_contenders.STRATEGIES)
     tasks, contenders, _ = harness.settings(CONTENDERS, BATCH_SIZES)
     if PEER in contenders and importlib.util.find_spec("skactiveml") is None:
         print(f"{PEER} is not installed, and left out")

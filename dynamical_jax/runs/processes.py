@@ -82,6 +82,7 @@ class Processes:
         waiting = list(runs)
         slots = list(range(self.count))  # Shares that no process has.
         workers: dict[connections.Connection, _Worker] = {}
+        ended: list[_Worker] = []
         try:
             while waiting or workers:
                 while waiting and slots:
@@ -105,11 +106,12 @@ class Processes:
                             with contextlib.suppress(OSError):
                                 ours.send((worker.number, begin(worker.number)))
                         else:
-                            workers.pop(ours).process.terminate()
+                            ended.append(workers.pop(ours))
+                            ended[-1].process.terminate()
         finally:
             for worker in workers.values():
                 worker.process.kill()  # Its checkpoints are written by this process.
-            for worker in workers.values():
+            for worker in (*ended, *workers.values()):
                 worker.process.join()
 
 
