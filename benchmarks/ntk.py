@@ -10,9 +10,10 @@ its time falls and its memory grows with the block. --batch_sizes is the number 
 multiple of 300.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks import harness
+from dynamical_jax.programs import binary
 
 for _name in harness.KEY_FLAGS_OF_ONE_TURN:
     flags.declare_key_flag(_name)
@@ -55,5 +56,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

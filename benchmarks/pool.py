@@ -7,7 +7,7 @@ without parameters and images, each in a new process whose program is compiled a
 --batch_sizes is the number of images in a block; by default the library chooses.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks import harness
 from dynamical_jax.programs import binary
@@ -45,5 +45,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -18,12 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir.dialects import hlo
 
 import dynamical_jax as dj
 from benchmarks import harness, setting
+from dynamical_jax.programs import binary
 
 flags.declare_key_flag("json")
 
@@ -123,5 +124,4 @@ def rounded_products(mantissa_bits: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -11,7 +11,7 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from benchmarks import harness, setting
@@ -89,5 +89,4 @@ def play(
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

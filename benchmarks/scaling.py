@@ -21,10 +21,11 @@ import sys
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks import device_contenders, harness
 from benchmarks.task import Task
+from dynamical_jax.programs import binary
 
 flags.adopt_module_key_flags(harness)
 
@@ -132,5 +133,4 @@ def _facts(task: Task, environment: dict[str, str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -20,9 +20,10 @@ elsewhere 1 GiB of gradients, 2 images of VGG-11 or 24 of ResNet-18), and the ti
 batch; the memory is that of one part. For fewer cores: `taskset -c 0 python -m benchmarks.scoring`.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks import harness
+from dynamical_jax.programs import binary
 
 flags.adopt_module_key_flags(harness)
 
@@ -59,5 +60,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

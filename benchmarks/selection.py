@@ -15,10 +15,11 @@ With scikit-activeml, its strategies beside ours, scoring included, in sizes tha
 
 import importlib.util
 
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from benchmarks import harness, skactiveml_contenders
+from dynamical_jax.programs import binary
 
 for _name in harness.KEY_FLAGS_OF_ONE_TURN:
     flags.declare_key_flag(_name)
@@ -75,5 +76,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

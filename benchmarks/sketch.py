@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from benchmarks import harness
@@ -213,5 +213,4 @@ def table(case: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

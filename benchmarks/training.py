@@ -14,9 +14,10 @@ The contenders:
 For fewer cores: `taskset -c 0 python -m benchmarks.training`.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 from benchmarks import harness
+from dynamical_jax.programs import binary
 
 flags.adopt_module_key_flags(harness)
 
@@ -46,5 +47,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

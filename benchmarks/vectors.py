@@ -9,10 +9,11 @@ compiled already. --models takes strategies here, --batch_sizes the number of ve
 Where scikit-activeml is not installed, it is left out.
 """
 
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from benchmarks import harness
+from dynamical_jax.programs import binary
 
 for _name in harness.KEY_FLAGS_OF_ONE_TURN:
     flags.declare_key_flag(_name)
@@ -72,5 +73,4 @@ def parse(size: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX chats at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -10,3 +10,8 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """Training produced a loss that is not finite."""
+
+
+def describe(error: OSError) -> str:
+    """Returns what the system refused, and why, in one line."""
+    return f"cannot use {error.filename}: {error.strerror}"

@@ -19,7 +19,7 @@ tables and statistics from the records.
 import functools
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary, options, strategy
@@ -72,5 +72,4 @@ def run(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary, options
@@ -227,5 +227,4 @@ def query_ratios(
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -10,7 +10,7 @@ Records, continuing and the report work as in experiments.active_learning.
 import functools
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary, options
@@ -55,5 +55,4 @@ def run(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -17,7 +17,7 @@ sorts. --tensorboard_dir=runs/events writes the curves for TensorBoard.
 import functools
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
@@ -172,5 +172,4 @@ def published(rounds: list[dj.records.Record]) -> dj.reports.markdown.Published 
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary, options
@@ -365,5 +365,4 @@ def _range(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

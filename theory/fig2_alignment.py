@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
@@ -182,5 +182,4 @@ def draw(results: dict[str, Any], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
@@ -162,5 +162,4 @@ def draw(curves: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
 import dynamical_jax as dj
 from dynamical_jax.programs import binary
@@ -105,5 +105,4 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main)
+    binary.launch(main)

@@ -138,10 +138,17 @@ class Log:
                 raise UserError(f"line {number} of {path} cannot be used: {error}") from error
 
     def add(self, entries: Sequence[Answer | Batch | str]) -> None:
-        """Adds answers, batches, or names of new classes; they are on disk when this returns."""
+        """Adds answers, batches, or names of new classes; they are on disk when this returns.
+
+        Raises:
+          UserError: if they cannot be written; then nothing was added.
+        """
         values = [_value(entry) for entry in entries]
         lines = (json.dumps(files.finite(value), allow_nan=False) + "\n" for value in values)
-        files.add_text(self._path, "".join(lines))
+        try:
+            files.add_text(self._path, "".join(lines))
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         for value in values:
             self._take(msgspec.convert(value, _Line))
 

@@ -1,7 +1,8 @@
 """The files of a session: the table of labels, which other programs may change, and the log."""
 
+import contextlib
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling import answers, tables
@@ -64,6 +65,8 @@ class Book:
             with tables.locked(self._table):
                 # A table that is as this session left it need not be read row by row.
                 unchanged = self._stamp == self._read_stamp()
+                if not unchanged:  # It may no longer be a table; then it stays as it is.
+                    tables.read_labels(self._table, self._images)
                 if unchanged and all(changes.values()) and not self._in_table & set(changes):
                     tables.add_labels(self._table, changes)
                 else:
@@ -78,6 +81,17 @@ class Book:
                 self.labels.pop(path, None)
             else:
                 self.labels[path] = label
+
+    @contextlib.contextmanager
+    def saved(self, changes: Mapping[str, str | None]) -> Iterator[None]:
+        """Changes labels, as `save` does, unless the block raises `UserError`."""
+        before = {path: self.labels.get(path) for path in changes}
+        self.save(changes)
+        try:
+            yield
+        except UserError:
+            self.save(before)
+            raise
 
     def reread(self) -> None:
         """Reads the table again if another program has changed it."""
@@ -94,6 +108,6 @@ class Book:
     def _read_stamp(self) -> tuple[int, ...] | None:
         try:
             stat = self._table.stat()
-        except FileNotFoundError:
+        except OSError:  # There is none, or none that can be read, as reading it will say.
             return None
         return stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, describe
 from dynamical_jax.labeling import export, label_studio, previews, tables
 from dynamical_jax.labeling.session import NewAnswer, Offer, Session
 
@@ -87,7 +87,7 @@ def create(
             ("sort", page.sort),
         )
     ]
-    app = Starlette(routes=routes, exception_handlers={UserError: _explain})
+    app = Starlette(routes=routes, exception_handlers={UserError: _explain, OSError: _explain})
     return Guard(app, token, _names(host))
 
 
@@ -338,7 +338,8 @@ def _json_endpoint(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> Callab
 
 
 def _explain(request: Request, error: Exception) -> Response:
-    return _Json({"error": str(error)[:500]}, 400)
+    text = describe(error) if isinstance(error, OSError) else str(error)
+    return _Json({"error": text[:500]}, 400)
 
 
 def _client(body: dict[str, Any]) -> str:

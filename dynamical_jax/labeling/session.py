@@ -242,8 +242,8 @@ class Session:
           who: the person's name, for the log.
 
         Raises:
-          UserError: if there is no such image or class, or the table cannot be written. Then
-            nothing was taken.
+          UserError: if there is no such image or class, or the table or the log cannot be written.
+            Then nothing was taken.
         """
         with self._lock:
             paths = [self._path_of_identifier(one.id) for one in new_answers]
@@ -259,15 +259,14 @@ class Session:
                 for path, one in zip(paths, new_answers, strict=True)
             ]
             conflicts = list(self._conflicts(entries))
-            self._book.save(
-                {
-                    path: one.label if one.what == answers.LABEL else None
-                    for path, one in zip(paths, new_answers, strict=True)
-                    if one.what == answers.LABEL
-                    or (one.what == answers.BROKEN and path in self._book.labels)
-                }
-            )
-            self._book.log.add(entries)
+            changes = {
+                path: one.label if one.what == answers.LABEL else None
+                for path, one in zip(paths, new_answers, strict=True)
+                if one.what == answers.LABEL
+                or (one.what == answers.BROKEN and path in self._book.labels)
+            }
+            with self._book.saved(changes):
+                self._book.log.add(entries)
             for path, one in zip(paths, new_answers, strict=True):
                 self._book.broken.discard(path)
                 self._skipped.discard(path)
@@ -300,20 +299,19 @@ class Session:
                 (path, state) for path, state in history[-1] if self._last_client(path) == client
             ]
             labels = {path: state.label for path, state in steps}
-            self._book.save(
-                {
-                    path: label or None
-                    for path, label in labels.items()
-                    if self._book.labels.get(path, "") != label
-                }
-            )
             self._group += 1
-            self._book.log.add(
-                [
-                    self._entry(path, NewAnswer("", answers.UNDO, label), client, who)
-                    for path, label in labels.items()
-                ]
-            )
+            changes = {
+                path: label or None
+                for path, label in labels.items()
+                if self._book.labels.get(path, "") != label
+            }
+            with self._book.saved(changes):
+                self._book.log.add(
+                    [
+                        self._entry(path, NewAnswer("", answers.UNDO, label), client, who)
+                        for path, label in labels.items()
+                    ]
+                )
             history.pop()
             for path, state in steps:
                 self._skipped.discard(path)

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, describe
 
 
 class _StoppedError(Exception):
@@ -80,6 +80,8 @@ class Worker:
             return
         except UserError as wrong:
             error = str(wrong)
+        except OSError as wrong:
+            error = describe(wrong)
         except Exception as wrong:  # The person goes on labeling whatever the model does.
             error = f"{type(wrong).__name__}: {str(wrong).partition(chr(10))[0]}"
         with self._lock:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import types
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, describe
 
 CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.", "benchmarks.")
 """Prefixes of the modules whose flags a program must read, or refuse."""
@@ -22,6 +23,7 @@ LARGEST = 2**31 - 1
 EXAMPLES = {"images": "photos", "dataset": "cifar10", "labels": "labels.csv", "top": "3"}
 """Flag → value: a program that has one of them names the first as an example."""
 
+_LONG_WORD = re.compile(r"(\S{100})\S{900,}")
 _READERS: dict[str, tuple[str, tuple[str, ...]]] = {}
 _MAY_BE_INFINITE: set[str] = set()
 
@@ -38,8 +40,30 @@ def start(program: types.ModuleType) -> None:
     sys.modules["__main__"].__doc__ = program.__doc__
     for flag in flags.FLAGS.get_key_flags_for_module(program):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    launch(program.main)
+
+
+def launch(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a program with the command line of this process, and exits with its status.
+
+    Args:
+      main: takes the command line without flags, as `parse_flags` returns it.
+    """
     logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(program.main)
+    app.run(main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads the flags of a command line; returns it without them.
+
+    Exits with status 1 after one line if there is no such flag, or it has no such value.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        why = str(error).replace(" ?", "?").rstrip(".")
+        _say(f"error: {why} (--help lists all flags)")
+        sys.exit(1)
 
 
 def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
@@ -56,7 +80,7 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
             warnings.showwarning = _show_warning
             failures = run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -67,23 +91,30 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        _say(f"error: {describe(error)}")
         return 1
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         why = str(error).partition("\n")[0] or "no more can be had"
-        print(f"error: there is not enough memory: {why}", file=sys.stderr)
+        _say(f"error: there is not enough memory: {why}")
         return 1
     for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
+        _say(f"error: {failure}")
     return 1 if failures else None
 
 
 def _show_warning(message: Any, category: type, *location: Any) -> None:
     """Prints a warning in one line, without the place in the code that it comes from."""
     text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
-    print(f"warning: {text}", file=sys.stderr)
+    _say(f"warning: {text}")
+
+
+def _say(text: str) -> None:
+    """Prints a message to standard error, in one line whatever names and values are in it."""
+    text = " ".join(text.splitlines())
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    print(_LONG_WORD.sub(r"\1…", text), file=sys.stderr)
 
 
 def check_command_line(argv: list[str], module: Any) -> None:

@@ -178,6 +178,8 @@ def listen(host: str, port: int | None) -> socket.socket:
         try:
             family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
             return socket.create_server((host, number), family=family)
+        except UnicodeError as error:  # No name of a host is so long.
+            raise UserError(f"cannot listen on {host}: there is no such host") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE and number != ports[-1]:
                 continue

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dynamical_jax.active_learning import Experiment, Reporter, State
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, describe
 from dynamical_jax.runs import records
 
 # A round gets no checkpoint if it can be repeated in fewer seconds than this.
@@ -108,7 +108,7 @@ def play(run: Run, start: Start, listener: Listener) -> None:
         if isinstance(error, UserError):
             listener.failed(why, None)
         elif isinstance(error, OSError) and error.filename:
-            listener.failed(f"cannot use {error.filename}: {error.strerror}", None)
+            listener.failed(describe(error), None)
         else:
             listener.failed(f"{type(error).__name__}: {why}", traceback.format_exc())
     else:

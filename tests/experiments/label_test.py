@@ -95,6 +95,7 @@ def test_taking_turns_with_select(run_binary, photos, tmp_path, cache_dir):
         (["photos"], {"batch_size": 0}, "batch_size must be at least 1"),
         (["photos"], {"classes": ["a", ""]}, "a class needs a name"),
         (["photos"], {"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"),
+        (["photos"], {"host": "a" * 300}, ": there is no such host"),
         (["photos"], {"host": "192.0.2.1"}, "cannot listen on 192.0.2.1, port 8765: Cannot assign"),
     ],
 )  # fmt: skip

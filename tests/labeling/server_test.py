@@ -358,3 +358,37 @@ def test_a_broken_file(browser, sitting, photos):
     assert browser.look(f"image/full/{one.id}").status_code == 415
     given = [{"id": one.id, "what": "broken"}]
     assert browser.send_json("answer", given=given).json()["status"]["aside"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("labels.csv", 'path,label\n0.jpg,cat\n"1.jpg,dog\n', "line 3 of"),
+        ("labels.csv", "path,labels\n0.jpg,cat\n", "it needs path and label"),
+        ("labels.csv", None, "cannot"),
+        ("labels.answers.jsonl", None, "cannot write"),
+    ],
+)
+def test_a_file_that_is_damaged_meanwhile_takes_no_answer(browser, tmp_path, file, text, told):
+    one, two = browser.send_json("next", count=2).json()["offers"]
+    cat = lambda offer: [{"id": offer["id"], "what": "label", "label": "cat"}]
+    assert browser.send_json("answer", given=cat(one)).status_code == 200
+    before = {path: path.read_bytes() for path in tmp_path.glob("labels.*")}
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir() if text is None else (tmp_path / file).write_text(text)
+    for name, body in (("answer", {"given": cat(two)}), ("undo", {})):
+        refused = browser.send_json(name, **body)
+        assert refused.status_code == 400
+        assert told in refused.json()["error"]
+    if file == "labels.csv" and text is None:
+        assert browser.look("labels.csv").json()["error"].startswith("cannot use")
+    elif file == "labels.csv":
+        assert (tmp_path / file).read_text() == text
+    else:
+        assert (tmp_path / "labels.csv").read_bytes() == before[tmp_path / "labels.csv"]
+    # Nothing was taken: when it is mended, the same answers are.
+    (tmp_path / file).rmdir() if text is None else (tmp_path / file).unlink()
+    (tmp_path / file).write_bytes(before[tmp_path / file])
+    assert [offer["id"] for offer in browser.send_json("undo").json()["undone"]] == [one["id"]]
+    assert browser.send_json("answer", given=cat(two)).status_code == 200
+    assert rows(tmp_path) == {two["name"]: "cat"}

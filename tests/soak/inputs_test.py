@@ -3,30 +3,36 @@
 `SOAK_INPUTS` of them, from `SOAK_SEED` on; by default 50 from 0. If `SOAK_INPUT_MINUTES` is
 given, as many as fit. A verdict is
 
-- refused: status 1, and one line that begins with "error: " beside warnings;
+- refused: status 1, and one line that begins with "error: " beside warnings; or the page of
+  dynamical-label says such a line, and goes on;
 - harmless: status 0, where a file was set aside and made again, say, or still means something;
 - lost: something is gone that a person or a program had written;
 - wrong: anything else, such as a traceback, or more lines than one.
+
+dynamical-label is visited as `visits.Visit` says; half of its files are damaged while it runs.
 """
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import time
 import traceback
 from collections import Counter, defaultdict
 
+import filelock
 import numpy as np
 import pytest
+import uvicorn
+import visits
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
 import dynamical_jax as dj
+from dynamical_jax.programs import binary, select
 from dynamical_jax.programs import label as label_program
-from dynamical_jax.programs import select
 from experiments import active_learning, fig4_approximation_ratio, report
 
 COUNT = int(os.environ.get("SOAK_INPUTS", 50))
@@ -92,6 +98,41 @@ DAMAGES = {
     "dangling link": None,
     "circular link": None,
     "missing": None,
+}
+
+
+@contextlib.contextmanager
+def held(lock):
+    """Another process holds a lock."""
+    lock.parent.mkdir(exist_ok=True)
+    with filelock.FileLock(lock):
+        yield
+
+
+@contextlib.contextmanager
+def permitted(folder, mode):
+    """A folder that may not be written to, or read, by anyone but the superuser: become nobody."""
+    nobody, us = 65534, os.geteuid()
+    if us == 0:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, nobody, nobody, follow_symlinks=False)
+        os.setegid(nobody)
+        os.seteuid(nobody)
+    folder.chmod(mode)
+    try:
+        yield
+    finally:
+        folder.chmod(0o700)
+        if us == 0:
+            os.seteuid(0)
+            os.setegid(0)
+
+
+SURROUNDINGS = {
+    "lock: held": lambda path: held(path),
+    "folder: not to be written": lambda path: permitted(path, 0o500),
+    "folder: not to be read": lambda path: permitted(path, 0o300),
+    "folder: closed": lambda path: permitted(path, 0o000),
 }
 
 
@@ -161,6 +202,7 @@ class Case:
         # Where trials are made, too: logs hold the path of the folder of images.
         folder = root / "trial"
         folder.mkdir()
+        os.chdir(folder)
         getattr(self, f"_make_{name}")(folder, cache_dir)
         folder.rename(self.folder)
 
@@ -179,7 +221,7 @@ class Case:
         self.arguments = ["--images=photos", "--batch_size=2", "--max_epochs=1"]
         # Its own cache, which is damaged, too.
         self.arguments += ["--cache_dir=cache"]
-        status, errors = self.run(folder, program=program)
+        status, errors = self.run(program=program)
         assert status == 0, errors
         filled = (folder / "to_label.csv").read_text().splitlines()
         rows = [line.replace(",,", f",{line[0]},", 1) for line in filled[1:]]
@@ -199,7 +241,7 @@ class Case:
         self.arguments = ["--dataset=own.npz", "--strategies=random", "--num_seeds=1"]
         self.arguments += ["--initial_size=6", "--batch_size=3", "--max_epochs=1", "--num_rounds=1"]
         self.arguments += ["--output_dir=run", f"--cache_dir={cache_dir}"]
-        status, errors = self.run(folder, program=program)
+        status, errors = self.run(program=program)
         assert status == 0, errors
         lines = (folder / "run" / "rounds.jsonl").read_text().splitlines(keepends=True)
         (folder / "run" / "rounds.jsonl").write_text(lines[0])  # There is something left to do.
@@ -219,19 +261,25 @@ class Case:
             path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
         )
 
-    def run(self, folder, *more, program=None):
-        """Returns the status, and what was printed to standard error; 2 where absl refuses."""
-        os.chdir(folder)
+    def locks(self):
+        """The files by which programs keep others away."""
+        return (
+            ("to_label.lock", ".labels.csv.lock")
+            if self.name in ("select", "label")
+            else ("run/.lock",)
+        )
+
+    def run(self, *more, program=None):
+        """Returns the status, and what was printed to standard error; in the present folder."""
         errors = []
-        with flagsaver.flagsaver():
+        with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stderr", _Lines(errors))
+            patch.setattr("sys.stdout", _Lines([]))
             try:
-                argv = flags.FLAGS([self.name, *self.arguments, *more])
-            except flags.Error as error:
-                return 2, [f"error: {error}"]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sys.stderr", _Lines(errors))
-                patch.setattr("sys.stdout", _Lines([]))
+                argv = binary.parse_flags([self.name, *self.arguments, *more])
                 status = (program or self.program).main(argv)
+            except SystemExit as ended:
+                status = ended.code
         return status or 0, errors
 
 
@@ -270,6 +318,46 @@ def work_of(folder, without):
     return kept
 
 
+def labels_of(table):
+    """The labels that a table holds; None if it cannot be read."""
+    try:
+        return set(dj.labeling.read_labels(table, "photos").by_path.items())
+    except dj.UserError:
+        return None
+
+
+class Harm:
+    """What is done to a file, and what there is to be kept after that."""
+
+    def __init__(self, folder, target, how, generator):
+        self.folder, self.target = folder, target
+        self._how, self._generator = how, generator
+        self._look()
+
+    def __call__(self):
+        damage(self.target, self._how, self._generator)
+        self._look()
+
+    def _look(self):
+        self._kept = work_of(self.folder, self.target)
+        self._bytes = self._read()
+        self._labels = labels_of(self.folder / "labels.csv")
+
+    def _read(self):
+        return self.target.read_bytes() if self.target and self.target.is_file() else b""
+
+    def has_lost(self, refused):
+        """Whether something is gone; what was `refused` is as it was, for a person to look at."""
+        if not self._kept <= work_of(self.folder, self.target):
+            return True
+        if self.target and self.target.name in ("labels.csv", "rounds.jsonl") and refused:
+            whole = self._bytes[: self._bytes.rfind(b"\n") + 1]  # A line without an end is none.
+            if not self._read().startswith(whole):
+                return True
+        labels = labels_of(self.folder / "labels.csv")
+        return self._labels is not None and (labels is None or not self._labels <= labels)
+
+
 def alarm(*_):
     raise TimeoutError(f"longer than {SECONDS} s")
 
@@ -283,15 +371,11 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
     monkeypatch.setattr(dj.plotting, "accuracy", lambda rounds, path: None)
     monkeypatch.setattr(dj.plotting, "approximation_ratio", lambda points, path: None)
 
-    def serve(settings):  # All but the page itself.
-        with dj.labeling.Session(settings) as sitting:
-            sitting.wait(float(SECONDS))
-            # A session shows all errors; those that are no `UserError` with their type.
-            assert not re.match(r"\w+Error: ", sitting.status()["error"])
-            if sitting.status()["error"]:
-                raise dj.UserError(sitting.status()["error"])
-
-    monkeypatch.setattr(label_program, "serve", serve)
+    monkeypatch.setattr(dj.labeling.tables, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(label_program, "leave", lambda session: session.close(float(SECONDS)))
+    if os.geteuid() == 0:  # Who becomes nobody needs a way to the folders.
+        for path in (tmp_path, *tmp_path.parents):
+            path.chmod(path.stat().st_mode | 0o011)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["soak"])
     before = signal.signal(signal.SIGALRM, alarm)
@@ -305,10 +389,19 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
         case = cases[generator.integers(len(cases))]
         folder = tmp_path / "trial"
         shutil.copytree(case.folder, folder, symlinks=True)
-        more, target, damaged = [], None, None
-        if generator.random() < 0.35:
+        more, target, around = [], None, contextlib.nullcontext()
+        drawn = generator.random()
+        if drawn < 0.35:
             more = [hostile_flag(case.program, generator)]
             what = ("flag", more[0].partition("=")[2][:12] or "(empty)")
+        elif drawn < 0.45:
+            how = sorted(SURROUNDINGS)[generator.integers(len(SURROUNDINGS))]
+            places = sorted(path for path in (folder, *folder.rglob("*")) if path.is_dir())
+            if how.startswith("lock"):
+                places = [folder / lock for lock in case.locks()]
+            place = places[generator.integers(len(places))]
+            what = ("surroundings", f"{how}, {place.relative_to(folder)}")
+            around = SURROUNDINGS[how](place)
         else:
             sorts = defaultdict(list)
             for path in case.files(folder):
@@ -318,23 +411,35 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
             what = (sort, list(DAMAGES)[generator.integers(len(DAMAGES))])
             if target.stat().st_size == 0:
                 what = (sort, "random bytes")
-            damage(target, what[1], generator)
-            damaged = target.read_bytes() if target.is_file() else None
-        kept = work_of(folder, target)
+        harm = Harm(folder, target, what[1], generator)
+        visit = visits.Visit("labels.csv", "photos", SECONDS, review=generator.random() < 0.1)
+        if target and case.name == "label" and generator.random() < 0.5:
+            what = (what[0], f"{what[1]} (running)")
+            visit.damage = harm
+        elif target:
+            harm()
+        monkeypatch.setattr(
+            uvicorn.Server, "run", lambda server, sockets, visit=visit: visit(server)
+        )
+        os.chdir(folder)
         signal.alarm(SECONDS)
         try:
-            status, errors = case.run(folder, *more)
+            with around:
+                status, errors = case.run(*more)
             lines = [line for line in errors if line and not line.startswith("warning: ")]
-            one = len(lines) == 1 and lines[0].startswith("error: ")
-            if case.name in ("active_learning", "report") and status == 1 and len(lines) > 1:
-                one = all(line.startswith("error: ") for line in lines)  # A line for each run.
-            verdict = "refused" if status and one else "harmless" if not status else "wrong"
-            if status and damaged is not None and what[0] in ("labels.csv", "rounds.jsonl"):
-                # What was refused is there still, for a person to look at.
-                now = target.read_bytes() if target.is_file() else b""
-                whole = damaged[: damaged.rfind(b"\n") + 1]  # A line without an end is none.
-                if not now.startswith(whole):
-                    verdict = "lost"
+            if status == 130 and lines == [label_program.STOPPED]:
+                # Somebody labeled; where the page refused, it said why.
+                lines = [f"error: {why}" for why in (*visit.refusals, visit.error) if why]
+                status = int(bool(lines))
+            elif status and len(lines) > 1 and case.name not in ("active_learning", "report"):
+                raise AssertionError(f"status {status} and {len(lines)} lines")  # Else one a run.
+            elif status and not lines:
+                raise AssertionError(f"status {status}, and not a word")
+            if status and not all(line.startswith("error: ") for line in lines):
+                raise AssertionError(f"status {status}: {lines}")
+            verdict = "refused" if status else "harmless"
+            if harm.has_lost(verdict == "refused"):
+                verdict = "lost"
         except BaseException:
             if isinstance(traceback.sys.exc_info()[1], KeyboardInterrupt):
                 raise
@@ -342,8 +447,6 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
         finally:
             signal.alarm(0)
             os.chdir(tmp_path)
-        if not kept <= work_of(folder, target):
-            verdict = "lost"
         verdicts[verdict] += 1
         table[what[0]][f"{what[1]}: {verdict}" if verdict in ("lost", "wrong") else verdict] += 1
         if verdict in ("lost", "wrong") or len(examples[what[0]]) < 3:
