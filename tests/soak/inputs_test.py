@@ -15,8 +15,10 @@ dynamical-label is visited as `visits.Visit` says; half of its files are damaged
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
+import tempfile
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -116,16 +118,17 @@ def permitted(folder, mode):
     if us == 0:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, nobody, nobody, follow_symlinks=False)
-        os.setegid(nobody)
-        os.seteuid(nobody)
     folder.chmod(mode)
     try:
+        if us == 0:
+            os.setegid(nobody)
+            os.seteuid(nobody)
         yield
     finally:
-        folder.chmod(0o700)
         if us == 0:
             os.seteuid(0)
             os.setegid(0)
+        folder.chmod(0o700)
 
 
 SURROUNDINGS = {
@@ -362,9 +365,17 @@ def alarm(*_):
     raise TimeoutError(f"longer than {SECONDS} s")
 
 
+@pytest.fixture
+def root():
+    """A folder that anybody can enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        yield pathlib.Path(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
+def test_bad_inputs(root, cache_dir, monkeypatch):
     monkeypatch.setattr("webbrowser.open", lambda address: None)
     # What costs most of the time, and reads nothing.
     monkeypatch.setattr(dj.labeling.proposal, "contact_sheet", lambda *_: None)
@@ -373,13 +384,10 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
 
     monkeypatch.setattr(dj.labeling.tables, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(label_program, "leave", lambda session: session.close(float(SECONDS)))
-    if os.geteuid() == 0:  # Who becomes nobody needs a way to the folders.
-        for path in (tmp_path, *tmp_path.parents):
-            path.chmod(path.stat().st_mode | 0o011)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["soak"])
     before = signal.signal(signal.SIGALRM, alarm)
-    cases = [Case(tmp_path, name, cache_dir) for name in PROGRAMS]
+    cases = [Case(root, name, cache_dir) for name in PROGRAMS]
     verdicts, table, examples = Counter(), defaultdict(Counter), defaultdict(list)
     end = time.monotonic() + 60 * MINUTES
     for number in range(SEED, SEED + COUNT):
@@ -387,7 +395,7 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
             break
         generator = np.random.default_rng(number)
         case = cases[generator.integers(len(cases))]
-        folder = tmp_path / "trial"
+        folder = root / "trial"
         shutil.copytree(case.folder, folder, symlinks=True)
         more, target, around = [], None, contextlib.nullcontext()
         drawn = generator.random()
@@ -446,7 +454,7 @@ def test_bad_inputs(tmp_path, cache_dir, monkeypatch):
             verdict, lines = "wrong", traceback.format_exc().splitlines()[-12:]
         finally:
             signal.alarm(0)
-            os.chdir(tmp_path)
+            os.chdir(root)
         verdicts[verdict] += 1
         table[what[0]][f"{what[1]}: {verdict}" if verdict in ("lost", "wrong") else verdict] += 1
         if verdict in ("lost", "wrong") or len(examples[what[0]]) < 3:
