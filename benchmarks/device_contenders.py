@@ -52,10 +52,14 @@ train_on_1, train_on_2, train_on_4, train_on_8 = (
 def _scoring(mesh: Any, task: Task) -> tuple[Any, tuple]:
     model = jax_contenders._model(task)
     variables, direction = parallel.replicate(
-        (jax_contenders._variables(model), jax_contenders._variables(model, seed=1)["params"]), mesh
+        (
+            jax_contenders._variables(model, task),
+            jax_contenders._variables(model, task, seed=1)["params"],
+        ),
+        mesh,
     )
     images = parallel.rows(
-        jax_contenders._images(task.batch_size), np.arange(task.batch_size), mesh
+        jax_contenders._images(task.batch_size, task), np.arange(task.batch_size), mesh
     )
     engine = dj.gradients.ENGINES["factored"]
     block = dj.Examples(images, None)
@@ -65,10 +69,10 @@ def _scoring(mesh: Any, task: Task) -> tuple[Any, tuple]:
 def _training(mesh: Any, task: Task, steps: int = STEPS) -> tuple[Any, Any, list]:
     model, size = jax_contenders._model(task), steps * task.batch_size
     buffer = parallel.replicate(
-        dj.Examples(jax_contenders._images(size), jax_contenders._labels(size)), mesh
+        dj.Examples(jax_contenders._images(size, task), jax_contenders._labels(size)), mesh
     )
     optimizer = training._optimizer(dj.TrainingConfig())
-    variables = jax_contenders._variables(model)
+    variables = jax_contenders._variables(model, task)
     state = list(parallel.replicate((variables, optimizer.init(variables["params"])), mesh))
     order, rate = np.random.default_rng(0).permutation(size)[None], np.array([1e-3])
     key = dj.streams.key(0, "dropout", 0)
@@ -98,9 +102,9 @@ def facts(task: Task) -> dict[str, Any]:
 def _gradient_flops(task: Task) -> float:
     """Floating-point operations of the gradient of a batch, as the compiler counts them."""
     model = jax_contenders._model(task)
-    variables = jax_contenders._variables(model)
+    variables = jax_contenders._variables(model, task)
     batch = dj.Examples(
-        jax_contenders._images(task.batch_size), jax_contenders._labels(task.batch_size)
+        jax_contenders._images(task.batch_size, task), jax_contenders._labels(task.batch_size)
     )
     step = jax.jit(functools.partial(training.batch_gradient, model))
     mask = np.ones(task.batch_size, bool)

@@ -36,7 +36,7 @@ DEFAULT_BATCH_SIZES = {
     "resnet18-cifar": (32,),
     "vgg11": (128,),
 }
-PEERS = ("torch", "backpack-for-pytorch", "scikit-activeml")
+PEERS = ("torch", "backpack-for-pytorch", "opacus", "dattri-llm", "scikit-activeml")
 PRECISIONS = ("default", "float32", "tensorfloat32")
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dynamical_jax as dj
-from benchmarks.task import CHUNK_BYTES, IMAGE_SHAPE, MEAN, NUM_CLASSES, STD, STEPS, Task, Work
+from benchmarks.task import CHUNK_BYTES, MEAN, NUM_CLASSES, STD, STEPS, Task, Work
 from dynamical_jax.gradients import scoring
 from dynamical_jax.gradients.sketch import engines as sketches
 
@@ -22,12 +22,23 @@ MODELS = {
     "resnet18": dj.models.ResNet18(NUM_CLASSES),
     "resnet18-cifar": dj.models.ResNet18(NUM_CLASSES, stem="cifar"),
     "vgg11": dj.models.VGG11(NUM_CLASSES),
+    "vit_s": dj.models.ViTS(NUM_CLASSES),
 }
 
 
 def factored(task: Task) -> Work:
     """‖g_u‖² and g_u·v of one batch by the factored engine."""
     return _scoring(task, "factored", task.batch_size)
+
+
+def nnx(task: Task) -> Work:
+    """The same, of the network's twin in Flax NNX."""
+    from benchmarks import nnx_models
+
+    if task.model not in nnx_models.MODELS:
+        raise LookupError(f"{task.model} has no twin in NNX here")
+    twin = nnx_models.MODELS[task.model]()
+    return _scoring(task, "factored", task.batch_size, module=twin)
 
 
 def sketch(task: Task) -> Work:
@@ -37,7 +48,7 @@ def sketch(task: Task) -> Work:
 
 def vmap(task: Task) -> Work:
     """The same by the obvious engine, with `CHUNK_BYTES` of gradients at a time."""
-    leaves = jax.tree.leaves(_shapes(_model(task))["params"])
+    leaves = jax.tree.leaves(_shapes(_model(task), task)["params"])
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     return _scoring(task, "vmap", max(1, min(task.batch_size, CHUNK_BYTES // gradient_bytes)))
 
@@ -45,7 +56,7 @@ def vmap(task: Task) -> Work:
 def forward_backward(task: Task) -> Work:
     """The gradient of the loss summed over one batch, in evaluation mode."""
     model = _model(task)
-    variables, images = _variables(model), _images(task.batch_size)
+    variables, images = _variables(model, task), _images(task.batch_size, task)
     labels = _labels(task.batch_size)
 
     @jax.jit
@@ -64,8 +75,8 @@ def forward_backward(task: Task) -> Work:
 def training_step(task: Task) -> Work:
     """The steps of an epoch as `training.fit` compiles and runs it, with Adam."""
     model, size = _model(task), STEPS * task.batch_size
-    buffer = dj.Examples(_images(size), _labels(size))
-    state = {"variables": _variables(model), "optimizer": None, "epoch": 0}
+    buffer = dj.Examples(_images(size, task), _labels(size))
+    state = {"variables": _variables(model, task), "optimizer": None, "epoch": 0}
     optimizer = dj.training._optimizer(dj.TrainingConfig())
 
     def epoch() -> Any:
@@ -95,8 +106,8 @@ def training_step(task: Task) -> Work:
 def pool(task: Task) -> Work:
     """All of a pool through `gradients.norms_and_products`, a block of `batch_size` at a time."""
     model = _model(task)
-    variables, direction = _variables(model), _variables(model, seed=1)["params"]
-    images = _images(task.pool_size)
+    variables, direction = _variables(model, task), _variables(model, task, seed=1)["params"]
+    images = _images(task.pool_size, task)
 
     def score(size: int) -> dj.types.GradientTerms:
         unlabeled = dj.types.Rows(images, np.arange(size))
@@ -109,13 +120,18 @@ def pool(task: Task) -> Work:
 
 
 def _scoring(
-    task: Task, engine: str, size: int, engines: Any = dj.gradients.ENGINES, given: Any = None
+    task: Task,
+    engine: str,
+    size: int,
+    engines: Any = dj.gradients.ENGINES,
+    given: Any = None,
+    module: Any = None,
 ) -> Work:
     """`size` of the images in one call of the program that scores a block of a pool."""
-    model = _model(task)
-    variables = _variables(model)
-    given = _variables(model, seed=1)["params"] if given is None else given
-    block = dj.Examples(_images(size), None)  # No labels: pseudo-labels, as in dynamicAL.
+    model = _model(task, module)
+    variables = _variables(model, task)
+    given = _variables(model, task, seed=1)["params"] if given is None else given
+    block = dj.Examples(_images(size, task), None)  # No labels: pseudo-labels, as in dynamicAL.
 
     def call() -> Any:
         return scoring._score_block(model.apply, engines[engine], variables, block, given)
@@ -134,18 +150,20 @@ def _device_memory() -> tuple[int, int]:
     return stats["bytes_in_use"], stats["peak_bytes_in_use"]
 
 
-def _model(task: Task) -> dj.models.Standardized:
+def _model(task: Task, module: Any = None) -> dj.models.Standardized:
+    """The network of the task, or another in its place, for raw images."""
     if task.precision != "default":
         jax.config.update("jax_default_matmul_precision", task.precision)
-    channels = IMAGE_SHAPE[-1]
-    return dj.models.Standardized(MODELS[task.model], (MEAN,) * channels, (STD,) * channels)
+    channels = task.image_shape[-1]
+    module = MODELS[task.model] if module is None else module
+    return dj.models.Standardized(module, (MEAN,) * channels, (STD,) * channels)
 
 
-def _shapes(model: dj.models.Standardized) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *IMAGE_SHAPE), np.uint8))
+def _shapes(model: dj.models.Standardized, task: Task) -> Any:
+    return jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *task.image_shape), np.uint8))
 
 
-def _variables(model: dj.models.Standardized, seed: int = 0) -> Any:
+def _variables(model: dj.models.Standardized, task: Task, seed: int = 0) -> Any:
     """Variables drawn on the host: kernels as He et al. (2015) do, no shift, no scale."""
     generator = np.random.default_rng(seed)
 
@@ -158,12 +176,12 @@ def _variables(model: dj.models.Standardized, seed: int = 0) -> Any:
         values *= math.sqrt(2 / math.prod(leaf.shape[:-1]))
         return values
 
-    return _on_device(jax.tree_util.tree_map_with_path(draw, _shapes(model)))
+    return _on_device(jax.tree_util.tree_map_with_path(draw, _shapes(model, task)))
 
 
-def _images(size: int) -> jax.Array:
+def _images(size: int, task: Task) -> jax.Array:
     generator = np.random.default_rng(0)
-    return _on_device(generator.integers(0, 256, (size, *IMAGE_SHAPE), np.uint8))
+    return _on_device(generator.integers(0, 256, (size, *task.image_shape), np.uint8))
 
 
 def _labels(size: int) -> jax.Array:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 IMAGE_SHAPE = (32, 32, 3)
+IMAGE_SHAPES = {"vit_s": (224, 224, 3)}
+"""Model → shape of its images, where it is another."""
 NUM_CLASSES = 10
 # uint8 images are standardised with these.
 MEAN, STD = 127.5, 64.0
@@ -33,6 +35,11 @@ class Task(NamedTuple):
     precision: str = "default"
     device: str = "cpu"
     num_features: int | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the model's images."""
+        return IMAGE_SHAPES.get(self.model, IMAGE_SHAPE)
 
 
 class Work(NamedTuple):

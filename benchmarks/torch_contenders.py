@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import attention
 
 from benchmarks import torch_models
 from benchmarks.task import (
     CHUNK_BYTES,
-    IMAGE_SHAPE,
     MEAN,
     NUM_CLASSES,
     STD,
@@ -32,7 +32,7 @@ LOOP_SIZE = 8  # Images that a call of `loop` takes.
 def forward_backward(task: Task) -> Work:
     """The gradient of the loss summed over one batch, in evaluation mode."""
     model = _model(task).eval()
-    images, labels = _images(model, task.batch_size), _labels(model, task.batch_size)
+    images, labels = _images(model, task, task.batch_size), _labels(model, task.batch_size)
 
     def call() -> None:
         model.zero_grad()
@@ -45,7 +45,7 @@ def vmap(task: Task) -> Work:
     """‖g_u‖² and g_u·v by `torch.func.vmap` of `grad`, some images at a time."""
     model = _model(task).eval()
     size = _chunk_size(model, task)
-    images, direction = _images(model, size), _direction(model)
+    images, direction = _images(model, task, size), _direction(model)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     params = {name: state.pop(name) for name, _ in model.named_parameters()}
 
@@ -54,14 +54,20 @@ def vmap(task: Task) -> Work:
         return nn.functional.cross_entropy(logits, logits.argmax(1))
 
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))
-    call = lambda: _norms_and_products(gradients(params, images).values(), direction)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        # The fused attention has no rule for `vmap`, which would take one image after another.
+        with attention.sdpa_kernel(attention.SDPBackend.MATH):
+            return _norms_and_products(gradients(params, images).values(), direction)
+
     return _work(call, task.batch_size / size)
 
 
 def loop(task: Task) -> Work:
     """‖g_u‖² and g_u·v by a backward pass for one image after another."""
     model = _model(task).eval()
-    images, direction = _images(model, min(task.batch_size, LOOP_SIZE)), _direction(model)
+    size = min(task.batch_size, LOOP_SIZE)
+    images, direction = _images(model, task, size), _direction(model)
     params = list(model.parameters())
 
     def call() -> torch.Tensor:
@@ -83,7 +89,7 @@ def backpack(task: Task) -> Work:
 
     model = _model(task).eval()
     size = _chunk_size(model, task)
-    images, direction = _images(model, size), _direction(model)
+    images, direction = _images(model, task, size), _direction(model)
     # First-order extensions look at layers with parameters alone, so ResNets need no conversion.
     for layer in model.modules():
         if next(layer.parameters(recurse=False), None) is not None:
@@ -105,6 +111,88 @@ def backpack(task: Task) -> Work:
     return _work(call, task.batch_size / size)
 
 
+def opacus(task: Task) -> Work:
+    """‖g_u‖² alone, by Opacus' ghost norms (`GradSampleModuleFastGradientClipping`).
+
+    Linear layers have ghost norms there; gradients of all others are formed. No gradient of the
+    batch is computed beside them.
+    """
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    model = _with_affine(_model(task))
+    images = _images(model, task, task.batch_size).requires_grad_()
+    wrapped = GradSampleModuleFastGradientClipping(model, loss_reduction="sum")
+    for module in wrapped.modules():  # It takes gradients in training mode only.
+        module.training = not isinstance(module, nn.Dropout)
+    inputs = [images, *_tables(model)]
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # Of embeddings: as intended.
+
+    def call() -> tuple[torch.Tensor]:
+        logits = wrapped(images)
+        loss = nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
+        torch.autograd.grad(loss, inputs)
+        return (wrapped.get_norm_sample().square(),)
+
+    return _work(call, 1)
+
+
+def dattri_llm(task: Task) -> Work:
+    """‖g_u‖² alone, by dattri-llm, which forms the gradients of those layers where that is cheaper.
+
+    As it recommends where nothing is trained, layers are frozen, so that no gradient of the batch
+    is computed beside them.
+    """
+    from dattri_llm import REGISTER_ALL, HookManager, HookManagerConfig
+    from dattri_llm.gradient import ops
+
+    model = _model(task).eval().requires_grad_(False)
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise TypeError("dattri-llm has no gradients of examples for BatchNorm")
+    images = _images(model, task, task.batch_size).requires_grad_()
+    for table in _tables(model):
+        table.requires_grad_()
+    warnings.filterwarnings("ignore", ".* have no trainable parameter")
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # Of embeddings: as intended.
+    config = HookManagerConfig(linear_io=REGISTER_ALL, capture_style="auto", include_frozen=True)
+    manager = HookManager(model, config)
+
+    def call() -> tuple[torch.Tensor]:
+        with manager.collect():
+            logits = model(images)
+            nn.functional.cross_entropy(logits, logits.argmax(1), reduction="sum").backward()
+            gradient = manager.get_gradient()
+        images.grad = None
+        types = gradient.layer_types
+        return (sum(ops.grad_norm_sq(part, types[name]) for name, part in gradient.data.items()),)
+
+    return _work(call, 1)
+
+
+class Affine(nn.Module):
+    """BatchNorm in evaluation mode as a layer without buffers, which Opacus refuses."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.statistics = (norm.running_mean, norm.running_var)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scales and shifts each channel of `[n, c, h, w]`."""
+        return nn.functional.batch_norm(x, *self.statistics, self.weight, self.bias, eps=self.eps)
+
+
+def _with_affine(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        affine = Affine(child) if isinstance(child, nn.BatchNorm2d) else _with_affine(child)
+        setattr(module, name, affine)
+    return module
+
+
+def _tables(model: nn.Module) -> list[nn.Parameter]:
+    """Those of embeddings, which no gradient reaches from the images."""
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+
+
 def training_step(task: Task) -> Work:
     """Training steps with PyTorch's default Adam: forward, backward, update."""
     return _training(task, fused=None)
@@ -117,7 +205,7 @@ def fused_training_step(task: Task) -> Work:
 
 def _training(task: Task, fused: bool | None) -> Work:
     model, size = _model(task).train(), STEPS * task.batch_size
-    images, labels = _images(model, size), _labels(model, size)
+    images, labels = _images(model, task, size), _labels(model, size)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=fused)
 
     def epoch() -> None:
@@ -176,8 +264,8 @@ def _chunk_size(model: nn.Module, task: Task) -> int:
     return max(1, min(task.batch_size, CHUNK_BYTES // gradient_bytes))
 
 
-def _images(model: nn.Module, size: int) -> torch.Tensor:
-    raw = np.random.default_rng(0).integers(0, 256, (size, *IMAGE_SHAPE), np.uint8)
+def _images(model: nn.Module, task: Task, size: int) -> torch.Tensor:
+    raw = np.random.default_rng(0).integers(0, 256, (size, *task.image_shape), np.uint8)
     standardized = (raw.transpose(0, 3, 1, 2).astype(np.float32) - MEAN) / STD
     return _like(model, np.ascontiguousarray(standardized))
 

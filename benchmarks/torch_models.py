@@ -4,6 +4,8 @@
 and statistics. Where the networks come from torchvision the state has torchvision's names.
 """
 
+import collections
+
 import torch
 from torch import nn
 
@@ -83,9 +85,79 @@ def vgg11(dropout: float = 0.5) -> nn.Module:
     )
 
 
+class Attention(nn.Module):
+    """Self-attention; the layers have timm's names."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps tokens `[n, t, d]` to as many."""
+        n, t, d = x.shape
+        parts = self.qkv(x).reshape(n, t, 3, self.num_heads, d // self.num_heads)
+        attended = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        return self.proj(attended.transpose(1, 2).reshape(n, t, d))
+
+
+class Transformer(nn.Module):
+    """A block of the vision transformer."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, 1e-6), nn.LayerNorm(width, 1e-6)
+        self.attn = Attention(width, num_heads)
+        dense = {"fc1": nn.Linear(width, 4 * width), "gelu": nn.GELU()}
+        dense["fc2"] = nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(collections.OrderedDict(dense))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps tokens `[n, t, d]` to as many."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """The vision transformer.
+
+    Class token and table of positions are embeddings that each image looks up whole, so that
+    libraries which take gradients layer by layer find them in layers.
+    """
+
+    def __init__(
+        self,
+        size: int = 224,
+        patch_size: int = 16,
+        width: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_classes: int = 10,
+    ):
+        super().__init__()
+        num_tokens = 1 + (size // patch_size) ** 2
+        self.patch_size = patch_size
+        self.patch_embed = nn.Linear(3 * patch_size**2, width)
+        self.cls_token, self.pos_embed = nn.Embedding(1, width), nn.Embedding(num_tokens, width)
+        self.blocks = nn.Sequential(*(Transformer(width, num_heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width, 1e-6), nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[n, K]` of images `[n, 3, h, w]`."""
+        size = self.patch_size
+        patches = nn.functional.unfold(x, size, stride=size).transpose(1, 2)
+        x = self.patch_embed(patches)
+        token = self.cls_token(torch.zeros(len(x), 1, dtype=torch.long, device=x.device))
+        x = torch.cat([token, x], dim=1)
+        places = torch.arange(x.shape[1], device=x.device)
+        x = x + self.pos_embed(places.repeat(len(x), 1))
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
 MODELS = {
     "cnn": cnn,
     "resnet18": ResNet18,
     "resnet18-cifar": lambda: ResNet18("cifar"),
     "vgg11": vgg11,
+    "vit_s": ViT,
 }

@@ -144,8 +144,9 @@ class Experiment:
     Attributes:
       dataset: the pool and the test set.
       model: a Flax module called with raw inputs, `(x, train=False)` or `(x)`: of Linen, or of NNX,
-        which then starts from the weights that it has, whatever the seed. It returns logits
-        `[n, K]`, a pair of logits and embedding `[n, d]`, or `Outputs`.
+        which then starts from the weights that it has, whatever the seed; or a function of `rngs`
+        that makes an NNX module, which starts from weights of the seed. It returns logits `[n, K]`,
+        a pair of logits and embedding `[n, d]`, or `Outputs`.
       strategy: chooses the queries.
       budget: how many labels are asked for, and in how many rounds.
       training_config: how the model is fitted in each round.

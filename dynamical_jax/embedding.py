@@ -2,9 +2,11 @@
 
 Those of a network are in one file, in the order in which they were computed, and beside it is a
 file that says which images they are of. So images that were embedded before are not embedded again,
-whatever others are new, and an interruption loses a batch at most.
+whatever others are new, and an interruption loses a batch at most. Files that were not used for
+`images.DAYS_KEPT` days are removed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -70,7 +72,7 @@ def embed_files(
 
     Args:
       weights: as in `embed`.
-      paths: the files; they are the same while names, sizes and times of change are.
+      paths: the files; they are the same while places, sizes and times of change are.
       cache_dir: as in `embed`.
       image_size: likewise.
 
@@ -84,9 +86,16 @@ def embed_files(
         chosen = [paths[position] for position in positions]
         return images.read_all(chosen, shape, weights.preprocessing.interpolation)
 
-    _, listing = images.list_files(paths)
-    keys = [name.encode().ljust(KEY_SIZE)[:KEY_SIZE] for name in listing]
-    return _embed(weights, keys, read, cache_dir, image_size)
+    return _embed(weights, list(map(_key_of_file, paths)), read, cache_dir, image_size)
+
+
+def _key_of_file(path: str) -> bytes:
+    facts = ()  # It is gone since it was found; reading it will say so.
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        facts = (found.st_size, found.st_mtime_ns)
+    described = repr((os.path.abspath(path), *facts)).encode()
+    return hashlib.blake2b(described, digest_size=KEY_SIZE).digest()
 
 
 def embed_dataset(
@@ -128,7 +137,8 @@ def _embed(
     example, _ = read(np.zeros(1, int))
     variables = _variables(model, example)
     width = jax.eval_shape(model.apply, variables, example).embedding.shape[1]
-    facts = (weights, model.size, example.shape[1:], FORMAT, images.FORMAT)
+    anywhere = dataclasses.replace(weights, path="")
+    facts = (anywhere, model.size, example.shape[1:], FORMAT, images.FORMAT)
     name = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     path = pathlib.Path(cache_dir) / f"embeddings-{name}"
     try:
@@ -151,12 +161,24 @@ def _embed(
                     vectors = _vectors(model, variables, x)
                     store.add([keys[i] for i in positions[readable]], vectors[readable])
                     progress.update(len(positions))
+            with contextlib.suppress(OSError):  # Of another user, perhaps.
+                os.utime(path.with_suffix(".vectors"))
+        _remove_unused(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write the cache {path}: {error}; give another --cache_dir"
         ) from error
     rows = np.array([store.row_of.get(key, -1) for key in keys])
     return Rows(store, rows[rows >= 0]), np.flatnonzero(rows >= 0)
+
+
+def _remove_unused(cache: pathlib.Path) -> None:
+    """Removes embeddings that were not used for long."""
+    for vectors in images.unused(cache.glob("embeddings-*.vectors")):
+        lock = filelock.FileLock(vectors.with_suffix(".lock"), timeout=0)
+        with contextlib.suppress(OSError, filelock.Timeout), lock:
+            vectors.unlink()
+            vectors.with_suffix(".keys").unlink()
 
 
 class _Store:

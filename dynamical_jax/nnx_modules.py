@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 
 from dynamical_jax import contract
+from dynamical_jax.errors import UserError
 from dynamical_jax.types import Array, Variables
 
 # `flax.nnx` is imported in functions, as it takes most of a second and most models are of Linen.
@@ -29,10 +30,18 @@ def is_nnx(value: Any) -> bool:
 
 
 def as_model(model: Any) -> Any:
-    """Returns an NNX module as a Linen module that starts from its weights; others as they are."""
-    if not is_nnx(model):
-        return model
-    return _model(*_taken_apart(model))
+    """Returns an NNX module, or a function that makes one, as a Linen module; others as they are.
+
+    It starts from the module's weights, or from those of a module that the function makes.
+
+    Raises:
+      UserError: if a function does not take `rngs`, or makes something else.
+    """
+    if is_nnx(model):
+        return _model(*_taken_apart(model))
+    if callable(model) and not hasattr(model, "apply"):  # As Linen modules have.
+        return _made_by(model)
+    return model
 
 
 def from_nnx(module: Any) -> tuple["FromNNX", Variables]:
@@ -100,8 +109,27 @@ class Start(NamedTuple):
 
 
 @functools.lru_cache(32)  # Programs are compiled for each object.
-def _model(of: Blueprint, start: Start | None) -> "FromNNX":
+def _model(of: Blueprint, start: Start | Callable[..., Any] | None) -> "FromNNX":
     return FromNNX(of, start)
+
+
+def _made_by(make: Callable[..., Any]) -> "FromNNX":
+    from flax import nnx
+
+    try:
+        inspect.signature(make).bind(rngs=None)
+    except TypeError as error:
+        raise UserError(
+            f"a model is a Flax module or a function of rngs that makes an NNX module, got {make}"
+        ) from error
+
+    def made() -> Any:
+        module = make(rngs=nnx.Rngs(0))
+        if not is_nnx(module):
+            raise UserError(f"{make} must make an NNX module, and made {type(module).__name__}")
+        return module
+
+    return _model(_taken_apart(nnx.eval_shape(made))[0], make)
 
 
 def _taken_apart(module: Any) -> tuple[Blueprint, Start]:
@@ -135,11 +163,11 @@ class FromNNX(nn.Module):
 
     Attributes:
       of: the module without its arrays.
-      start: what it is initialised to.
+      start: what it is initialised to, or a function of `rngs` that makes such a module.
     """
 
     of: Blueprint
-    start: Start | None = None
+    start: Start | Callable[..., Any] | None = None
 
     @nn.compact
     def __call__(self, x: Any, train: bool = False) -> Any:
@@ -163,8 +191,12 @@ class FromNNX(nn.Module):
         return outputs
 
     def _initialize(self) -> None:
-        tree: dict[str, Any] = {}
-        for slot, leaf in zip(self.of.slots, self.start.leaves, strict=True):
+        from flax import nnx
+
+        start, tree = self.start, {}
+        if not isinstance(start, Start):
+            _, start = _taken_apart(start(rngs=nnx.Rngs(self.make_rng("params"))))
+        for slot, leaf in zip(self.of.slots, start.leaves, strict=True):
             if slot.collection is not None:
                 _put(tree, (slot.collection, *slot.path), jnp.asarray(leaf))
         for collection, values in tree.items():

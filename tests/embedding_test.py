@@ -1,11 +1,16 @@
 """A frozen network is a pool of vectors: the same Δ, the same NTK, and embedded only once."""
 
+import dataclasses
+import os
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_weights
 import toy
+from PIL import Image
 
 import dynamical_jax as dj
 from dynamical_jax import embedding
@@ -68,6 +73,9 @@ class TestEmbed:
         back = np.argsort(order)
         np.testing.assert_array_equal(both[back][:20], first)
         np.testing.assert_array_equal(both[30:], both[:5])
+        moved = dataclasses.replace(weights, path="elsewhere")
+        np.testing.assert_array_equal(embedding.embed(moved, x[:20], tmp_path)[:], first)
+        assert len(seen) == 30
         apart = embedding.embed(weights, x[:30], tmp_path / "other")[:]
         np.testing.assert_allclose(both[back], apart, atol=1e-5)
 
@@ -97,6 +105,36 @@ class TestEmbed:
         again = embedding.embed(weights, network[2], tmp_path)[:]
         assert done[6:] == [1]
         np.testing.assert_allclose(again, whole, atol=1e-5)
+
+    def test_files_alike_in_all_but_their_folder(self, weights, tmp_path, seen):
+        paths = []
+        for value, folder in ((0, "one"), (200, "other")):
+            path = tmp_path / folder / "1.bmp"
+            path.parent.mkdir()
+            Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
+            os.utime(path, (0, 0))
+            paths.append(str(path))
+        embedded = [embedding.embed_files(weights, [path], tmp_path)[0][:] for path in paths]
+        assert np.abs(embedded[0] - embedded[1]).max() > 0.1
+        both, rows = embedding.embed_files(weights, paths, tmp_path)  # In another common folder.
+        np.testing.assert_array_equal(rows, [0, 1])
+        np.testing.assert_array_equal(both[:], np.concatenate(embedded))
+        assert len(seen) == 2
+
+    def test_what_was_not_used_for_a_month_is_removed(self, weights, network, tmp_path):
+        vectors = embedding.embed(weights, network[2][:8], tmp_path)[:]
+        (used,) = tmp_path.glob("*.vectors")
+        others = [tmp_path / f"embeddings-{name}.vectors" for name in ("old", "new")]
+        for path, age in zip((used, *others), (31, 31, 29), strict=True):
+            for file in (path, path.with_suffix(".keys")):
+                file.touch()
+                os.utime(file, (time.time() - 24 * 3600 * age,) * 2)
+        again = embedding.embed(weights, network[2][:8], tmp_path)[:]
+        np.testing.assert_array_equal(again, vectors)
+        kept = {path.name for path in tmp_path.iterdir() if path.suffix in (".vectors", ".keys")}
+        expected = {used, others[1]} | {p.with_suffix(".keys") for p in (used, others[1])}
+        assert kept == {path.name for path in expected}
+        assert time.time() - used.stat().st_mtime < 3600
 
     @pytest.mark.parametrize(
         "x", [np.zeros((4, 5), np.float32), toy.images(4), toy.images(4)[..., :1] / 255]

@@ -256,6 +256,56 @@ def test_an_experiment_starts_from_the_module_and_is_resumed_bit_for_bit(dataset
     np.testing.assert_array_equal(same_round.query, round_result.query)
 
 
+def make_twin(rngs):
+    return Twin(dropout=0.0, rngs=rngs)
+
+
+@pytest.mark.parametrize("make", [make_twin, Twin], ids=["function", "class"])
+def test_each_seed_starts_from_weights_of_its_own(dataset, make, recwarn):
+    budget, config = dj.Budget(10, 5, 1), dj.TrainingConfig(max_epochs=2, batch_size=8)
+
+    def start(model, seed, strategy="dynamical"):
+        strategy = dj.STRATEGIES[strategy]()
+        experiment = dj.Experiment(
+            dataset, toy.standardized(model), strategy, budget, config, seed=seed
+        )
+        return experiment, experiment.init()
+
+    experiment, first = start(make, 0)
+    again, other = start(make, 0, "margin")[1], start(make, 1)[1]
+    jax.tree.map(np.testing.assert_array_equal, again.variables, first.variables)
+    kernel = lambda state: state.variables["params"]["model"]["conv"]["kernel"]
+    assert np.abs(kernel(other) - kernel(first)).min() > 0
+    # Programs are shared among seeds.
+    assert start(make, 1)[0].model.model is experiment.model.model
+
+    # As its Linen twin: the same sets, weights from the same distribution, and from equal weights
+    # the same round.
+    linen, expected = start(Linen(), 0)
+    np.testing.assert_array_equal(first.pool.labeled, expected.pool.labeled)
+    same_shape = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
+    assert jax.tree.all(jax.tree.map(same_shape, first.variables, expected.variables))
+    np.testing.assert_allclose(np.std(kernel(first)), np.std(kernel(expected)), rtol=0.3)
+    copied = jax.tree.map(np.array, expected.variables)
+    _, of_linen = linen.step(expected)
+    _, of_nnx = experiment.step(first._replace(variables=copied))
+    np.testing.assert_array_equal(of_nnx.query, of_linen.query)
+    messages = {str(warning.message) for warning in recwarn.list}
+    assert all("fitted" in message for message in messages), messages  # Not of the engine.
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda seed: Twin(rngs=nnx.Rngs(seed)), "a function of rngs that makes an NNX module"),
+        (lambda rngs: Linen(), "must make an NNX module, and made Linen"),
+    ],
+)
+def test_other_functions_are_no_models(model, message):
+    with pytest.raises(dj.UserError, match=message):
+        dj.nnx_modules.as_model(model)
+
+
 def test_dropout_differs_from_step_to_step_and_is_off_in_evaluation():
     model, variables = dj.models.from_nnx(Twin(dropout=0.5, rngs=nnx.Rngs(0)))
     x = jnp.asarray(toy.images(4), jnp.float32) / 100

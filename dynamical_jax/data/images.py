@@ -53,7 +53,7 @@ DRAFT = 2
 """Large JPEGs are decoded at a fraction of their size, at least so many times the size wanted."""
 
 DAYS_KEPT = 30
-"""After so many days without use decoded images are removed from the cache."""
+"""After so many days without use files of the cache are removed."""
 
 
 class OnDisk:
@@ -409,7 +409,10 @@ def decode(
         with replacing_cache_file(latest) as partial:
             partial.write_bytes(msgspec.json.encode(array.name))
         cached = _read_cache(array, report, len(paths))
-        _remove_unused(cache)
+        for old in unused(cache.glob("images-*.npy")):
+            with contextlib.suppress(OSError):
+                old.unlink()
+                old.with_suffix(".json").unlink()
     x, found = cached
     with contextlib.suppress(OSError):  # A cache may be read-only.
         os.utime(array)
@@ -550,14 +553,13 @@ class _Former:
         return None if row is None else self._x[row]
 
 
-def _remove_unused(cache: pathlib.Path) -> None:
-    """Removes decoded images that were not used for `DAYS_KEPT` days."""
+def unused(paths: Iterable[pathlib.Path]) -> Iterator[pathlib.Path]:
+    """Yields those of some files in the cache that were not used for `DAYS_KEPT` days."""
     oldest = time.time() - DAYS_KEPT * 24 * 3600
-    for array in cache.glob("images-*.npy"):
+    for path in paths:
         with contextlib.suppress(OSError):
-            if array.stat().st_mtime < oldest:
-                array.unlink()
-                array.with_suffix(".json").unlink()
+            if path.stat().st_mtime < oldest:
+                yield path
 
 
 def _decode_into(

@@ -1,5 +1,6 @@
 """The model that learns from a person's labels, trained further in each round."""
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
@@ -13,6 +14,30 @@ from dynamical_jax.store import Store, unflatten
 from dynamical_jax.types import Examples, Rows
 
 
+class Network(msgspec.Struct, frozen=True):
+    """A pretrained network that images go through, so that a model can be used on other images.
+
+    Attributes:
+      path: of the file of its weights, absolute.
+      checksum: of that file.
+      attributes: of its module.
+      preprocessing: of the images.
+      image_size: height and width at which it sees them.
+    """
+
+    path: str
+    checksum: files.Count
+    attributes: dict[str, Any]
+    preprocessing: models.weights.Preprocessing
+    image_size: Annotated[int, msgspec.Meta(ge=1)]
+
+    @classmethod
+    def of(cls, weights: models.Weights, image_size: int) -> "Network":
+        """Returns the network of a file of weights."""
+        path, attributes = os.path.abspath(weights.path), dict(weights.attributes)
+        return cls(path, weights.checksum, attributes, weights.preprocessing, image_size)
+
+
 class Config(NamedTuple):
     """The configuration of a model and its training.
 
@@ -23,6 +48,7 @@ class Config(NamedTuple):
       seed: of all randomness.
       feature_scale: of vectors, as in `models.scale`.
       weights: of the network, with which training begins; None for random ones.
+      network: the network of these weights, or the one that embeds images.
     """
 
     model: str
@@ -31,6 +57,7 @@ class Config(NamedTuple):
     seed: int
     feature_scale: str = "shared"
     weights: models.Weights | None = None
+    network: Network | None = None
 
     def model_description(self, folder: Folder) -> dict[str, Any]:
         """Returns what must stay the same for a model to be trained further, named as flags are."""
@@ -69,6 +96,7 @@ class Description(msgspec.Struct):
       labels: checksum of those that it was trained on.
       round: in which it was trained.
       fit: how that went.
+      network: as in `Config`; models of earlier versions do not say.
     """
 
     model_description: dict[str, Any]
@@ -78,6 +106,7 @@ class Description(msgspec.Struct):
     labels: files.Count
     round: files.Count
     fit: Facts
+    network: Network | None = None
 
 
 class Learner(NamedTuple):
@@ -171,9 +200,10 @@ def train(
         folder.labels_checksum,
         start.round_index,
         facts,
+        config.network,
     )
     name = f"round-{start.round_index:05d}"
-    store.save(name, learner.variables, msgspec.structs.asdict(description))
+    store.save(name, learner.variables, msgspec.to_builtins(description))
     return learner, facts
 
 

@@ -103,12 +103,12 @@ class Pretrained(Standardized):
     Images of another size are resized; grey ones count as RGB with three equal channels.
 
     Attributes:
-      weights: of the file.
+      weights: of the file; None where variables are at hand.
       size: height and width at which the network sees the images.
       interpolation: by which they are resized.
     """
 
-    weights: Weights
+    weights: Weights | None
     size: int
     interpolation: str
 
@@ -200,7 +200,8 @@ def check_name(name: str, kind: str = "images") -> None:
 def init(model: Any, key: Array, x: Any) -> Variables:
     """Returns random initial variables of `model` for inputs shaped like `x[:1]`.
 
-    Those of a `Pretrained` are the weights of its file; those of an `nnx.Module` are its own.
+    Those of a `Pretrained` are the weights of its file; those of an `nnx.Module` are its own, those
+    of a function that makes one are of the key.
 
     Raises:
       UserError: if the model cannot take images of this size.

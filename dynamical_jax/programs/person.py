@@ -134,7 +134,10 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     if weights is not None and vectors:
         print(weights.describe())
     config = labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
-    return chosen, config if vectors else config._replace(weights=weights)
+    if weights is not None:
+        network = labeling.learner.Network.of(weights, pretrained.image_size(weights))
+        config = config._replace(network=network, weights=None if vectors else weights)
+    return chosen, config
 
 
 def read_options() -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The binary, run as a user runs it, and the contenders themselves."""
 
+import importlib
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import harness, jax_contenders, scoring
+import dynamical_jax as dj
+from benchmarks import harness, jax_contenders, scoring, task
 from benchmarks.task import Task
 
 TASK = Task("cnn", 3)
@@ -66,7 +68,7 @@ def test_without_pytorch(run_benchmark, tmp_path, monkeypatch):
     [
         ({"models": ["alexnet"]}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"models": []}, "no model given; choose from cnn"),
-        ({"contenders": ["jax"]}, "unknown contender 'jax'; choose from factored, forward"),
+        ({"contenders": ["jax"]}, "unknown contender 'jax'; choose from factored, nnx, forward"),
         ({"batch_sizes": ["12", "x"]}, "batch_sizes must be positive whole numbers, got '12,x'"),
         ({"batch_sizes": ["0"]}, "batch_sizes must be positive whole numbers, got '0'"),
         ({"batch_sizes": []}, "batch_sizes must be positive whole numbers, got ''"),
@@ -103,30 +105,83 @@ def test_ratios_are_taken_turn_by_turn():
     assert str(ratio) == "2.00 (2.00–3.00)"
 
 
-def test_engines_agree():
-    factored, vmap = (make(TASK).call() for make in (jax_contenders.factored, jax_contenders.vmap))
-    np.testing.assert_allclose(factored.squared_norm, vmap.squared_norm, rtol=1e-4)
+TINY = {"patch_size": 4, "width": 12, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture
+def transformer(monkeypatch):
+    """A task with a vision transformer that is small."""
+    monkeypatch.setitem(task.IMAGE_SHAPES, "vit_s", (8, 8, 3))
+    monkeypatch.setitem(jax_contenders.MODELS, "vit_s", dj.models.ViT(10, **TINY))
+    nnx_models = importlib.import_module("benchmarks.nnx_models")
+    monkeypatch.setitem(nnx_models.MODELS, "vit_s", lambda: nnx_models.ViT(8, **TINY))
+    return Task("vit_s", 3)
+
+
+def assert_same_terms(actual, expected):
+    np.testing.assert_allclose(actual.squared_norm, expected.squared_norm, rtol=1e-4)
     np.testing.assert_allclose(
-        factored.inner_product, vmap.inner_product, rtol=1e-4, atol=1e-4 * np.max(vmap.squared_norm)
+        actual.inner_product,
+        expected.inner_product,
+        rtol=1e-4,
+        atol=1e-4 * np.max(expected.squared_norm),
     )
 
 
-def test_pytorch_contenders_agree_with_one_gradient_at_a_time():
-    torch = pytest.importorskip("torch", reason="its contenders run where PyTorch is installed")
-    from benchmarks import torch_contenders
+def test_engines_agree():
+    assert_same_terms(jax_contenders.factored(TASK).call(), jax_contenders.vmap(TASK).call())
 
-    model = torch_contenders._model(TASK).eval()
-    direction = torch_contenders._direction(model)
+
+def test_twins_in_nnx_agree(transformer):
+    expected = jax_contenders.vmap(transformer).call()
+    for make in (jax_contenders.factored, jax_contenders.nnx):
+        assert_same_terms(make(transformer).call(), expected)
+    with pytest.raises(LookupError, match="cnn has no twin"):
+        jax_contenders.nnx(TASK)
+
+
+def normalized():
+    """A network in PyTorch with BatchNorm, whose statistics are those of other images."""
+    nn = importlib.import_module("torch").nn
+    layers = nn.Conv2d(3, 4, 5, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)
+    layers[1].running_mean += 0.3
+    layers[1].running_var *= 2
+    return nn.Sequential(*layers)
+
+
+def is_installed(contender):
+    package = {"backpack": "backpack", "opacus": "opacus", "dattri_llm": "dattri_llm"}
+    return importlib.util.find_spec(package.get(contender, "torch")) is not None
+
+
+@pytest.mark.parametrize("model", ["cnn", "vit_s", "normalized"])
+def test_pytorch_contenders_agree_with_one_gradient_at_a_time(model, transformer, monkeypatch):
+    torch = pytest.importorskip("torch", reason="its contenders run where PyTorch is installed")
+    from benchmarks import torch_contenders, torch_models
+
+    monkeypatch.setitem(torch_contenders.MODELS, "normalized", normalized)
+    monkeypatch.setitem(torch_contenders.MODELS, "vit_s", lambda: torch_models.ViT(8, **TINY))
+    given = Task(model, 3)
+    network = torch_contenders._model(given).eval()
+    direction = torch_contenders._direction(network)
     expected = []
-    for image in torch_contenders._images(model, 3):
-        logits = model(image[None])
+    for image in torch_contenders._images(network, given, 3):
+        logits = network(image[None])
         loss = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        gradient = torch.autograd.grad(loss, list(network.parameters()))
         norm = sum(float(g.square().sum()) for g in gradient)
         product = sum(float((g * v).sum()) for g, v in zip(gradient, direction, strict=True))
         expected.append((norm, product))
-    installed = importlib.util.find_spec("backpack") is not None
-    for name in ("vmap", "loop", *(["backpack"] if installed else [])):
-        terms = getattr(torch_contenders, name)(TASK).call()
+    contenders = ["vmap", "loop", "opacus"]
+    contenders += {"cnn": ["backpack", "dattri_llm"], "vit_s": ["dattri_llm"]}.get(model, [])
+    for name in filter(is_installed, contenders):
+        call = getattr(torch_contenders, name)(given).call
+        call()
+        terms = call()  # What the first one left behind must not be added.
         actual = np.stack([np.asarray(term.detach()) for term in terms], axis=1)
-        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
+        # Opacus and dattri-llm return norms alone.
+        known = np.array(expected)[:, : actual.shape[1]]
+        np.testing.assert_allclose(actual, known, rtol=1e-3, atol=1e-5)
+    if is_installed("dattri_llm") and model == "normalized":
+        with pytest.raises(TypeError, match="BatchNorm"):
+            torch_contenders.dattri_llm(given)

@@ -1,12 +1,15 @@
 """The programs with --weights, as a user runs them: digits, and a network with random weights."""
 
+import csv
+import pathlib
+
 import numpy as np
 import pytest
 import tiny_weights
 from PIL import Image
 
 import dynamical_jax as dj
-from experiments import active_learning, embed, select
+from experiments import active_learning, embed, predict, select
 
 pytest.importorskip("safetensors", reason="needs the extra weights")
 
@@ -38,6 +41,21 @@ def run(run_binary, tmp_path, monkeypatch):
     return lambda binary, *arguments, **values: run_binary(
         binary, *arguments, **{"cache_dir": str(tmp_path / "cache"), **values}
     )
+
+
+def predictions_of(table):
+    """Path → class and confidence."""
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    known = [row for row in rows if row["predicted"]]
+    return {row["path"]: (row["predicted"], float(row["confidence"])) for row in known}
+
+
+def assert_same_predictions(all_of_them, some):
+    assert some
+    for path, (name, confidence) in some.items():
+        assert all_of_them[path][0] == name
+        np.testing.assert_allclose(all_of_them[path][1], confidence, atol=1e-4)
 
 
 def rounds_of(directory):
@@ -122,6 +140,58 @@ class TestEmbed:
         assert output.startswith(f"{weights}: vit_ti with timm or DINOv2's names, for images of")
         assert asked[0] == asked[1]
 
+    def test_the_model_predicts_for_other_images(self, run, weights, photos, tmp_path):
+        """All ways to have embeddings predict the same; a file of weights that is not is told."""
+        truth = {f"{label}/{number}.png": str(label) for label in range(3) for number in range(5)}
+        dj.labeling.add_labels(tmp_path / "labels.csv", truth)
+        run(embed, str(photos), weights=weights, features="old.npz")
+        moved = tmp_path / "moved.safetensors"
+        moved.write_bytes(pathlib.Path(weights).read_bytes())
+        values = {"images": str(photos), "batch_size": 5, "max_epochs": 20}
+        run(select, weights=str(moved), output="weights.csv", predictions="rest.csv", **values)
+        run(select, features="old.npz", output="file.csv", **values)
+        new = tmp_path / "new"
+        for source in (*photos.glob("?/*.png"), photos / "broken.png"):
+            target = new / source.relative_to(photos)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+        given = {"checkpoint": "weights.checkpoint", "table": "predicted.csv", "top": 2}
+        status, output, errors = run(predict, str(new), **given)
+        assert (status, errors) == (None, "1 images cannot be read: broken.png\n")
+        assert output == "predicted.csv: predictions for 30 images\n"
+        predicted = predictions_of("predicted.csv")
+        rest = predictions_of("rest.csv")
+        assert len(rest) == 16
+        del rest["copy.png"]
+        assert_same_predictions(predicted, rest)
+
+        run(embed, str(new), weights=weights, features="new.npz")
+        for checkpoint in ("file.checkpoint", "weights.checkpoint"):
+            status, _, errors = run(
+                predict, str(new), **{**given, "checkpoint": checkpoint}, features="new.npz"
+            )
+            assert (status, errors) == (None, "1 images have no vector in new.npz: broken.png\n")
+            assert_same_predictions(predictions_of("predicted.csv"), predicted)
+
+        def refused(**values):
+            status, output, errors = run(predict, str(new), **{**given, **values})
+            assert (status, output) == (1, "")
+            assert errors.count("\n") == 1
+            return errors
+
+        assert "learned from vectors of a file: give" in refused(checkpoint="file.checkpoint")
+        assert "needs no file of weights" in refused(checkpoint="file.checkpoint", weights=weights)
+        assert "there is no file none.npz" in refused(features="none.npz")
+        moved.rename(tmp_path / "elsewhere.safetensors")
+        assert f"there is no file {moved}, whose network" in refused()
+        other = tiny_weights.vit(num_classes=7, seed=1)
+        changed = tiny_weights.save(tmp_path / "changed.safetensors", other)
+        assert f"{changed} is not the file of weights by which" in refused(weights=changed)
+        status, _, _ = run(predict, str(new), **given, weights=weights)
+        assert status is None
+        assert_same_predictions(predictions_of("predicted.csv"), predicted)
+
     @pytest.mark.slow  # Compiles the whole network.
     def test_select_trains_all_layers(self, run, weights, photos, tmp_path):
         truth = {f"{label}/{number}.png": str(label) for label in range(2) for number in range(4)}
@@ -130,8 +200,12 @@ class TestEmbed:
         status, output, _ = run(select, batch_size=4, **values)
         assert status is None
         assert "its last layer, for 7 classes, is replaced by a new one for 2" in output
-        _, output, _ = run(select, batch_size=4, **values)
+        _, output, _ = run(select, batch_size=4, predictions="rest.csv", **values)
         assert "no labels that the model was not trained on" in output
+        given = {"checkpoint": "to_label.checkpoint", "table": "predicted.csv", "weights": None}
+        status, _, _ = run(predict, str(photos), **given)
+        assert status is None
+        assert_same_predictions(predictions_of("predicted.csv"), predictions_of("rest.csv"))
 
     @pytest.mark.parametrize(
         ("values", "message"),

@@ -271,7 +271,7 @@ class TestFeatures:
             output
         )
 
-    def test_a_label_without_a_vector_and_a_model_that_only_select_uses(
+    def test_a_label_without_a_vector_and_a_model_that_needs_vectors(
         self, run, run_binary, pictures, tmp_path, features, told
     ):
         folder, truth = pictures
@@ -279,7 +279,7 @@ class TestFeatures:
         _, output, _ = run(features=features(left_out=["1/1.bmp"]))
         assert "1 label is of an image that cannot be read or has no vector: 1/1.bmp\n" in output
         _, _, errors = run_binary(predict, str(folder))
-        assert "was trained on vectors, of a file (--features) or of a network (--wei" in errors
+        assert "learned from vectors of a file: give a file with vectors of these" in errors
 
     def test_the_model_is_that_of_the_vectors(self, run, pictures, tmp_path, features, told):
         """What is asked for is what the strategy asks for of a pool of these vectors."""

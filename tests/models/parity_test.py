@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_weights
 
 import dynamical_jax as dj
 from dynamical_jax import training
@@ -142,3 +143,25 @@ def test_logits_statistics_and_gradient(key):
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         # By norm: through a dozen BatchNorms of six images, float32 keeps about three digits.
         assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs) + 1e-6
+
+
+def test_vision_transformer(tmp_path):
+    torch.manual_seed(0)
+    model = torch_models.ViT(8, patch_size=4, width=192, depth=1, num_heads=3)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state["cls_token"] = state.pop("cls_token.weight")[None]
+    state["pos_embed"] = state.pop("pos_embed.weight")[None]
+    patches = state.pop("patch_embed.weight").reshape(192, 3, 4, 4)
+    named = {
+        "patch_embed.proj.weight": patches,
+        "patch_embed.proj.bias": state.pop("patch_embed.bias"),
+    }
+    weights = dj.models.weights.load(tiny_weights.save(tmp_path / "vit.npz", state | named))
+    assert weights.names == "timm or DINOv2"
+    ours = dj.models.MODELS[weights.model](10, **dict(weights.attributes))
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32)
+    drawn = jax.eval_shape(ours.init, jax.random.key(0), x)
+    variables = weights.put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), drawn))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(jax.jit(ours.apply)(variables, x).logits, expected, atol=1e-4)
