@@ -250,6 +250,8 @@ class Experiment:
         stopwatch = _Stopwatch(underway.seconds)
         rows = state.pool.labeled
         labeled = Examples(Rows(self.dataset.pool.x, rows), Oracle(self.dataset.pool.y)(rows))
+        # Rows that several devices divide are gathered on the host, not on the first device.
+        test_set = self.dataset.test_examples if self.mesh is None else self.dataset.test
         best, test, last_test_epoch = underway.best_test_accuracy, None, 0
 
         def look_at_test(epoch: int, variables: Variables) -> None:
@@ -258,7 +260,7 @@ class Experiment:
                 test = training.evaluate(
                     self.model.apply,
                     variables,
-                    self.dataset.test_examples,
+                    test_set,
                     self.eval_batch_size,
                     self.mesh,
                     self.training_config.loss,
@@ -300,7 +302,7 @@ class Experiment:
         pool, strategy_state = state.pool, state.strategy_state
         query, scores, facts = np.array([], np.int64), np.array([]), {}
         if state.round_index < self.budget.num_rounds:
-            images = self.dataset.pool_images
+            images = self.dataset.pool_images if self.mesh is None else self.dataset.pool.x
             view = LearnerView(
                 self.model.apply,
                 fit.variables,

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
@@ -87,6 +88,27 @@ def rows(x: Any, positions: np.ndarray, mesh: Mesh | None) -> Any:
     )
 
 
+def shares(x: Any, mesh: Mesh | None) -> jax.Array:
+    """Returns an array of which each device holds an equal share of the rows; the last are filled.
+
+    Args:
+      x: `[n, ...]` the same array on every host; more rows of zeros follow, up to a `multiple`.
+      mesh: the devices.
+    """
+    if mesh is None:
+        return jnp.asarray(x)
+    x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+    size = multiple(len(x), mesh)
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        part = x[index[0]]
+        filling = np.zeros((size // mesh.size - len(part), *x.shape[1:]), x.dtype)
+        return np.concatenate([part, filling]) if len(filling) else part
+
+    sharding = NamedSharding(mesh, P(AXIS))
+    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, share)
+
+
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Returns the arrays of a tree, equal on all hosts, on each device."""
     if mesh is None:
@@ -102,17 +124,24 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def fetch(tree: Any) -> Any:
-    """Returns the arrays of a tree in NumPy, whole, on every host."""
+def is_on_each(x: Any, mesh: Mesh | None) -> bool:
+    """Returns whether x is an array of which each of the devices has all rows."""
+    if not isinstance(x, jax.Array):
+        return False
+    return mesh is None or x.sharding == NamedSharding(mesh, P())
 
-    def get(leaf: Any) -> np.ndarray:
+
+def fetch(tree: Any) -> Any:
+    """Returns the arrays of a tree in NumPy, whole, on every host; waits once for all of them."""
+
+    def whole(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not (
             leaf.is_fully_addressable or leaf.is_fully_replicated
         ):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
+            return _together(leaf, leaf.sharding.mesh)
+        return leaf
 
-    return jax.tree.map(get, tree)
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def on_each(function: Callable[..., Any], mesh: Mesh | None, *by_rows: bool) -> Callable[..., Any]:
@@ -233,6 +262,41 @@ def check_agreement(what: str, value: Any) -> None:
         raise UserError(f"the processes do not agree on {what}")
 
 
+def argmax(values: Any, mesh: Mesh | None) -> jax.Array:
+    """Returns the position of the largest value, the lowest of equals; inside `jax.jit`.
+
+    The devices, each of which has a share of the values, tell each other their largest.
+    """
+    if mesh is None:
+        return jnp.argmax(values)
+
+    def largest(values: Any) -> jax.Array:
+        here = jnp.argmax(values)
+        place = here + jax.lax.axis_index(AXIS) * len(values)
+        of_devices, places = jax.lax.all_gather((values[here], place), AXIS)
+        return places[jnp.argmax(of_devices)]
+
+    specs = {"in_specs": P(AXIS), "out_specs": P()}
+    return jax.shard_map(largest, mesh=mesh, **specs, check_vma=False)(values)
+
+
+def row(tree: Any, position: Any, mesh: Mesh | None) -> Any:
+    """Returns a row of each array of a tree; inside `jax.jit`. Only these rows are exchanged."""
+    if mesh is None:
+        return jax.tree.map(lambda leaf: leaf[position], tree)
+
+    def of_owner(tree: Any, position: Any) -> Any:
+        def own(leaf: Any) -> Any:
+            here = position - jax.lax.axis_index(AXIS) * len(leaf)
+            is_mine = (here >= 0) & (here < len(leaf))
+            return jnp.where(is_mine, leaf[jnp.where(is_mine, here, 0)], 0)
+
+        return jax.lax.psum(jax.tree.map(own, tree), AXIS)
+
+    specs = {"in_specs": (P(AXIS), P()), "out_specs": P()}
+    return jax.shard_map(of_owner, mesh=mesh, **specs, check_vma=False)(tree, position)
+
+
 def divided(tree: Any, mesh: Mesh | None) -> Any:
     """Tells the compiler, inside `jax.jit`, to divide arrays over the devices by rows."""
     return tree if mesh is None else _constrained(tree, mesh, P(AXIS))
@@ -241,6 +305,9 @@ def divided(tree: Any, mesh: Mesh | None) -> Any:
 def together(tree: Any, mesh: Mesh | None) -> Any:
     """Tells the compiler, inside `jax.jit`, that each device needs the whole arrays."""
     return tree if mesh is None else _constrained(tree, mesh, P())
+
+
+_together = jax.jit(together, static_argnames="mesh")
 
 
 def _constrained(tree: Any, mesh: Mesh, spec: P) -> Any:

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 
 from dynamical_jax import contract, losses, models, nnx_modules, parallel, resources, streams
 from dynamical_jax.errors import DivergedError, UserError
-from dynamical_jax.gradients import bucketed, map_blocks
-from dynamical_jax.types import ApplyFn, Array, Examples, Variables
+from dynamical_jax.gradients import bucketed, each_block
+from dynamical_jax.types import ApplyFn, Array, Examples, Variables, take_rows
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     # Decoupled weight decay; with a decay of 0 this is Adam.
@@ -237,8 +237,6 @@ def fit(
     capacity = max(capacity or count, count)
     _check_memory(start, labeled.x, capacity, min(config.batch_size, capacity))
     buffer = Examples(*(jnp.asarray(_padded(np.asarray(part[:]), capacity)) for part in labeled))
-    # Evaluated in the buffer, without another copy; with a mesh its rows are divided anew.
-    fitted = Examples(buffer.x if mesh is None else labeled.x, labeled.y)
     buffer = parallel.replicate(buffer, mesh)
     optimizer = _optimizer(config, _last_layer(model, config))
     # `begin` copies the variables, since the epochs donate theirs.
@@ -251,7 +249,10 @@ def fit(
         """Returns the evaluation on S if it is due after this epoch, else None."""
         if epoch == 0 or (epoch % config.look_every and epoch != config.max_epochs):
             return None
-        evaluation = evaluate(model.apply, variables, fitted, eval_batch_size, mesh, config.loss)
+        # In the buffer, without another copy.
+        evaluation = _evaluate(
+            model.apply, variables, buffer, count, eval_batch_size, mesh, config.loss
+        )
         if not math.isfinite(evaluation.loss):
             raise DivergedError(
                 f"training diverged: after epoch {epoch} the loss is not finite; a learning rate "
@@ -279,28 +280,28 @@ def fit(
             for number in epochs
         ]
         started = time.perf_counter()
-        variables, optimizer_state = jax.block_until_ready(
-            _epochs(
-                model,
-                optimizer,
-                min(config.batch_size, capacity),
-                variables,
-                optimizer_state,
-                buffer,
-                _padded(np.stack([_padded(order, capacity) for order in orders]), most_at_once),
-                _padded(np.array([_learning_rate(config, n) for n in epochs]), most_at_once),
-                epochs.start,
-                len(epochs),
-                count,
-                key,
-                mesh,
-                config.loss,
-            )
+        variables, optimizer_state = _epochs(
+            model,
+            optimizer,
+            min(config.batch_size, capacity),
+            variables,
+            optimizer_state,
+            buffer,
+            _padded(np.stack([_padded(order, capacity) for order in orders]), most_at_once),
+            _padded(np.array([_learning_rate(config, n) for n in epochs]), most_at_once),
+            epochs.start,
+            len(epochs),
+            count,
+            key,
+            mesh,
+            config.loss,
         )
+        epoch = epochs[-1]
+        labeled_now = look()  # Waits for a few numbers, which come after the epochs.
+        if labeled_now is None:
+            jax.block_until_ready(variables)
         short = parallel.smallest(time.perf_counter() - started < SHORT_CALL)
         at_once = min(2 * at_once, most_at_once) if short else max(at_once // 2, 1)
-        epoch = epochs[-1]
-        labeled_now = look()
         on_epoch(Progress(epoch, variables, optimizer_state), labeled_now)
     return Fit(variables, epoch, labeled_now, config.is_fitted(labeled_now, count))
 
@@ -330,40 +331,96 @@ def evaluate(
     mesh: Mesh | None = None,
     loss: losses.Loss = losses.CROSS_ENTROPY,
 ) -> Evaluation:
-    """Returns accuracy and mean loss over a set, in evaluation mode, block by block."""
-    size, devices = len(examples.y), parallel.num_devices(mesh)
+    """Returns accuracy and mean loss over a set, in evaluation mode, block by block.
+
+    Where the inputs are on the device, or on each, all blocks are one call of one program. Others
+    are copied block by block, each while the one before is computed.
+    """
+    return _evaluate(apply, variables, examples, len(examples.y), batch_size, mesh, loss)
+
+
+def _evaluate(
+    apply: ApplyFn,
+    variables: Variables,
+    examples: Examples,
+    size: int,
+    batch_size: int,
+    mesh: Mesh | None,
+    loss: losses.Loss,
+) -> Evaluation:
+    """Evaluates on the first `size` of the examples."""
+    devices = parallel.num_devices(mesh)
     variables = parallel.replicate(variables, mesh)
+    block_size = bucketed(-(-size // devices), batch_size)
+    each = np.arange(devices)
 
-    def totals(positions: np.ndarray, count: int) -> np.ndarray:
+    def totals(some: Examples, divided: bool, count: int) -> Array:
+        """Evaluates the first `count` rows; each device its own, or, of all, an equal share."""
+        share = len(some.y) // devices if divided else -(-count // devices)
+        starts = 0 * each if divided else share * each
+        spans = np.stack([starts, starts + np.clip(count - share * each, 0, share)], axis=1)
+        return _evaluate_blocks(
+            *(apply, mesh, loss, share if divided else block_size, divided),
+            *(variables, some, parallel.rows(spans, each, mesh)),
+        )
+
+    def totals_of_block(positions: np.ndarray, count: int) -> Array:
         block = Examples(*(parallel.rows(part, positions, mesh) for part in examples))
-        mask = parallel.rows(np.arange(len(positions)) < count, np.arange(len(positions)), mesh)
-        of_devices = parallel.fetch(_evaluate_block(apply, mesh, loss, variables, block, mask))
-        return np.sum(of_devices, axis=0, dtype=np.float64)
+        return totals(block, True, count)
 
-    block_size = bucketed(-(-size // devices), batch_size) * devices
-    correct, mean = sum(map_blocks(totals, size, block_size, smallest=devices)) / size
-    return Evaluation(float(correct), float(mean))
+    if parallel.is_on_each(examples.x, mesh):
+        found = [totals(examples, False, size)]
+    else:
+        found = list(each_block(totals_of_block, size, block_size * devices, smallest=devices))
+    # One row for each block of each device; summed in double precision.
+    rows = np.concatenate([part.reshape(-1, 2) for part in parallel.fetch(found)])
+    correct, total = np.sum(rows, axis=0, dtype=np.float64)
+    return Evaluation(float(correct / size), float(total / size))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "mesh", "loss"))
-def _evaluate_block(
+@functools.partial(jax.jit, static_argnames=("apply", "mesh", "loss", "block_size", "divided"))
+def _evaluate_blocks(
     apply: ApplyFn,
     mesh: Mesh | None,
     loss: losses.Loss,
+    block_size: int,
+    divided: bool,
     variables: Variables,
-    block: Examples,
-    mask: Array,
+    examples: Examples,
+    spans: Array,
 ) -> Array:
-    """Returns numbers of right predictions and sums of losses, a row for each device."""
+    """Returns `[devices, blocks, 2]` numbers of right predictions and sums of losses.
 
-    def totals(variables: Variables, block: Examples, mask: Array) -> Array:
-        logits = contract.as_outputs(apply(variables, block.x), len(block.x)).logits
-        same = loss.pseudo_labels(logits) == block.y
-        correct = jnp.all(same.reshape(len(same), -1), axis=1)
-        each = loss(logits, block.y)
-        return jnp.stack([jnp.vdot(mask, correct.astype(each.dtype)), jnp.vdot(mask, each)])[None]
+    Args:
+      apply: the model.
+      mesh: the devices.
+      loss: of an example.
+      block_size: examples that a device evaluates at a time.
+      divided: whether each device has a part of the examples, or all of them.
+      variables: the model's.
+      examples: the set, or a part of it.
+      spans: `[devices, 2]` the first row that each device evaluates, and the one after the last.
+    """
 
-    return parallel.on_each(totals, mesh, False, True, True)(variables, block, mask)
+    def totals(variables: Variables, examples: Examples, spans: Array) -> Array:
+        start, stop = spans[0]
+
+        def of_block(index: Array) -> Array:
+            slots = start + index * block_size + jnp.arange(block_size)
+            x, y = (take_rows(part, jnp.clip(slots, 0, stop - 1)) for part in examples)
+            logits = contract.as_outputs(apply(variables, x), block_size).logits
+            same = loss.pseudo_labels(logits) == y
+            correct = jnp.all(same.reshape(block_size, -1), axis=1)
+            each, mask = loss(logits, y), slots < stop
+            return jnp.stack([jnp.vdot(mask, correct.astype(each.dtype)), jnp.vdot(mask, each)])
+
+        most = -(-len(examples.y) // block_size)
+        none = jnp.zeros((most, 2), jax.eval_shape(of_block, 0).dtype)
+        count = (stop - start + block_size - 1) // block_size
+        write = lambda index, found: found.at[index].set(of_block(index))
+        return jax.lax.fori_loop(0, count, write, none)[None]
+
+    return parallel.on_each(totals, mesh, False, divided, True)(variables, examples, spans)
 
 
 @functools.partial(

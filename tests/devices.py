@@ -20,7 +20,7 @@ import toy
 import dynamical_jax as dj
 from dynamical_jax import parallel, training
 from dynamical_jax.gradients import scoring
-from dynamical_jax.strategies import predictions
+from dynamical_jax.strategies import predictions, selection
 
 
 def flat(tree):
@@ -78,10 +78,39 @@ def compute(dtype, count):
     return found
 
 
+def points(dtype):
+    """37 points around the origin, many of them at equal distances, some of them copies."""
+    half = np.random.default_rng(0).integers(-2, 3, (18, 3))
+    return np.concatenate([half, np.zeros((1, 3)), -half]).astype(dtype)
+
+
+def choose(dtype, mesh):
+    """What is chosen from points that each device has a share of."""
+    x, key = points(dtype), jax.random.key(0)
+    weights = np.arange(len(x)) % 5
+    found = {
+        "farthest": selection.farthest_first(x, x[:2], 30, mesh)[0].tolist(),
+        "farthest of all": selection.farthest_first(x, x[:0], 30, mesh)[0].tolist(),
+        "seeding": selection.k_means_plus_plus(key, x[:, :2], x, 37, mesh=mesh)[0].tolist(),
+        "weighted": selection.k_means_plus_plus(key, x[:, :2], x, 9, weights, mesh)[0].tolist(),
+    }
+    if mesh is not None:
+        divided = parallel.shares(x, mesh)
+        found["shares"] = [shard.data.shape[0] for shard in divided.addressable_shards]
+        nearest = parallel.shares(x[:, 0], mesh)
+        program = selection._farthest_first.lower(divided, nearest, len(x), 30, mesh)
+        found["per choice"] = parallel.collectives(program.compile())
+    return found
+
+
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", sys.argv[1] == "float64")
     compiled = os.path.join(os.environ["DYNAMICAL_JAX_TEST_CACHE"], "compiled")
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     counts = [int(text) for text in sys.argv[2].split(",")]
-    print(json.dumps({count: compute(np.dtype(sys.argv[1]), count) for count in counts}))
+    dtype = np.dtype(sys.argv[1])
+    found = {count: compute(dtype, count) for count in counts}
+    for count in counts:
+        found[count]["chosen"] = choose(dtype, parallel.make_mesh(count))
+    print(json.dumps(found))

@@ -88,7 +88,7 @@ def test_files_import_each_other_in_no_circle():
 @pytest.mark.parametrize("file", OF_ARRAYS)
 def test_mathematics_of_arrays_knows_no_network_and_no_data(file):
     others = {name(PACKAGE / other) for other in OF_ARRAYS}
-    assert set(imported(PACKAGE / file)) <= {"errors", "types", *others}
+    assert set(imported(PACKAGE / file)) <= {"errors", "types", "parallel", *others}
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

@@ -41,6 +41,13 @@ def test_as_on_one_device(dtype, counts, tolerance):
                 values[name], expected[name], rtol=tolerance, atol=tolerance * largest, err_msg=name
             )
         assert values["query"] == expected["query"]
+        # As on one device, the lower of equally far ones first; each device holds its share.
+        shares, exchanged = values["chosen"].pop("shares"), values["chosen"].pop("per choice")
+        assert values["chosen"] == expected["chosen"]
+        assert shares == [-(-37 // int(count))] * int(count)
+        # For a choice a point and the farthest of each device, never all points.
+        point = 3 * np.dtype(dtype).itemsize
+        assert sum(size for _, size in exchanged) <= 16 * int(count) + 8 * point, exchanged
         # Nothing is exchanged while the pool is scored; once, in the end, for g_S.
         assert values["scoring"] == []
         assert values["total"] == [["all-reduce", values["parameters"]]]

@@ -261,9 +261,21 @@ def test_evaluate_in_blocks():
     for batch_size in (1, 4, 10, 512):
         evaluation = training.evaluate(model.apply, variables, dj.Examples(x, y), batch_size)
         np.testing.assert_allclose(evaluation, (accuracy, loss), rtol=1e-5)
+        on_device = dj.Examples(jnp.asarray(x), y)
+        again = training.evaluate(model.apply, variables, on_device, batch_size)
+        np.testing.assert_allclose(again, evaluation, rtol=1e-6)
     rows = Rows(np.concatenate([x, x]), np.arange(10))
     again = training.evaluate(model.apply, variables, dj.Examples(rows, y), 4)
     np.testing.assert_allclose(again, (accuracy, loss), rtol=1e-5)
+
+
+def test_a_look_is_one_transfer(monkeypatch):
+    fetch, times = training.parallel.fetch, []
+    monkeypatch.setattr(training.parallel, "fetch", lambda tree: times.append(1) or fetch(tree))
+    model = toy.models()["cnn"]
+    config = dj.TrainingConfig(batch_size=4, max_epochs=4, look_every=2, target_total_loss=None)
+    fit = training.fit(model, toy.variables(model), toy.examples(13), config, 0, eval_batch_size=4)
+    assert (fit.epochs, len(times)) == (4, 2)
 
 
 def test_divergence_is_said():

@@ -16,6 +16,7 @@ an example depends on that example alone.
 """
 
 from dynamical_jax.gradients.blocks import bucketed as bucketed
+from dynamical_jax.gradients.blocks import each_block as each_block
 from dynamical_jax.gradients.blocks import map_blocks as map_blocks
 from dynamical_jax.gradients.factored import UnsupportedError as UnsupportedError
 from dynamical_jax.gradients.gram import cross_gram as cross_gram

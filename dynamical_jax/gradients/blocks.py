@@ -1,6 +1,7 @@
 """Cuts sets into blocks of one shape, so that one compiled program serves any set size."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,56 @@ def block_at(start: int, block_size: int, size: int) -> tuple[np.ndarray, int]:
     return np.minimum(positions, size - 1), min(block_size, size - start)
 
 
+def each_block(
+    run: Callable[[np.ndarray, int], Any],
+    size: int,
+    block_size: int,
+    on_progress: OnProgress = ignore_progress,
+    smallest: int = 1,
+    ahead: int = 1,
+) -> Iterator[Any]:
+    """Yields `run(positions, count)` of each block of `size` rows, in their order, when computed.
+
+    Before a block is waited for the next is begun, so that the device need not wait for this
+    process, which reads and copies meanwhile. A block for which memory runs out is tried again,
+    first with none beside it, then at half the size, as are all after it, rounded down to whole
+    rows for each device.
+
+    Args:
+      run: called with a block as from `block_at`; returns arrays, without waiting for them. It may
+        be called again with the same rows, and must change nothing.
+      size: number of rows.
+      block_size: rows of a block, a multiple of `smallest`.
+      on_progress: called with (done, total) after each block.
+      smallest: size of the smallest blocks, a row for each device.
+      ahead: how many blocks are begun beside the one that is waited for.
+    """
+    done = start = 0
+    begun: deque[tuple[int, Any]] = deque()  # Where a block ends, and what it becomes.
+    while done < size:
+        try:
+            if start < size:
+                positions, count = block_at(start, block_size, size)
+                begun.append((start + count, run(positions, count)))
+                start += count
+                if start < size and len(begun) <= ahead:
+                    continue
+            jax.block_until_ready(begun[0][1])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if not (begun and ahead):
+                if block_size <= smallest:
+                    raise
+                block_size = max(smallest, block_size // 2 // smallest * smallest)
+            begun.clear()
+            start, ahead = done, 0
+            continue
+        done = begun[0][0]
+        on_progress(done, size)
+        yield begun.popleft()[1]
+
+
 def map_blocks(
     run: Callable[[np.ndarray, int], Any],
     size: int,
@@ -31,31 +82,12 @@ def map_blocks(
     on_progress: OnProgress = ignore_progress,
     smallest: int = 1,
 ) -> list[Any]:
-    """Returns `run(positions, count)` of each block of `size` rows.
+    """Returns `run(positions, count)` of each block, one after the other.
 
-    A block for which memory runs out is tried again at half the size, as are all after it, rounded
-    down to whole rows for each device.
-
-    Args:
-      run: called with a block as from `block_at`.
-      size: number of rows.
-      block_size: rows of a block, a multiple of `smallest`.
-      on_progress: called with (done, total) after each block.
-      smallest: size of the smallest blocks, a row for each device.
+    As `each_block` with none ahead, so `run` may change what it has at hand, once it is sure that
+    memory has not run out.
     """
-    results, start = [], 0
-    while start < size:
-        positions, count = block_at(start, block_size, size)
-        try:
-            results.append(jax.block_until_ready(run(positions, count)))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or block_size <= smallest:
-                raise
-            block_size = max(smallest, block_size // 2 // smallest * smallest)
-            continue
-        start += count
-        on_progress(start, size)
-    return results
+    return list(each_block(run, size, block_size, on_progress, smallest, ahead=0))
 
 
 def bucketed(size: int, limit: int) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from dynamical_jax import contract, losses, parallel, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
-from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
+from dynamical_jax.gradients.blocks import block_at, bucketed, each_block, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, OnProgress, Variables, ignore_progress
 
 ENGINES = {
@@ -147,12 +147,13 @@ def _products(
         forms = _forms(*arguments(left, rows))
         start = int(rows[0]) if symmetric else 0  # What is left of it is known from above.
 
-        def fill(columns: np.ndarray, width: int) -> None:
-            block = _block(forms, _forms(*arguments(right, start + columns)))
-            columns = start + columns[:width]
-            result[rows[0] : rows[0] + count, columns] = np.asarray(block)[:count, :width]
+        def block_of(columns: np.ndarray, width: int) -> tuple[np.ndarray, Array]:
+            columns = start + columns
+            return columns[:width], _block(forms, _forms(*arguments(right, columns)))
 
-        map_blocks(fill, len(right.x) - start, block_size)
+        for columns, block in each_block(block_of, len(right.x) - start, block_size):
+            part = np.asarray(block)[:count, : len(columns)]
+            result[rows[0] : rows[0] + count, columns] = part
 
     try:
         if chunk_size is None:

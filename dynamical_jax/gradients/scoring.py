@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dynamical_jax import contract, losses, parallel, resources
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
-from dynamical_jax.gradients.blocks import block_at, bucketed, map_blocks
+from dynamical_jax.gradients.blocks import block_at, bucketed, each_block
 from dynamical_jax.types import (
     ApplyFn,
     Array,
@@ -156,15 +156,8 @@ def score_blocks(
         block = Examples(parallel.rows(x, positions, mesh), y)
         return apply, engines[engine], variables, block, given, mesh
 
-    columns: list[np.ndarray] = []
-
-    def score(positions: np.ndarray, count: int) -> None:
-        terms = parallel.fetch(_score_block(*arguments(positions)))
-        if not columns:
-            columns.extend(np.empty((len(x), *term.shape[1:]), term.dtype) for term in terms)
-        for column, term in zip(columns, terms, strict=True):
-            # Copied: a view would keep the block's buffer, and with it memory that grows with n.
-            column[positions[:count]] = term[:count]
+    def score(positions: np.ndarray, count: int) -> tuple[int, Sequence[Array]]:
+        return count, _score_block(*arguments(positions))
 
     devices = parallel.num_devices(mesh)
     limit = largest_chunk_size() if chunk_size is None else chunk_size
@@ -176,7 +169,8 @@ def score_blocks(
                 *arguments(block_at(0, size * devices, len(x))[0])
             )
             block_size = parallel.smallest(fitting_block_size(program, block_size))
-        map_blocks(score, len(x), block_size * devices, on_progress, devices)
+        # They stay on the devices until all are there, and come over together.
+        blocks = list(each_block(score, len(x), block_size * devices, on_progress, devices))
     except UserError:
         raise
     except (factored.UnsupportedError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -192,7 +186,8 @@ def score_blocks(
             "loss": loss,
         }
         return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
-    return columns
+    parts = [[term[:count] for term in terms] for count, terms in parallel.fetch(blocks)]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def largest_chunk_size() -> int:

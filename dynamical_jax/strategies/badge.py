@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dynamical_jax import losses
 from dynamical_jax.strategies import selection
@@ -13,10 +14,14 @@ from dynamical_jax.types import Array
 
 
 class Factors(NamedTuple):
-    """The last layer's gradients (p − e_ŷ) ⊗ h: residuals `[n, K]` and embeddings `[n, d]`."""
+    """The last layer's gradients (p − e_ŷ) ⊗ h: residuals `[n, K]` and embeddings `[n, d]`.
+
+    And the devices that divide them.
+    """
 
     residual: Array
     embedding: Array
+    mesh: Mesh | None = None
 
 
 class Badge(Strategy):
@@ -31,9 +36,13 @@ class Badge(Strategy):
     def score(self, key: Array, view: LearnerView, state: Any) -> Factors:
         """Returns the factors of the gradients."""
         logits, embedding = predict(view, view.unlabeled, view.on_progress)
-        return Factors(losses.residual(logits, jnp.argmax(logits, axis=-1)), embedding)
+        residual = losses.residual(logits, jnp.argmax(logits, axis=-1))
+        return Factors(residual, embedding, view.mesh)
 
     def select(self, key: Array, scored: Factors, batch_size: int, state: Any) -> Query:
         """Returns the seeding; a score is the distance to the nearest point chosen before."""
-        positions, distances = selection.k_means_plus_plus(key, *scored, batch_size)
+        residual, embedding, mesh = scored
+        positions, distances = selection.k_means_plus_plus(
+            key, residual, embedding, batch_size, mesh=mesh
+        )
         return Query(np.asarray(positions), np.asarray(distances), state)

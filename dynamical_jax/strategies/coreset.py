@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dynamical_jax.strategies import selection
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
@@ -22,14 +23,17 @@ class Coreset(Strategy):
 
     needs_embedding = True
 
-    def score(self, key: Array, view: LearnerView, state: Any) -> Embeddings:
-        """Returns the embeddings of U and S."""
+    def score(self, key: Array, view: LearnerView, state: Any) -> tuple[Embeddings, Mesh | None]:
+        """Returns the embeddings of U and S, and the devices that divide the former."""
         unlabeled = predict(view, view.unlabeled, view.on_progress).embedding
         if len(view.labeled.y) == 0:
-            return Embeddings(unlabeled, unlabeled[:0])
-        return Embeddings(unlabeled, predict(view, view.labeled.x).embedding)
+            return Embeddings(unlabeled, unlabeled[:0]), view.mesh
+        return Embeddings(unlabeled, predict(view, view.labeled.x).embedding), view.mesh
 
-    def select(self, key: Array, scored: Embeddings, batch_size: int, state: Any) -> Query:
+    def select(
+        self, key: Array, scored: tuple[Embeddings, Mesh | None], batch_size: int, state: Any
+    ) -> Query:
         """Returns the farthest-first traversal; a score is the distance at the time of choice."""
-        positions, distances = selection.farthest_first(*scored, batch_size)
+        (unlabeled, labeled), mesh = scored
+        positions, distances = selection.farthest_first(unlabeled, labeled, batch_size, mesh)
         return Query(np.asarray(positions), np.asarray(distances), state)

@@ -61,7 +61,9 @@ class DynamicalDiverse(OnCandidates):
         )
         weights = np.maximum(scored.change, 0)
         one = np.ones((len(sketches), 1), sketches.dtype)
-        positions, _ = selection.k_means_plus_plus(key, one, sketches, batch_size, weights)
+        positions, _ = selection.k_means_plus_plus(
+            key, one, sketches, batch_size, weights, scored.view.mesh
+        )
         return Query(np.asarray(positions), scored.change[np.asarray(positions)], state)
 
     def choose(

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from dynamical_jax import contract
-from dynamical_jax.gradients import bucketed, map_blocks
+from dynamical_jax.gradients import bucketed, each_block
 from dynamical_jax.types import ApplyFn, Array, OnProgress, Outputs, Variables, ignore_progress
 
 CHUNK_SIZE = 256
@@ -46,7 +46,8 @@ def log_probabilities(
         return _log_probabilities(apply, variables, x[positions], keys)[:count]
 
     size = len(x)
-    return jnp.concatenate(map_blocks(run, size, bucketed(size, CHUNK_SIZE), on_progress))
+    blocks = each_block(run, size, bucketed(size, CHUNK_SIZE), on_progress)
+    return jnp.concatenate(list(blocks))
 
 
 @functools.partial(jax.jit, static_argnames="apply")

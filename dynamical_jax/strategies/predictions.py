@@ -10,40 +10,40 @@ from jax.sharding import Mesh
 
 from dynamical_jax import contract, parallel
 from dynamical_jax.errors import UserError
-from dynamical_jax.gradients import bucketed, map_blocks
+from dynamical_jax.gradients import bucketed, each_block, scoring
 from dynamical_jax.strategies.base import LearnerView
 from dynamical_jax.types import ApplyFn, OnProgress, Outputs, Variables, ignore_progress
-
-CHUNK_SIZE = 256
 
 
 def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress) -> Outputs:
     """Returns the model's outputs for x `[n, ...]`, n > 0, computed block by block.
 
-    The embedding is None where the model returns none.
+    The embedding is None where the model returns none. With a mesh the outputs are in NumPy.
 
     Raises:
       UserError: if an output is not finite.
     """
 
-    def run(positions: np.ndarray, count: int) -> Outputs:
+    def run(positions: np.ndarray, count: int) -> tuple[int, Outputs]:
         block = parallel.rows(x, positions, view.mesh)
-        outputs = _outputs(view.apply, view.mesh, variables, block)
-        if view.mesh is not None:
-            outputs = parallel.fetch(outputs)
-        # Half precision cannot hold the squares that distances are made of.
-        return jax.tree.map(
-            lambda part: part[:count].astype(jnp.promote_types(part.dtype, jnp.float32)), outputs
-        )
+        return count, _outputs(view.apply, view.mesh, variables, block)
 
     contract.output_shapes(view.apply, view.variables, x)
     size, devices = len(x), parallel.num_devices(view.mesh)
     variables = parallel.replicate(view.variables, view.mesh)
-    block_size = bucketed(-(-size // devices), CHUNK_SIZE) * devices
-    parts = map_blocks(run, size, block_size, on_progress, devices)
-    outputs = jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *parts)
+    block_size = bucketed(-(-size // devices), scoring.largest_chunk_size()) * devices
+    blocks = list(each_block(run, size, block_size, on_progress, devices))
+    # Of several devices the host joins them: no device need hold the outputs for all.
+    xp, blocks = (jnp, blocks) if view.mesh is None else (np, parallel.fetch(blocks))
+    # Half precision cannot hold the squares that distances are made of.
+    widened = lambda part: part.astype(jnp.promote_types(part.dtype, jnp.float32))
+    parts = [
+        jax.tree.map(lambda part, count=count: widened(part[:count]), outputs)
+        for count, outputs in blocks
+    ]
+    outputs = jax.tree.map(lambda *parts: xp.concatenate(parts), *parts)
     # A NaN would silently win or lose every comparison.
-    finite_by_part = [jnp.all(jnp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
+    finite_by_part = [xp.all(xp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
     finite = np.logical_and.reduce(finite_by_part)
     if not finite.all():
         raise UserError(

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from dynamical_jax import parallel
 from dynamical_jax.types import AnyArray
 
 CENTERS_AT_A_TIME = 64
@@ -86,13 +88,17 @@ def greedy(
 
 
 def farthest_first(
-    points: Float[AnyArray, "n d"], centers: Float[AnyArray, "m d"], batch_size: int
+    points: Float[AnyArray, "n d"],
+    centers: Float[AnyArray, "m d"],
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
     """Returns a farthest-first traversal (k-center greedy), and distances at the time of choice.
 
     Each next point is the one farthest from all centers and all points chosen before (Sener &
     Savarese, 2018). Without centers the first is the point nearest the mean, whose distance is
-    reported as 0. Only distances to the nearest are kept: memory is O((n + m) d).
+    reported as 0. Only distances to the nearest are kept: memory is O((n + m) d). With a mesh each
+    device holds an equal share of the points; for each choice it is given one of them.
 
     Guaranteed: no position twice, and of equal distances the lower position first.
 
@@ -103,15 +109,15 @@ def farthest_first(
     (Array([2, 1], dtype=int32), Array([5., 1.], dtype=float32))
     """
     _check_batch_size(batch_size, len(points))
-    points, centers = jnp.asarray(points), jnp.asarray(centers)
+    count, points, centers = len(points), parallel.shares(points, mesh), jnp.asarray(centers)
     # Distances come from products, which lose least where the points lie around the origin.
-    mean = jnp.mean(points, axis=0, keepdims=True)
-    points, centers = points - mean, centers - mean
+    mean = jnp.mean(points, axis=0, keepdims=True) * (len(points) / count)
+    points, centers = points - mean, parallel.replicate(centers - mean, mesh)
     if len(centers):
-        return _farthest_first(points, _squared_distances_to_nearest(points, centers), batch_size)
-    first = jnp.argmin(jnp.sum(points**2, axis=-1))
-    nearest = _squared_distances(points, points[first][None])[:, 0].at[first].set(-1)
-    chosen, distances = _farthest_first(points, nearest, batch_size - 1)
+        nearest = _squared_distances_to_nearest(points, centers)
+        return _farthest_first(points, nearest, count, batch_size, mesh)
+    first, nearest = _nearest_to_origin(points, count, mesh)
+    chosen, distances = _farthest_first(points, nearest, count, batch_size - 1, mesh)
     return jnp.append(first, chosen), jnp.append(0.0, distances)
 
 
@@ -121,6 +127,7 @@ def k_means_plus_plus(
     right: Float[AnyArray, "n d"],
     batch_size: int,
     weights: Float[AnyArray, "n"] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
     """Returns a k-means++ seeding of the points left_i ⊗ right_i, and the distance of each.
 
@@ -130,7 +137,9 @@ def k_means_plus_plus(
     of a point is to the nearest chosen before; that of the first is its norm.
 
     With weights, at least 0, the first is the point of largest weight, and the probability of each
-    next one is proportional to its weight times D².
+    next one is proportional to its weight times D². With a mesh each device holds an equal share of
+    the points; for each choice it is given one of them. Draws are the same on any number of
+    devices.
 
     Guaranteed: no position twice.
 
@@ -138,8 +147,10 @@ def k_means_plus_plus(
       ValueError: if `batch_size` exceeds the number of points.
     """
     _check_batch_size(batch_size, len(left))
-    weights = None if weights is None else jnp.asarray(weights)
-    return _k_means_plus_plus(key, jnp.asarray(left), jnp.asarray(right), weights, batch_size)
+    count = len(left)
+    left, right = parallel.shares(left, mesh), parallel.shares(right, mesh)
+    weights = None if weights is None else parallel.shares(weights, mesh)
+    return _k_means_plus_plus(key, left, right, weights, count, batch_size, mesh)
 
 
 def weighted_k_means_plus_plus(
@@ -456,23 +467,37 @@ def _squared_distances_to_nearest(points: Array, centers: Array) -> Array:
     return jax.lax.scan(nearer, start, blocks)[0]
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
-def _farthest_first(points: Array, nearest: Array, batch_size: int) -> tuple[Array, Array]:
-    """Continues from squared distances to the nearest, which are −1 at chosen points."""
-    norms = jnp.sum(points**2, axis=-1)
+@functools.partial(jax.jit, static_argnames="mesh")
+def _nearest_to_origin(points: Array, count: Array, mesh: Mesh | None) -> tuple[Array, Array]:
+    """Returns the point nearest the origin, and squared distances to it, −1 for itself."""
+    places = jnp.arange(len(points))
+    nearness = jnp.where(places < count, -jnp.sum(points**2, axis=-1), -jnp.inf)
+    first = parallel.argmax(nearness, mesh)
+    squared = _squared_distances(points, parallel.row(points, first, mesh)[None])[:, 0]
+    return first, jnp.where(places == first, -1, squared)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "mesh"))
+def _farthest_first(
+    points: Array, nearest: Array, count: Array, batch_size: int, mesh: Mesh | None = None
+) -> tuple[Array, Array]:
+    """Continues from squared distances to the nearest, which are −1 at chosen points.
+
+    Only the first `count` rows are points; others fill up the shares of devices.
+    """
+    places, norms = jnp.arange(len(points)), jnp.sum(points**2, axis=-1)
+    nearest = jnp.where(places < count, nearest, -1)
 
     def step(nearest: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-        chosen = jnp.argmax(nearest)
-        squared = nearest[chosen]
-        product = _product(points, points[chosen])
+        chosen = parallel.argmax(nearest, mesh)
+        point, norm, squared = parallel.row((points, norms, nearest), chosen, mesh)
+        product = _product(points, point)
         # The minimum leaves −1 as it is: no point is chosen again.
-        nearest = jnp.minimum(
-            nearest, _squared_distances_from_products(norms, norms[chosen], product)
-        )
-        return nearest.at[chosen].set(-1), (chosen, squared)
+        nearest = jnp.minimum(nearest, _squared_distances_from_products(norms, norm, product))
+        return jnp.where(places == chosen, -1, nearest), (chosen, squared)
 
     _, (chosen, squared) = jax.lax.scan(step, nearest, length=batch_size)
-    return chosen, jnp.sqrt(squared)
+    return parallel.together((chosen, jnp.sqrt(squared)), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -484,20 +509,29 @@ def _greedy(gains: Array, pairs: Array, batch_size: int) -> tuple[Array, Array]:
     return jax.lax.scan(step, gains, length=batch_size)[1]
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
+@functools.partial(jax.jit, static_argnames=("batch_size", "mesh"))
 def _k_means_plus_plus(
-    key: Array, left: Array, right: Array, weights: Array | None, batch_size: int
+    key: Array,
+    left: Array,
+    right: Array,
+    weights: Array | None,
+    count: Array,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     # ⟨a⊗h, b⊗g⟩ = ⟨a, b⟩ ⟨h, g⟩.
     norms = jnp.sum(left**2, axis=-1) * jnp.sum(right**2, axis=-1)
 
     def to_chosen(chosen: Array) -> Array:
-        product = _product(left, left[chosen]) * _product(right, right[chosen])
-        return _squared_distances_from_products(norms, norms[chosen], product)
+        one, other, norm = parallel.row((left, right, norms), chosen, mesh)
+        product = _product(left, one) * _product(right, other)
+        return _squared_distances_from_products(norms, norm, product)
 
     first = norms if weights is None else weights
     weights = jnp.ones_like(norms) if weights is None else weights
-    return _seeding(key, first, norms, weights, to_chosen, batch_size)
+    filling = jnp.arange(len(norms)) >= count  # Rows that fill up the shares of devices.
+    found = _seeding(key, first, norms, weights, filling, to_chosen, batch_size, mesh)
+    return parallel.together(found, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -509,7 +543,8 @@ def _k_means_plus_plus_of_products(
     def to_chosen(chosen: Array) -> Array:
         return _squared_distances_from_products(norms, norms[chosen], products[chosen])
 
-    return _seeding(key, weights, norms, weights, to_chosen, batch_size)[0]
+    none = jnp.zeros(len(norms), bool)
+    return _seeding(key, weights, norms, weights, none, to_chosen, batch_size)[0]
 
 
 def _seeding(
@@ -517,21 +552,29 @@ def _seeding(
     first: Array,
     norms: Array,
     weights: Array,
+    filling: Array,
     to_chosen: Callable[[Array], Array],
     batch_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
-    """Runs k-means++ from the point where `first` is largest, by squared distances `to_chosen`."""
+    """Runs k-means++ from the point where `first` is largest, by squared distances `to_chosen`.
+
+    None that is `filling` is chosen.
+    """
+    places = jnp.arange(len(norms))
+    first = jnp.where(filling, -jnp.inf, first)
 
     def step(carry: tuple[Array, Array], key: Array) -> tuple:
         nearest, taken = carry
+        is_first = jnp.all(taken == filling)
         odds = jnp.where(taken, 0, weights * nearest)
         odds = jnp.where(jnp.any(odds > 0), odds, ~taken)
-        drawn = jax.random.categorical(key, jnp.log(odds))
-        chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(first))
-        distance = jnp.sqrt(nearest[chosen])
+        # The largest of log-odds and Gumbel noise is a draw by the odds.
+        draw = jnp.log(odds) + jax.random.gumbel(key, odds.shape, odds.dtype)
+        chosen = parallel.argmax(jnp.where(is_first, first, draw), mesh)
+        distance = jnp.sqrt(parallel.row(nearest, chosen, mesh))
         # Before the first there is no center: norms are no distances to a point at the origin.
-        nearest = jnp.minimum(jnp.where(jnp.any(taken), nearest, jnp.inf), to_chosen(chosen))
-        return (nearest, taken.at[chosen].set(True)), (chosen, distance)
+        nearest = jnp.minimum(jnp.where(is_first, jnp.inf, nearest), to_chosen(chosen))
+        return (nearest, taken | (places == chosen)), (chosen, distance)
 
-    start = (norms, jnp.zeros(len(norms), bool))
-    return jax.lax.scan(step, start, jax.random.split(key, batch_size))[1]
+    return jax.lax.scan(step, (norms, filling), jax.random.split(key, batch_size))[1]

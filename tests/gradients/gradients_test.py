@@ -149,6 +149,52 @@ def test_halved_blocks_have_whole_rows_for_each_device():
         gradients.map_blocks(run_of(3, []), 20, 20, smallest=4)
 
 
+def test_the_next_block_is_begun_before_one_is_waited_for():
+    events = []
+
+    def run(positions, count):
+        events.append(("begun", int(positions[0])))
+        return positions[:count]
+
+    done = lambda at, total: events.append(("done", at))
+    parts = list(gradients.each_block(run, 10, 4, done))
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(10))
+    begun = [("begun", 0), ("begun", 4), ("done", 4), ("begun", 8), ("done", 8), ("done", 10)]
+    assert events == begun
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(8, [4, 4, 4]), (6, [4, 4, 4, 4, 4]), (3, [4, 4, 4] + [2] * 6)]
+)
+def test_where_two_blocks_are_too_much_they_run_alone(limit, expected):
+    sizes, under_way = [], set()
+
+    class Late:
+        def __init__(self, positions, count):
+            self.positions, self.size = positions[:count], len(positions)
+            sizes.append(self.size)
+            under_way.add(self)
+
+        def block_until_ready(self):
+            needed = sum(one.size for one in under_way)
+            under_way.clear() if needed > limit else under_way.discard(self)
+            if needed > limit:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    found = [part.positions for part in gradients.each_block(Late, 12, 4)]
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(12))
+    assert sizes == expected
+
+
+def test_scores_come_over_once(monkeypatch):
+    apply, variables, (x, y) = setting("cnn", 16)
+    direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))
+    fetch, times = scoring.parallel.fetch, []
+    monkeypatch.setattr(scoring.parallel, "fetch", lambda tree: times.append(1) or fetch(tree))
+    gradients.norms_and_products(apply, variables, x, direction, chunk_size=4)
+    assert len(times) == 1
+
+
 def test_out_of_memory_halves_the_block(monkeypatch):
     apply, variables, (x, y) = setting("cnn", 16)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))

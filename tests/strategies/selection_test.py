@@ -89,9 +89,9 @@ def test_memory_is_that_of_the_factors(num_classes):
     n, d = 20_000, 128
     left, right = jnp.zeros((n, num_classes)), jnp.zeros((n, d))
     key = jax.random.key(0)
-    program = selection._k_means_plus_plus.lower(key, left, right, None, batch_size=50).compile()
+    program = selection._k_means_plus_plus.lower(key, left, right, None, n, batch_size=50).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * (num_classes + d)
-    program = selection._farthest_first.lower(right, jnp.zeros(n), batch_size=50).compile()
+    program = selection._farthest_first.lower(right, jnp.zeros(n), n, batch_size=50).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * d
     program = selection._squared_distances_to_nearest.lower(right, right[:5000]).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * 2 * d
