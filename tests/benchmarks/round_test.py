@@ -12,7 +12,13 @@ from dynamical_jax.runs import processes
 def test_table_and_file(run_benchmark, tmp_path):
     path = tmp_path / "round.json"
     status, output, errors = run_benchmark(
-        round_, initial_size=20, num_queried=5, num_runs=1, workers=["1"], json=str(path)
+        round_,
+        data="digits",
+        num_labels=20,
+        num_queried=5,
+        num_runs=1,
+        processes=["1"],
+        json=str(path),
     )
     assert (status, errors) == (None, "")
     assert "runs per hour" in output
