@@ -9,11 +9,16 @@ of which the compiler gives each device its share (`divided`), so that the gradi
 statistics of BatchNorm are those of the whole batch.
 """
 
+import atexit
 import functools
 import math
+import os
 import pickle
 import re
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -209,6 +214,43 @@ def join(
             f"cannot join the other processes ({why}): outside of a cluster that JAX knows, give "
             "--coordinator_address, --num_processes and --process_id"
         ) from error
+    _say_in_one_line_if_ended()
+
+
+def lost(why: str) -> UserError:
+    """Returns the error of a process that alone may have failed, or whose others have."""
+    return UserError(
+        f"the processes of this run have lost each other ({why}); the same command, on all of "
+        "them, continues"
+    )
+
+
+def _say_in_one_line_if_ended() -> None:
+    """Makes one line of the dozens that JAX writes when it ends this process, as others are lost.
+
+    It does that from a thread of its own, before Python hears of it. So what is not written by
+    Python goes to a file, and a process that does nothing else prints the line, if this one ends
+    without a word.
+    """
+    ours = os.dup(2)
+    with tempfile.NamedTemporaryFile(prefix="dynamical_jax-", suffix=".log", delete=False) as log:
+        os.dup2(log.fileno(), 2)
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(ours, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    line = f"error: {lost(f'what JAX says is in {log.name}')}"
+    program = "import sys; sys.stdin.read() or sys.exit(sys.argv[1])"
+    watcher = subprocess.Popen(
+        [sys.executable, "-Sc", program, line],
+        stdin=subprocess.PIPE,
+        stderr=ours,
+        start_new_session=True,  # Ctrl-C is not for it.
+    )
+
+    def end_with_a_word() -> None:
+        watcher.communicate(b"ended")
+        os.unlink(log.name)
+
+    atexit.register(end_with_a_word)
 
 
 def _wait_for(address: str) -> None:

@@ -7,7 +7,9 @@ The number of devices cannot be changed in a process that uses JAX.
 
 import json
 import os
+import resource
 import sys
+import time
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -103,7 +105,30 @@ def choose(dtype, mesh):
     return found
 
 
+def share_a_million():
+    """Five choices from 1,000,000 × 512 features on eight devices, and by the obvious sums."""
+    mesh, size = parallel.make_mesh(8), (1_000_000, 512)
+    x = np.random.default_rng(0).standard_normal(size, np.float32)
+    shards = parallel.shares(x, mesh).addressable_shards
+    found = {"shares": [shard.data.nbytes for shard in shards], "all": x.nbytes}
+    del shards
+    start = time.perf_counter()
+    chosen, _ = selection.farthest_first(x, x[:10], 5, mesh)
+    found |= {"chosen": np.asarray(chosen).tolist(), "seconds": time.perf_counter() - start}
+    found["peak"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    norms = np.einsum("nd,nd->n", x, x)
+    distance = lambda i: norms + norms[i] - 2 * x @ x[i]
+    nearest, found["expected"] = np.min([distance(i) for i in range(10)], axis=0), []
+    for _ in range(5):
+        found["expected"].append(int(np.argmax(nearest)))
+        nearest = np.minimum(nearest, distance(found["expected"][-1]))
+    return found
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "million":
+        print(json.dumps(share_a_million()))
+        sys.exit()
     jax.config.update("jax_enable_x64", sys.argv[1] == "float64")
     compiled = os.path.join(os.environ["DYNAMICAL_JAX_TEST_CACHE"], "compiled")
     jax.config.update("jax_compilation_cache_dir", compiled)

@@ -83,8 +83,10 @@ def test_one_is_killed_and_the_same_command_continues(tmp_path, expected, killed
     print(f"ended after {time.monotonic() - at:.1f} s: {errors}")
     processes[killed].communicate()
     assert processes[1 - killed].returncode != 0
-    # JAX may be faster than the exchange that fails, and end the process by itself.
-    assert "the processes of this run have lost each other" in errors or "crashed" in errors
+    # One line, ours; a second where JAX ends the process after the exchange has failed.
+    said = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+    assert 1 <= len(said) <= 2, errors
+    assert all("the processes of this run have lost each other" in line for line in said)
     processes = start_two(f"--output_dir={tmp_path}")
     (_, errors), _ = [process.communicate() for process in processes]
     assert processes[0].returncode == 0, errors

@@ -1,6 +1,7 @@
 """Several devices compute what one computes, and exchange no more than they must."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,8 +16,8 @@ from dynamical_jax import parallel
 SAME = ("fit", "evaluation", "grad_s", "change", "outputs", "few")
 
 
-def compute(dtype, counts):
-    command = [sys.executable, "devices.py", dtype, counts]
+def compute(*arguments):
+    command = [sys.executable, "devices.py", *arguments]
     done = subprocess.run(command, cwd=toy.ROOT / "tests", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -66,3 +67,36 @@ def test_more_devices_than_there_are():
 def test_one_device_is_no_mesh():
     assert parallel.make_mesh(1) is None
     assert parallel.multiple(5, None) == 5
+
+
+@pytest.mark.slow
+def test_each_device_holds_its_share_of_a_million_features():
+    found = compute("million")
+    print(found)
+    assert found["shares"] == [found["all"] // 8] * 8
+    assert found["chosen"] == found["expected"]
+
+
+ENDED = """
+import os, sys
+from dynamical_jax import parallel
+parallel._say_in_one_line_if_ended()
+os.write(2, b"dozens of lines\\n")
+print("ours", file=sys.stderr)
+if sys.argv[1] == "ended by JAX":
+    os.abort()
+"""
+
+
+def test_a_process_that_jax_ends_says_so_in_one_line(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    pipes = {"env": environment, "stderr": subprocess.PIPE, "text": True, "cwd": toy.ROOT}
+    ways = ("ended by JAX", "by itself")
+    started = [subprocess.Popen([sys.executable, "-c", ENDED, way], **pipes) for way in ways]
+    ended, by_itself = (process.communicate()[1] for process in started)
+    (log,) = tmp_path.iterdir()
+    line = f"what JAX says is in {log}); the same command, on all of them, continues\n"
+    assert ended == f"ours\nerror: the processes of this run have lost each other ({line}"
+    assert log.read_text().startswith("dozens of lines\n")
+    assert by_itself == "ours\n"
+    assert started[1].returncode == 0

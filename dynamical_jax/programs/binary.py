@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from dynamical_jax import parallel
 from dynamical_jax.errors import UserError, describe
 
 CHECKED_MODULES = ("dynamical_jax.", "experiments.", "theory.", "benchmarks.")
@@ -94,10 +95,13 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
         _say(f"error: {describe(error)}")
         return 1
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         why = str(error).partition("\n")[0] or "no more can be had"
-        _say(f"error: there is not enough memory: {why}")
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            _say(f"error: there is not enough memory: {why}")
+        elif jax.distributed.is_initialized():
+            _say(f"error: {parallel.lost(why)}")
+        else:
+            raise
         return 1
     for failure in failures:
         _say(f"error: {failure}")

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from dynamical_jax import parallel
 from dynamical_jax.active_learning import State
-from dynamical_jax.errors import UserError
 from dynamical_jax.runs import playing, records
 from dynamical_jax.runs.checkpoints import Checkpoints
 from dynamical_jax.runs.playing import Run as Run
@@ -107,10 +106,7 @@ class _Follower(playing.Listener):
 def _check_together(why: str, trace: str | None) -> None:
     """Ends this process where it alone may have failed: the others would wait for it for ever."""
     if jax.process_count() > 1 and trace is not None:
-        raise UserError(
-            f"the processes of this run have lost each other ({why}); the same command, on all of "
-            "them, continues"
-        )
+        raise parallel.lost(why)
 
 
 class _Book(playing.Listener):
