@@ -150,7 +150,7 @@ def report_kinds(report: harness.Report, added: dict[str, dict[str, np.ndarray]]
             name: np.quantile(np.abs(other[kind] - values) / scale, (0.5, 0.99)).tolist()
             for name, other in added.items()
         }
-        report.add({"kind": kind, "share": scale / whole, "errors": errors})
+        report.add({"kind": kind, "share": float(scale / whole), "errors": errors})
         cells = "".join(f"{f'{median:.1e} ({tail:.1e})':>20}" for median, tail in errors.values())
         print(f"{kind:16}{scale / whole:8.1%}{cells}", flush=True)
 

@@ -81,9 +81,9 @@ def compute(dtype, count):
 
 
 def points(dtype):
-    """37 points around the origin, many of them at equal distances, some of them copies."""
+    """36 points around the origin, many of them at equal distances, some of them copies."""
     half = np.random.default_rng(0).integers(-2, 3, (18, 3))
-    return np.concatenate([half, np.zeros((1, 3)), -half]).astype(dtype)
+    return np.concatenate([half, -half]).astype(dtype)
 
 
 def choose(dtype, mesh):
@@ -91,9 +91,9 @@ def choose(dtype, mesh):
     x, key = points(dtype), jax.random.key(0)
     weights = np.arange(len(x)) % 5
     found = {
-        "farthest": selection.farthest_first(x, x[:2], 30, mesh)[0].tolist(),
-        "farthest of all": selection.farthest_first(x, x[:0], 30, mesh)[0].tolist(),
-        "seeding": selection.k_means_plus_plus(key, x[:, :2], x, 37, mesh=mesh)[0].tolist(),
+        "farthest": selection.farthest_first(x, x[:2], 36, mesh)[0].tolist(),
+        "farthest of all": selection.farthest_first(x, x[:0], 36, mesh)[0].tolist(),
+        "seeding": selection.k_means_plus_plus(key, x[:, :2], x, 36, mesh=mesh)[0].tolist(),
         "weighted": selection.k_means_plus_plus(key, x[:, :2], x, 9, weights, mesh)[0].tolist(),
     }
     if mesh is not None:

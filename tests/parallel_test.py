@@ -45,7 +45,7 @@ def test_as_on_one_device(dtype, counts, tolerance):
         # As on one device, the lower of equally far ones first; each device holds its share.
         shares, exchanged = values["chosen"].pop("shares"), values["chosen"].pop("per choice")
         assert values["chosen"] == expected["chosen"]
-        assert shares == [-(-37 // int(count))] * int(count)
+        assert shares == [-(-36 // int(count))] * int(count)
         # For a choice a point and the farthest of each device, never all points.
         point = 3 * np.dtype(dtype).itemsize
         assert sum(size for _, size in exchanged) <= 16 * int(count) + 8 * point, exchanged
