@@ -90,7 +90,9 @@ def choose(dtype, mesh):
     """What is chosen from points that each device has a share of."""
     x, key = points(dtype), jax.random.key(0)
     weights = np.arange(len(x)) % 5
+    first = selection.farthest_first(x + 100, x[:0], 1, mesh)[0]  # Nearest the mean.
     found = {
+        "distance from the mean": np.sum(x[first] ** 2).item(),
         "farthest": selection.farthest_first(x, x[:2], 36, mesh)[0].tolist(),
         "farthest of all": selection.farthest_first(x, x[:0], 36, mesh)[0].tolist(),
         "seeding": selection.k_means_plus_plus(key, x[:, :2], x, 36, mesh=mesh)[0].tolist(),
