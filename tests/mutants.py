@@ -180,8 +180,8 @@ FAULTS = (
     Fault(
         "k-means++ first centre",
         "dynamical_jax/strategies/selection.py",
-        "chosen = jnp.where(jnp.any(taken), drawn, jnp.argmax(first))",
-        "chosen = drawn",
+        "parallel.argmax(jnp.where(is_first, first, draw), mesh)",
+        "parallel.argmax(draw, mesh)",
         ("tests/strategies/selection_test.py",),
     ),
     Fault(
