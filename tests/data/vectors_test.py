@@ -241,7 +241,7 @@ class TestDataset:
         def in_blocks(x):
             return (x[start : start + 7] for start in range(0, len(x), 7))
 
-        monkeypatch.setattr(images, "blocks", in_blocks)
+        monkeypatch.setattr(images, "iterate_blocks", in_blocks)
         data = make(dtype, size=1000)  # Sums of half precision end at 65504.
         expected = sklearn.preprocessing.StandardScaler().fit(data.pool.x.astype(np.float64))
         np.testing.assert_allclose(data.mean, expected.mean_, rtol=1e-12)
