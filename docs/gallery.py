@@ -125,11 +125,11 @@ def first_look(scored: Any) -> np.ndarray:
     match scored:
         case strategies.dynamical.Changes():
             return scored.change
-        case strategies.coreset.Embeddings():
-            between = scored.unlabeled[:, None] - scored.labeled[None]
+        case strategies.coreset.Embeddings() as embeddings, _:
+            between = embeddings.unlabeled[:, None] - embeddings.labeled[None]
             return np.min(np.linalg.norm(between, axis=-1), axis=1)
-        case strategies.badge.Factors():
-            return np.prod([np.linalg.norm(part, axis=-1) for part in scored], axis=0)
+        case strategies.badge.Factors(residual, embedding):
+            return np.linalg.norm(residual, axis=-1) * np.linalg.norm(embedding, axis=-1)
         case strategies.albl.BanditState(), arm_scores:
             return first_look(arm_scores)
         case strategies.sampled.Noisy():

@@ -58,7 +58,7 @@ def embed(
     """
     images.check_pixels(x)
     read = lambda positions: (x[positions], np.ones(len(positions), bool))
-    vectors, _ = _embed(weights, list(images.digests(x)), read, cache_dir, image_size)
+    vectors, _ = _embed(weights, list(images.digest_rows(x)), read, cache_dir, image_size)
     return vectors
 
 
@@ -138,7 +138,7 @@ def _embed(
     variables = _variables(model, example)
     width = jax.eval_shape(model.apply, variables, example).embedding.shape[1]
     anywhere = dataclasses.replace(weights, path="")
-    facts = (anywhere, model.size, example.shape[1:], FORMAT, images.FORMAT)
+    facts = (anywhere, model.size, example.shape[1:], FORMAT, images.CACHE_VERSION)
     name = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     path = pathlib.Path(cache_dir) / f"embeddings-{name}"
     try:

@@ -84,21 +84,25 @@ def make_view(model, **fields):
     return dj.LearnerView(**{**given, **fields})
 
 
+# Of each kind of question that strategies ask a model: gradients, products, logits, embeddings.
+KINDS = ("dynamical", "dynamical_joint", "entropy", "coreset", "badge")
+
+
 def queries(view):
-    return {name: make().query(KEY, view, 5) for name, make in toy.STRATEGIES.items()}
+    return {name: dj.STRATEGIES[name]().query(KEY, view, 5) for name in KINDS}
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 class TestAnyModel:
     def test_strategies(self, model):
-        # Each with one model: what a model may return is the same for all, as tested below.
-        view, pair = make_view(model), isinstance(model.model, ConvNet)
+        # strategies_test.py has each with one model: what a model may return is the same for all.
+        view = make_view(model)
         for name, make in toy.STRATEGIES.items():
             if isinstance(model.model, MLP) and name in NEED_EMBEDDING:
                 message = rf"{make.__name__} needs embeddings: let the model return \(logits, emb"
                 with pytest.raises(dj.UserError, match=message):
                     make().query(KEY, view, 5)
-            elif pair or name in ("dynamical", "dynamical_joint", "entropy", "coreset"):
+            elif name in KINDS:
                 query = make().query(KEY, view, 5)
                 assert len(np.unique(query.positions)) == 5
                 assert np.isfinite(query.scores).all()

@@ -15,10 +15,15 @@ import dynamical_jax as dj
 
 # Most of the time goes into compiling programs that run once; less is gained by optimising them.
 # Without the fusion emitters compiling takes half as long again: 28 s instead of 53 s of CPU for
-# training_test.py. Processes that tests start inherit it. Flags that a newer XLA does not know end
-# the process with a line that names them.
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"
+# training_test.py. Programs this small are not worth dividing among threads: 7.5 instead of 8.7 s
+# for the convolutions of layers_test.py. Processes that tests start inherit it. Flags that a newer
+# XLA does not know end the process with a line that names them.
+FAST_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_TO_COMPILE])
 
 
 def pytest_addoption(parser):
@@ -78,6 +83,19 @@ def cache_dir():
 def _strict_arrays():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def drawn_pictures():
+    """For tests that look at pictures."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn_pictures(request, monkeypatch):
+    # Drawing takes a quarter of a second, often longer than all else that a binary does.
+    if "drawn_pictures" not in request.fixturenames:
+        draw_nothing = lambda picture, path, **options: pathlib.Path(path).touch()
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
 
 
 @pytest.fixture(autouse=True, scope="module")

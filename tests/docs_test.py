@@ -44,6 +44,7 @@ class TestGallery:
         # Distances in coreset come from products, here from differences.
         np.testing.assert_allclose(scores[query.positions[0]], query.scores[0], rtol=1e-4)
 
+    @pytest.mark.usefixtures("drawn_pictures")
     def test_picture(self, task, tmp_path, monkeypatch):
         monkeypatch.setattr(gallery, "GRID_SIZE", 6)
         path = tmp_path / "picture.png"

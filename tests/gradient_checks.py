@@ -5,6 +5,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import toy
 from flax import linen as nn
 
@@ -29,6 +30,24 @@ def model_from(function):
 
 def single_layer(layer):
     return model_from(lambda self, x: layer.clone(parent=self)(x))
+
+
+def side_by_side(layers):
+    """Returns a model of which each layer sees the input: one program tests all of them."""
+
+    def function(self, x):
+        called = [layer.clone(parent=self, name=f"layer{i}")(x) for i, layer in enumerate(layers)]
+        return jnp.concatenate([outputs.reshape(len(x), -1) for outputs in called], axis=1)
+
+    return model_from(function)
+
+
+def params(table, quick):
+    """Returns the values of a table; those whose names are not `quick` are slow tests."""
+    return [
+        pytest.param(value, id=name, marks=[] if name in quick else pytest.mark.slow)
+        for name, value in table.items()
+    ]
 
 
 def draw(shape, seed=0):

@@ -184,7 +184,7 @@ def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
     # Summed over blocks, which needs no float copy of the pool, and counted from the first value:
     # else the deviation of a constant would be a rounding error, and noise would be divided by it.
     origin, count, total, squares = None, 0, 0.0, 0.0
-    for block in images.blocks(x):
+    for block in images.iterate_blocks(x):
         block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
         origin = block[:1].copy() if origin is None else origin
         block = block - origin
@@ -237,7 +237,7 @@ def _load_own(
     interpolation: str,
 ) -> Dataset:
     if os.path.isdir(path):
-        own = folders.from_folder(
+        own = folders.read_folder(
             *(path, test_dir, test_fraction, cache_dir),
             *(image_size, channels, unreadable, interpolation),
         )
@@ -249,7 +249,7 @@ def _load_own(
         )
     if test_dir is not None:
         raise UserError(f"test_dir has no effect on {path}, which can hold a test set itself")
-    own = folders.from_file(path, test_fraction, image_size, channels, unreadable)
+    own = folders.read_file(path, test_fraction, image_size, channels, unreadable)
     return Dataset(pathlib.Path(path).stem, **own._asdict())
 
 

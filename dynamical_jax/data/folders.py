@@ -34,7 +34,7 @@ class OwnData(NamedTuple):
     paths: tuple[str, ...] = ()
 
 
-def from_folder(
+def read_folder(
     folder: str,
     test_dir: str | None,
     test_fraction: float | None,
@@ -53,14 +53,14 @@ def from_folder(
     _check_fraction(test_fraction, test_dir)
     class_names = _list_classes(folder)
     _check_two_classes(folder, class_names)
-    paths, y = _labeled_files(folder, class_names, class_names)
+    paths, y = _find_labeled_files(folder, class_names, class_names)
     size = len(paths)
     if test_dir is not None:
         _check_outside(test_dir, folder)
         test_classes = _list_classes(test_dir)
         if foreign := [name for name in test_classes if name not in class_names]:
             raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
-        more, labels = _labeled_files(test_dir, test_classes, class_names)
+        more, labels = _find_labeled_files(test_dir, test_classes, class_names)
         paths, y = paths + more, np.append(y, labels)
     x, readable, checksum = images.decode(
         paths, cache_dir, image_size, channels, unreadable, interpolation
@@ -78,13 +78,13 @@ def from_folder(
     return OwnData(
         *(Examples(Rows(x, part), y[part]) for part in (pool, test)),
         class_names,
-        _version((y, pool, test), class_names, checksum),
+        _compute_version((y, pool, test), class_names, checksum),
         pool,
         tuple(paths),
     )
 
 
-def from_file(
+def read_file(
     path: str,
     test_fraction: float | None,
     image_size: int | None,
@@ -114,18 +114,18 @@ def from_file(
     if missing := [name for name in needed if name not in arrays]:
         raise UserError(f"{path}: there is no array {missing[0]!r}")
     _check_fraction(test_fraction, f"test_{name}" if f"test_{name}" in arrays else None)
-    values, class_names = _npz_classes(path, arrays["label"], arrays.get("class_names"))
+    values, class_names = _read_classes(path, arrays["label"], arrays.get("class_names"))
     _check_two_classes(path, class_names)
 
     def examples(prefix: str) -> tuple[Examples, np.ndarray]:
         """Returns inputs and labels, and which of them are finite."""
         what, x = f"{path}: {prefix}{name}", arrays[prefix + name]
-        y = _npz_labels(what, len(x), prefix, arrays[f"{prefix}label"], values)
+        y = _read_labels(what, len(x), prefix, arrays[f"{prefix}label"], values)
         if name == "embedding":
-            kind, x = "vectors", _npz_vectors(what, x, image_size, channels)
+            kind, x = "vectors", _read_vectors(what, x, image_size, channels)
         else:
-            kind, x = "images", _npz_images(what, x, image_size, channels)
-        return Examples(x, y), _finite_rows(what, kind, x, unreadable)
+            kind, x = "images", _read_images(what, x, image_size, channels)
+        return Examples(x, y), _find_finite_rows(what, kind, x, unreadable)
 
     def taken(part: Examples, rows: np.ndarray) -> Examples:
         if len(rows) == len(part.y):
@@ -134,7 +134,7 @@ def from_file(
         return Examples(x, part.y[rows])
 
     everything, rows = examples("")
-    index = _npz_index(path, arrays.get("index"), len(everything.y))
+    index = _read_index(path, arrays.get("index"), len(everything.y))
     if f"test_{name}" in arrays:
         test = taken(*examples("test_"))
     else:
@@ -147,9 +147,9 @@ def from_file(
     if "path" in arrays:
         if "index" in arrays:
             raise UserError(f"{path} holds both index and path, and one of them names the examples")
-        paths = _npz_paths(path, arrays["path"], len(everything.y))
+        paths = _read_paths(path, arrays["path"], len(everything.y))
     facts = (class_names, zlib.crc32(index)) if "index" in arrays else (class_names,)
-    version = _version((*pool, *test), *facts)
+    version = _compute_version((*pool, *test), *facts)
     return OwnData(pool, test, class_names, version, index, paths)
 
 
@@ -169,8 +169,8 @@ class Features(NamedTuple):
     checksum: int
 
 
-def features(path: str, unreadable: str = "skip") -> Features:
-    """Returns the vectors of image files: arrays embedding and path `[n]`, read as in `from_file`.
+def read_features(path: str, unreadable: str = "skip") -> Features:
+    """Returns the vectors of image files: arrays embedding and path `[n]`, read as in `read_file`.
 
     Other arrays are ignored.
 
@@ -185,9 +185,11 @@ def features(path: str, unreadable: str = "skip") -> Features:
             f"{path}: there is no array {missing[0]!r}; features need embedding [n, d] and path [n]"
         )
     what = f"{path}: embedding"
-    x = _npz_vectors(what, arrays["embedding"], None, None)
-    paths = _npz_paths(path, arrays["path"], len(x))
-    return Features(x, paths, _finite_rows(what, "vectors", x, unreadable), images.checksum(x))
+    x = _read_vectors(what, arrays["embedding"], None, None)
+    paths = _read_paths(path, arrays["path"], len(x))
+    return Features(
+        x, paths, _find_finite_rows(what, "vectors", x, unreadable), images.compute_checksum(x)
+    )
 
 
 def choose_held_out(
@@ -215,15 +217,17 @@ def choose_held_out(
 
 def check_finite(what: str, kind: str, x: Any) -> None:
     """Raises `UserError` if rows of x `[n, ...]` hold NaN or infinity, and names them."""
-    _finite_rows(what, kind, x, "refuse")
+    _find_finite_rows(what, kind, x, "refuse")
 
 
-def _finite_rows(what: str, kind: str, x: Any, unreadable: str) -> np.ndarray:
+def _find_finite_rows(what: str, kind: str, x: Any, unreadable: str) -> np.ndarray:
     """Returns the rows of x `[n, ...]` that hold neither NaN nor infinity; warns of the others."""
     if x.dtype.kind in "biu":
         return np.arange(len(x))
     rest = tuple(range(1, len(x.shape)))
-    finite = np.concatenate([np.isfinite(block).all(axis=rest) for block in images.blocks(x)])
+    finite = np.concatenate(
+        [np.isfinite(block).all(axis=rest) for block in images.iterate_blocks(x)]
+    )
     rows = np.flatnonzero(~finite)
     if len(rows):
         listed = [*map(str, rows[:5]), *(["…"] if len(rows) > 5 else [])]
@@ -259,9 +263,9 @@ def _check_two_classes(where: str, class_names: Sequence[str]) -> None:
         raise UserError(f"{where} has one class only, {class_names[0]!r}; two or more are needed")
 
 
-def _version(arrays: Iterable[Any], *facts: Any) -> str:
+def _compute_version(arrays: Iterable[Any], *facts: Any) -> str:
     """Returns a checksum of arrays and of the text of other facts."""
-    parts = [images.checksum(array) for array in arrays]
+    parts = [images.compute_checksum(array) for array in arrays]
     return f"{zlib.crc32(repr((parts, facts)).encode()):08x}"
 
 
@@ -277,7 +281,7 @@ def _list_classes(folder: str) -> tuple[str, ...]:
     return classes
 
 
-def _labeled_files(
+def _find_labeled_files(
     folder: str, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[list[str], np.ndarray]:
     """Returns the image files of some classes, and their labels."""
@@ -342,7 +346,7 @@ def _check_names(path: str, arrays: Iterable[str], allowed: Sequence[str]) -> No
         )
 
 
-def _npz_classes(
+def _read_classes(
     path: str, labels: np.ndarray, names: np.ndarray | None
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Returns the values of labels in the order of the classes, and the names of the classes."""
@@ -360,7 +364,7 @@ def _npz_classes(
     return list(class_names if labels.dtype.kind == "U" else range(len(names))), class_names
 
 
-def _npz_labels(
+def _read_labels(
     what: str, size: int, prefix: str, labels: np.ndarray, values: Sequence[Any]
 ) -> np.ndarray:
     """Returns the positions of labels in `values`."""
@@ -372,7 +376,7 @@ def _npz_labels(
     return np.array([values.index(value) for value in found.tolist()], np.int32)[inverse]
 
 
-def _npz_images(
+def _read_images(
     what: str, x: np.ndarray, image_size: int | None, channels: int | None
 ) -> np.ndarray:
     """Returns images `[n, h, w, c]`, resized to `image_size` unless that is None."""
@@ -391,7 +395,7 @@ def _npz_images(
     return images.resize_all(x, image_size)
 
 
-def _npz_vectors(what: str, x: Any, image_size: int | None, channels: int | None) -> Any:
+def _read_vectors(what: str, x: Any, image_size: int | None, channels: int | None) -> Any:
     """Returns vectors `[n, d]` as float32, since sums in half precision overflow."""
     if x.ndim != 2 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(
@@ -406,7 +410,7 @@ def _npz_vectors(what: str, x: Any, image_size: int | None, channels: int | None
         return x.astype(np.float32, copy=False)
 
 
-def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
+def _read_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
     """Returns the whole numbers that name the rows."""
     if index is None:
         return np.arange(size)
@@ -418,7 +422,7 @@ def _npz_index(path: str, index: np.ndarray | None, size: int) -> np.ndarray:
     return index.astype(np.int64)
 
 
-def _npz_paths(path: str, paths: np.ndarray, size: int) -> tuple[str, ...]:
+def _read_paths(path: str, paths: np.ndarray, size: int) -> tuple[str, ...]:
     """Returns the paths of the files that the rows are of."""
     if paths.dtype.kind != "U" or paths.shape != (size,) or len(np.unique(paths)) < size:
         raise UserError(

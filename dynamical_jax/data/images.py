@@ -33,23 +33,23 @@ from dynamical_jax.errors import UserError
 DEFAULT_SIZE = 64
 LARGEST_OWN_SIDE = 256
 UNREADABLE = ("skip", "refuse")
-# Files that lie beside images, and that nobody takes for one.
-QUIET = (".csv", ".json", ".jsonl", ".lock", ".partial", ".txt", ".ini", ".db")
-# Of kinds that Pillow reads only with another package: its name.
-READERS = {".heic": "pillow-heif", ".heif": "pillow-heif"}
-# The system's errors where a file is not to be had now, which is not remembered, …
-NOT_NOW = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
-# … and where the machine has no more of something, so that other files would fail as well. With all
-# others, such as EINVAL for a place before the beginning, the file is broken.
-NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Suffixes of files that often lie beside images: `find` leaves them out without a word.
+UNREPORTED_SUFFIXES = (".csv", ".json", ".jsonl", ".lock", ".partial", ".txt", ".ini", ".db")
+# Suffixes that Pillow reads only with another package, and the package.
+READER_PACKAGES = {".heic": "pillow-heif", ".heif": "pillow-heif"}
+# The file cannot be opened now, but perhaps later: the cache does not keep this.
+TEMPORARY_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.ESTALE)
+# The machine has run out of something, so that other files would fail as well. With all other
+# errors, such as EINVAL for a place before the beginning, the file is broken.
+EXHAUSTION_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
 # Raise it when decoding or resizing changes, so that older caches are not used.
-FORMAT = 2
+CACHE_VERSION = 2
 
-DRAFT = 2
+DRAFT_FACTOR = 2
 """Large JPEGs are decoded at a fraction of their size, at least so many times the size wanted."""
 
 DAYS_KEPT = 30
@@ -73,7 +73,7 @@ class OnDisk:
     def __init__(self, path: str | os.PathLike, dtype: Any = None):
         self.path = pathlib.Path(path)
         try:
-            mapped = self._mapped()
+            mapped = self._map_file()
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} is no whole .npy file ({error})") from error
         self.shape, self.ndim = mapped.shape, mapped.ndim
@@ -84,9 +84,9 @@ class OnDisk:
 
     def __getitem__(self, positions: Any) -> np.ndarray:
         with np.errstate(over="ignore"):  # What is too large becomes infinite.
-            return np.array(self._mapped()[positions], self.dtype)
+            return np.array(self._map_file()[positions], self.dtype)
 
-    def _mapped(self) -> np.ndarray:
+    def _map_file(self) -> np.ndarray:
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
 
@@ -116,9 +116,9 @@ def find(folder: str | os.PathLike) -> list[str]:
     """Returns the paths of all files below a folder with a suffix that Pillow reads, sorted.
 
     Left out is what is hidden, folders that are links, folders of checkpoints, what is no regular
-    file, and files of other kinds; a warning counts them. Of `QUIET` kinds there is none.
+    file, and files of other kinds; a warning counts them, but for those of `UNREPORTED_SUFFIXES`.
     """
-    readable, found, left_out, broken = _suffixes(), [], Counter(), []
+    readable, found, left_out, broken = _readable_suffixes(), [], Counter(), []
 
     def fail(error: OSError) -> None:
         broken.append(f"{error.filename} ({error.strerror})")
@@ -137,8 +137,8 @@ def find(folder: str | os.PathLike) -> list[str]:
             if name.startswith("."):
                 left_out["hidden"] += suffix in readable
             elif suffix not in readable:
-                left_out[suffix or "without a suffix"] += suffix not in QUIET
-            elif why := _unusable(path):
+                left_out[suffix or "without a suffix"] += suffix not in UNREPORTED_SUFFIXES
+            elif why := _explain_unusable(path):
                 broken.append(f"{path} ({why})")
             else:
                 found.append(path)
@@ -146,8 +146,8 @@ def find(folder: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def _suffixes() -> set[str]:
-    """The suffixes of files that Pillow reads, with the packages that are installed."""
+def _readable_suffixes() -> set[str]:
+    """Returns the suffixes of files that Pillow reads, with the packages that are installed."""
     if importlib.util.find_spec("pillow_heif"):
         import pillow_heif
 
@@ -155,8 +155,8 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
 
 
-def _unusable(path: str) -> str:
-    """Why a path is not that of a regular file; "" if it is."""
+def _explain_unusable(path: str) -> str:
+    """Returns why a path is not that of a regular file; "" if it is."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -169,7 +169,8 @@ def _report_left_out(
 ) -> None:
     """Warns of what `find` does not return."""
     kinds = [
-        f"{count} {kind}{f' (pip install {READERS[kind]})' if kind in READERS else ''}"
+        f"{count} {kind}"
+        f"{f' (pip install {READER_PACKAGES[kind]})' if kind in READER_PACKAGES else ''}"
         for kind, count in sorted(left_out.items())
         if count
     ]
@@ -187,13 +188,13 @@ def read(path: str | os.PathLike, shape: ImageShape, interpolation: str = "bilin
     first frame is read, of 16-bit grey the upper 8 bits. Colour becomes grey as in ITU-R 601.
 
     A photograph is decoded at a fraction of its size, a half to an eighth, where it is a JPEG that
-    stays `DRAFT` times as large as `shape`: in a fraction of the time and memory.
+    stays `DRAFT_FACTOR` times as large as `shape`: in a fraction of the time and memory.
 
     Raises:
       Exception: of any type, if the file is broken, as Pillow's many decoders raise it.
     """
     with Image.open(path) as file:
-        side = DRAFT * max(shape.height, shape.width)  # Whichever way it will be turned.
+        side = DRAFT_FACTOR * max(shape.height, shape.width)  # Whichever way it will be turned.
         file.draft(file.mode, (side, side))
         image = _make_opaque(ImageOps.exif_transpose(file), shape.channels)
     pixels = np.asarray(image).reshape(image.height, image.width, shape.channels)
@@ -227,10 +228,10 @@ def check_pixels(x: Any) -> None:
         )
 
 
-def checksum(x: Any) -> int:
+def compute_checksum(x: Any) -> int:
     """Returns the checksum of all numbers of an array, which need not be in memory."""
     total = 0
-    for block in blocks(x):
+    for block in iterate_blocks(x):
         total = zlib.crc32(np.ascontiguousarray(block), total)
     return total
 
@@ -293,37 +294,39 @@ def preview(path: str | os.PathLike, side: int) -> tuple[bytes, str]:
     return written.getvalue(), "image/jpeg"
 
 
-def blocks(x: Any) -> Iterator[np.ndarray]:
+def iterate_blocks(x: Any) -> Iterator[np.ndarray]:
     """Yields the rows of an array `[n, ...]`, a block at a time."""
     size = max(1, 2**22 // max(1, math.prod(x.shape[1:])))
     return (np.asarray(x[start : start + size]) for start in range(0, len(x), size))
 
 
-def first_equal(x: Any) -> np.ndarray:
+def find_first_equal(x: Any) -> np.ndarray:
     """Returns for each row of `[n, ...]` the position of the first that equals it."""
     seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(d, position) for position, d in enumerate(digests(x))], int)
+    return np.array(
+        [seen.setdefault(d, position) for position, d in enumerate(digest_rows(x))], int
+    )
 
 
 def count_copies(x: Any, other: Any) -> int:
     """Returns how many rows of x `[n, ...]` are rows of `other` `[m, ...]`, too."""
-    known = set(digests(other))
-    return sum(digest in known for digest in digests(x))
+    known = set(digest_rows(other))
+    return sum(digest in known for digest in digest_rows(x))
 
 
-def digests(x: Any) -> Iterator[bytes]:
+def digest_rows(x: Any) -> Iterator[bytes]:
     """Yields 16 bytes for each row of `[n, ...]`, which tell whether rows are equal."""
-    for block in blocks(x):
+    for block in iterate_blocks(x):
         for row in np.ascontiguousarray(block):
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
-def can_be_opened(paths: Sequence[str]) -> np.ndarray:
+def check_headers(paths: Sequence[str]) -> np.ndarray:
     """Returns `[n]` whether the headers of files are those of images."""
     with ThreadPool() as threads:
-        headers = threads.imap(_header, paths, chunksize=16)
+        headers = threads.imap(_read_shape, paths, chunksize=16)
         return np.array(
-            [h is not None for h in _progress(headers, len(paths), "looking at images")]
+            [h is not None for h in _show_progress(headers, len(paths), "looking at images")]
         )
 
 
@@ -341,8 +344,8 @@ def infer_shape(
     shapes = set()
     if size is None or channels is None:
         with ThreadPool() as threads:
-            headers = threads.imap_unordered(_header, paths, chunksize=16)
-            shapes = set(_progress(headers, len(paths), "looking at images")) - {None}
+            headers = threads.imap_unordered(_read_shape, paths, chunksize=16)
+            shapes = set(_show_progress(headers, len(paths), "looking at images")) - {None}
     sides = {(shape.height, shape.width) for shape in shapes}
     height = width = size or DEFAULT_SIZE
     if size is None and len(sides) == 1 and max(min(sides)) <= LARGEST_OWN_SIDE:
@@ -380,7 +383,7 @@ def decode(
     """
     check_options(size, channels, unreadable)
     cache = pathlib.Path(cache_dir)
-    folder, listing = list_files(paths)
+    folder, listing = fingerprint_files(paths)
     array = cache / f"{_cache_name(size, channels, interpolation, listing)}.npy"
     report = array.with_suffix(".json")
     latest = cache / f"{_cache_name(size, channels, interpolation, folder)}-latest.json"
@@ -403,7 +406,7 @@ def decode(
                 "give another --cache_dir, or a smaller --image_size",
             )
             made = _decode_into(
-                partial, paths, shape, interpolation, _Former(latest, shape, listing), listing
+                partial, paths, shape, interpolation, _EarlierArray(latest, shape, listing), listing
             )
             partial_report.write_bytes(msgspec.json.encode(made))
         with replacing_cache_file(latest) as partial:
@@ -417,11 +420,11 @@ def decode(
     with contextlib.suppress(OSError):  # A cache may be read-only.
         os.utime(array)
     broken = {paths[position]: why for position, why in found.unreadable.items()}
-    _report(broken, len(paths), unreadable)
+    _report_unreadable(broken, len(paths), unreadable)
     return Decoded(x, ~np.isin(np.arange(len(x)), list(found.unreadable)), found.checksum)
 
 
-class _Found(msgspec.Struct):
+class _CacheReport(msgspec.Struct):
     """The report beside a decoded array.
 
     Attributes:
@@ -437,9 +440,11 @@ class _Found(msgspec.Struct):
     files: list[str] = []
 
 
-def _read_cache(array: pathlib.Path, report: pathlib.Path, count: int) -> tuple[OnDisk, _Found]:
+def _read_cache(
+    array: pathlib.Path, report: pathlib.Path, count: int
+) -> tuple[OnDisk, _CacheReport]:
     """Returns what `decode` stored; raises `ValueError` or `OSError` if it is not that."""
-    x, found = OnDisk(array), files.read_json(report, _Found)
+    x, found = OnDisk(array), files.read_json(report, _CacheReport)
     if x.ndim != 4 or len(x) != count:
         raise ValueError(f"it is of shape {x.shape}")
     if max([*found.unreadable, *found.unopened], default=0) >= count:
@@ -486,7 +491,7 @@ def _make_opaque(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _header(path: str) -> ImageShape | None:
+def _read_shape(path: str) -> ImageShape | None:
     """Returns the shape of the image in a file; None if it cannot be read."""
     try:
         with Image.open(path) as image:
@@ -501,8 +506,8 @@ def _header(path: str) -> ImageShape | None:
         return None
 
 
-def list_files(paths: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the folder of files, and checksums of their names, sizes and times of change."""
+def fingerprint_files(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the common folder of files, and a checksum of name, size and time of each."""
     common = os.path.commonpath([os.path.abspath(path) for path in paths])
 
     def checksum(path: str) -> str:
@@ -520,11 +525,11 @@ def _cache_name(
     size: int | None, channels: int | None, interpolation: str, of: str | list[str]
 ) -> str:
     """Returns the name of a file in the cache, without its suffix."""
-    facts = repr((size, channels, interpolation, FORMAT, of))
+    facts = repr((size, channels, interpolation, CACHE_VERSION, of))
     return f"images-{zlib.crc32(facts.encode()):08x}"
 
 
-class _Former:
+class _EarlierArray:
     """The images of an earlier array of the same folder that have not changed since.
 
     Args:
@@ -537,7 +542,7 @@ class _Former:
         self._row_of: dict[int, int] = {}
         with contextlib.suppress(OSError, ValueError, UserError):  # Without it all are decoded.
             array = latest.with_name(files.read_json(latest, str))
-            found = files.read_json(array.with_suffix(".json"), _Found)
+            found = files.read_json(array.with_suffix(".json"), _CacheReport)
             self._x = OnDisk(array)
             if self._x.shape == (len(found.files), *shape):
                 rows = {name: row for row, name in enumerate(found.files)}
@@ -567,9 +572,9 @@ def _decode_into(
     paths: Sequence[str],
     shape: ImageShape,
     interpolation: str,
-    former: _Former,
+    earlier: _EarlierArray,
     listing: Sequence[str],
-) -> _Found:
+) -> _CacheReport:
     """Writes the array; returns its checksum, and the reasons why files cannot be read."""
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset, unopened = array.offset, []
@@ -579,15 +584,15 @@ def _decode_into(
 
     def store(position: int) -> int | str:
         try:
-            image = former.get(position)
+            image = earlier.get(position)
             image = read(paths[position], shape, interpolation) if image is None else image
         except Exception as error:  # See `read`.
             number = getattr(error, "errno", None)
-            if number in NOT_NOW:
+            if number in TEMPORARY_ERRORS:
                 unopened.append(position)
-            elif number in NO_MORE:
+            elif number in EXHAUSTION_ERRORS:
                 raise UserError(f"cannot read {paths[position]}: {error.strerror}") from error
-            return _reason(paths[position], error)
+            return _describe_error(paths[position], error)
         with partial.open("r+b") as file:
             file.seek(offset + position * image.nbytes)
             file.write(image.tobytes())
@@ -595,24 +600,24 @@ def _decode_into(
 
     with ThreadPool() as threads:  # Pillow decodes without holding the interpreter.
         jobs = threads.imap(store, range(len(paths)))
-        done = list(_progress(jobs, len(paths), "decoding images"))
+        done = list(_show_progress(jobs, len(paths), "decoding images"))
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
     # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
     checksum = zlib.crc32(json.dumps([shape, pixels]).encode())
-    return _Found(checksum, broken, sorted(unopened), list(listing))
+    return _CacheReport(checksum, broken, sorted(unopened), list(listing))
 
 
-def _progress(work: Iterable, total: int, what: str) -> Iterable:
+def _show_progress(work: Iterable, total: int, what: str) -> Iterable:
     return tqdm.tqdm(work, what, total, disable=None, leave=False)
 
 
-def _reason(path: str, error: Exception) -> str:
+def _describe_error(path: str, error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.partition("\n")[0].replace(f" {path!r}", "")
 
 
-def _report(broken: Mapping[str, str], total: int, unreadable: str) -> None:
+def _report_unreadable(broken: Mapping[str, str], total: int, unreadable: str) -> None:
     if not broken:
         return
     named = [f"{path} ({why})" for path, why in list(broken.items())[:3]]

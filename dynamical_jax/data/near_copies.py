@@ -61,7 +61,7 @@ def first_near(x: Any, bits: int) -> Int[np.ndarray, " n"]:
 
 def _hashes(x: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Yields of each image the hash, and the grey values of its fields `[8, 9]`."""
-    for block in images.blocks(x):
+    for block in images.iterate_blocks(x):
         for image in block:
             grey = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("L")
             fields = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), np.int16)

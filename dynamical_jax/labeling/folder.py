@@ -205,8 +205,8 @@ def read(
     Args:
       folder: of the images.
       paths: those that `find` found.
-      features: a file of vectors to learn from, as in `folders.features`. Images of which it has
-        none are left out, with a warning, and so are vectors of no image.
+      features: a file of vectors to learn from, as in `folders.read_features`. Images of which it
+        has none are left out, with a warning, and so are vectors of no image.
       near: bits in which near-copies may differ, as in `near_copies.first_near`. By default, and
         always for `features`, images are nearly the same if they are the same.
       embed: makes vectors `[n, d]` to learn from of the images.
@@ -220,12 +220,12 @@ def read(
         x, is_readable, _ = images.decode(files, **options)
         checksum = None
     else:
-        vectors = folders.features(features, options.get("unreadable", "skip"))
+        vectors = folders.read_features(features, options.get("unreadable", "skip"))
         checksum = vectors.checksum
         row_of = {path: row for row, path in enumerate(vectors.paths)}
         rows = np.array([row_of.get(path, -1) for path in paths])
         _report_unmatched(folder, paths, features, vectors.paths)
-        is_readable = images.can_be_opened(files)
+        is_readable = images.check_headers(files)
         if broken := [path for path, opens in zip(paths, is_readable, strict=True) if not opens]:
             warnings.warn(
                 f"{len(broken)} of {len(paths)} image files cannot be read: {_some(broken)}; they "
@@ -236,14 +236,14 @@ def read(
         x = Rows(vectors.x, rows)
     readable = np.flatnonzero(is_readable)
     first = np.full(len(paths), -1)
-    first[readable] = readable[images.first_equal(Rows(x, readable))]
+    first[readable] = readable[images.find_first_equal(Rows(x, readable))]
     nearest = np.arange(len(paths))
     if near is not None and features is None:
         unique = np.unique(first[readable])
         nearest[unique] = unique[near_copies.first_near(Rows(x, unique), near)]
     if embed is not None and features is None:
         x = embed(x)
-        checksum = images.checksum(x)
+        checksum = images.compute_checksum(x)
     return Pictures(list(paths), x, readable, first, nearest[first], checksum)
 
 

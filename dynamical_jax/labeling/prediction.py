@@ -128,7 +128,7 @@ class Model(NamedTuple):
             Examples(x[:0], np.zeros(0, np.int32)),
             x,
         )
-        probabilities = np.asarray(jax.nn.softmax(predictions.predict(view, x).logits))
+        probabilities = predictions.probabilities(predictions.predict(view, x).logits)
         order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
         return [
             Prediction(

@@ -5,7 +5,6 @@ import pathlib
 import warnings
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from dynamical_jax import files, streams
@@ -94,7 +93,7 @@ def predict(
     """
     view = _view(folder, learner, rows)
     outputs = predictions.predict(view, view.unlabeled, on_progress)
-    probabilities = np.asarray(jax.nn.softmax(outputs.logits))
+    probabilities = predictions.probabilities(outputs.logits)
     return [
         tables.Proposed(folder.paths[row], learner.class_names[np.argmax(p)], float(np.max(p)))
         for row, p in zip(rows, probabilities, strict=True)

@@ -216,6 +216,7 @@ def init(model: Any, key: Array, x: Any) -> Variables:
     return model.with_weights(variables) if isinstance(model, Pretrained) else variables
 
 
+@jax.jit
 def grow(variables: Variables, larger: Variables) -> Variables:
     """Returns the variables of a model to which classes are added.
 

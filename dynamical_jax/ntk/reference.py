@@ -51,8 +51,10 @@ def reference_ntk(
     kernel = nt.empirical_ntk_fn(
         logits, trace_axes=(-1,) if trace else (), vmap_axes=0, implementation=implementation
     )
-    if batch_size:
-        kernel = nt.batch(kernel, batch_size=batch_size, device_count=0)
+    # As it comes, each of its operations is a program of its own.
+    kernel = (
+        nt.batch(kernel, batch_size=batch_size, device_count=0) if batch_size else jax.jit(kernel)
+    )
     return np.asarray(kernel(jnp.asarray(x1), _to_device(x2), variables["params"]))
 
 

@@ -103,7 +103,7 @@ def read_features(
         raise UserError(f"the model in {CHECKPOINT.value} learned from images, not from --features")
     if not pathlib.Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    features = folders.features(path)
+    features = folders.read_features(path)
     row_of = {features.paths[row]: row for row in features.finite}
     found = [path for path in paths if path in row_of]
     if not found:

@@ -1,6 +1,7 @@
 """Computes logits and embeddings of a set, for strategies that need no gradients."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from dynamical_jax import contract, parallel
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import bucketed, each_block, scoring
 from dynamical_jax.strategies.base import LearnerView
-from dynamical_jax.types import ApplyFn, OnProgress, Outputs, Variables, ignore_progress
+from dynamical_jax.types import AnyArray, ApplyFn, OnProgress, Outputs, Variables, ignore_progress
 
 
 def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress) -> Outputs:
@@ -32,20 +33,13 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
     size, devices = len(x), parallel.num_devices(view.mesh)
     variables = parallel.replicate(view.variables, view.mesh)
     block_size = bucketed(-(-size // devices), scoring.largest_chunk_size()) * devices
-    blocks = list(each_block(run, size, block_size, on_progress, devices))
-    # Of several devices the host joins them: no device need hold the outputs for all.
-    xp, blocks = (jnp, blocks) if view.mesh is None else (np, parallel.fetch(blocks))
-    # Half precision cannot hold the squares that distances are made of.
-    widened = lambda part: part.astype(jnp.promote_types(part.dtype, jnp.float32))
-    parts = [
-        jax.tree.map(lambda part, count=count: widened(part[:count]), outputs)
-        for count, outputs in blocks
-    ]
-    outputs = jax.tree.map(lambda *parts: xp.concatenate(parts), *parts)
+    counts, blocks = zip(*each_block(run, size, block_size, on_progress, devices), strict=True)
+    if view.mesh is None:
+        outputs, finite = _join(jnp, counts, blocks)
+    else:  # The host joins them: no device need hold the outputs for all.
+        outputs, finite = _join.__wrapped__(np, counts, parallel.fetch(blocks))
     # A NaN would silently win or lose every comparison.
-    finite_by_part = [xp.all(xp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
-    finite = np.logical_and.reduce(finite_by_part)
-    if not finite.all():
+    if not np.all(finite):
         raise UserError(
             f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "
             "diverged or an input is not finite" + contract.explain_not_finite(view.variables, x)
@@ -53,7 +47,32 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
     return outputs
 
 
+def probabilities(logits: AnyArray) -> np.ndarray:
+    """Returns the softmax of logits `[n, K]`, in NumPy."""
+    return np.asarray(_softmax(logits))
+
+
+_softmax = jax.jit(jax.nn.softmax)
+
+
 @functools.partial(jax.jit, static_argnames=("apply", "mesh"))
 def _outputs(apply: ApplyFn, mesh: Mesh | None, variables: Variables, x: Any) -> Outputs:
     outputs = lambda variables, x: contract.as_outputs(apply(variables, x), len(x))
     return parallel.on_each(outputs, mesh, False, True)(variables, x)
+
+
+# One program; operation by operation there would be a dozen to compile for each size of a pool.
+@functools.partial(jax.jit, static_argnames=("xp", "counts"))
+def _join(xp: Any, counts: tuple[int, ...], blocks: Sequence[Outputs]) -> tuple[Outputs, Any]:
+    """Returns the first rows of each block, one after the other, and which of them are finite."""
+
+    def join(*parts: Any) -> Any:
+        # Half precision cannot hold the squares that distances are made of.
+        wide = jnp.promote_types(parts[0].dtype, jnp.float32)
+        return xp.concatenate(
+            [part[:count].astype(wide) for part, count in zip(parts, counts, strict=True)]
+        )
+
+    outputs = jax.tree.map(join, *blocks)
+    finite = [xp.all(xp.isfinite(part), axis=-1) for part in jax.tree.leaves(outputs)]
+    return outputs, functools.reduce(xp.logical_and, finite)

@@ -121,7 +121,7 @@ def test_find(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "f").symlink_to(tmp_path / "e")
-    monkeypatch.setattr(images, "_suffixes", lambda: {".png", ".jpeg", ".gif"})
+    monkeypatch.setattr(images, "_readable_suffixes", lambda: {".png", ".jpeg", ".gif"})
     with pytest.warns(UserWarning, match="^left out of ") as warned:
         found = [os.path.relpath(path, tmp_path) for path in images.find(tmp_path)]
     assert found == ["a.jpeg", "b/2.PNG", "b/c/1.gif", "e/9.png"]
@@ -329,7 +329,7 @@ class TestDecode:
             yield next(iter(work))
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(images, "_progress", interrupted)
+        monkeypatch.setattr(images, "_show_progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             images.decode(paths, tmp_path / "cache", 6, 3)
         assert list((tmp_path / "cache").iterdir()) == []
@@ -394,7 +394,7 @@ def test_first_equal_and_thumbnail(tmp_path):
     x = np.zeros((7, 2, 2, 1), np.uint8)
     x[[1, 4]] = 5
     x[2, 0, 0] = 1
-    np.testing.assert_array_equal(images.first_equal(x), [0, 1, 2, 0, 1, 0, 0])
+    np.testing.assert_array_equal(images.find_first_equal(x), [0, 1, 2, 0, 1, 0, 0])
     Image.new("RGB", (40, 20), "red").save(tmp_path / "wide.png")
     thumbnail = images.thumbnail(tmp_path / "wide.png", 16)
     assert thumbnail.shape == (16, 16, 3)
@@ -429,12 +429,12 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch
     sizes, resize = [], images.resize
     monkeypatch.setattr(images, "resize", lambda x, *to: sizes.append(x.shape) or resize(x, *to))
     small = images.read(path, ImageShape(64, 64, 3)).astype(int)
-    monkeypatch.setattr(images, "DRAFT", 10**6)
+    monkeypatch.setattr(images, "DRAFT_FACTOR", 10**6)
     whole = images.read(path, ImageShape(64, 64, 3))
     assert sizes == [(150, 200, 3), (1200, 1600, 3)]
     assert np.abs(small - whole).mean() < 1
     # What is not much larger than is wanted stays whole.
-    monkeypatch.setattr(images, "DRAFT", 2)
+    monkeypatch.setattr(images, "DRAFT_FACTOR", 2)
     images.read(path, ImageShape(700, 700, 1))
     assert sizes[-1] == (1200, 1600, 1)
 

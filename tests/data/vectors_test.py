@@ -171,6 +171,8 @@ class TestFile:
             assert (part.x.shape, part.x.dtype) == (of.x.shape, np.float32)
             np.testing.assert_array_equal(part.x[:], of.x)
         assert isinstance(data.pool_images, jax.Array)
+        if dtype != np.float16:  # The dtype that is read as another.
+            return
         monkeypatch.setattr(dj.datasets, "LARGEST_COPY", 64)  # Larger than memory, so to speak.
         large = dataclasses.replace(data)
         played = []
@@ -241,7 +243,7 @@ class TestDataset:
         def in_blocks(x):
             return (x[start : start + 7] for start in range(0, len(x), 7))
 
-        monkeypatch.setattr(images, "blocks", in_blocks)
+        monkeypatch.setattr(images, "iterate_blocks", in_blocks)
         data = make(dtype, size=1000)  # Sums of half precision end at 65504.
         expected = sklearn.preprocessing.StandardScaler().fit(data.pool.x.astype(np.float64))
         np.testing.assert_allclose(data.mean, expected.mean_, rtol=1e-12)
@@ -412,7 +414,11 @@ class TestBinaries:
         assert run()[0] is None  # In the same directory: the flags are the same.
         assert self.read(tmp_path) == named
 
-    @pytest.mark.parametrize("binary", [gamma_variants, query_rounds], ids=lambda m: m.__name__)
+    @pytest.mark.parametrize(
+        "binary",
+        [query_rounds, pytest.param(gamma_variants, marks=pytest.mark.slow)],
+        ids=lambda module: module.__name__,
+    )
     def test_other_axes(self, run, tmp_path, binary):
         options = {"budget": 8, "rounds": ["2", "1"]} if binary is query_rounds else {}
         status, _, errors = run(binary, **options)
@@ -466,6 +472,7 @@ class TestBinaries:
         assert message in errors
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow  # checkpoints_test.py has it with images.
     def test_killed_in_the_middle_of_training_and_continued(self, run, tmp_path, monkeypatch):
         options = {"strategies": ["dynamical", "albl"], "max_epochs": 9, "checkpoint_every": 2}
         options["target_accuracy"] = 1.0

@@ -29,15 +29,27 @@ def run(run_binary, tmp_path):
     )
 
 
+PLAYED = []
+
+
+@pytest.fixture
+def played(run, tmp_path_factory, drawn_pictures):
+    """Plays with `SMALL`, once for all tests; returns status, output, errors and the directory."""
+    if not PLAYED:
+        directory = tmp_path_factory.mktemp("played")
+        PLAYED.extend((*run(output_dir=str(directory / "run")), directory))
+    return PLAYED
+
+
 def read(directory):
     return dj.records.read(directory / "run" / "rounds.jsonl")
 
 
-def test_records_table_and_picture(run, tmp_path):
-    status, output, errors = run()
+def test_records_table_and_picture(played):
+    status, output, errors, directory = played
     assert status is None
     assert errors == ""
-    rounds = read(tmp_path)
+    rounds = read(directory)
     assert len(rounds) == 2 * 2 * 3
     for record in rounds:
         assert record["num_labeled"] == 10 + 5 * record["round"]
@@ -53,25 +65,24 @@ def test_records_table_and_picture(run, tmp_path):
         assert record["query_score_max"] >= record["query_score_mean"]
     assert output.count("test accuracy") == 12 + 1
     assert dj.records.table(rounds) in output
-    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 10_000
+    assert (directory / "run" / "accuracy.png").stat().st_size > 10_000
 
 
-def test_the_same_command_twice(run, tmp_path):
+def test_the_same_command_twice(played, run, tmp_path):
+    assert run()[0] is None
     kept = []
-    for name in ("one", "two"):
-        assert run(output_dir=str(tmp_path / name / "run"))[0] is None
-        rounds = read(tmp_path / name)
+    for directory in (played[-1], tmp_path):
+        rounds = read(directory)
         for record in rounds:
             del record["seconds"], record["flags"]["output_dir"]
         kept.append(rounds)
     assert kept[0] == kept[1]
 
 
-def test_seeds_can_be_spread(run, tmp_path):
-    run()
-    run(first_seed=1, num_seeds=1, output_dir=str(tmp_path / "other" / "run"))
-    mine = [record for record in read(tmp_path) if record["seed"] == 1]
-    other = read(tmp_path / "other")
+def test_seeds_can_be_spread(played, run, tmp_path):
+    run(first_seed=1, num_seeds=1)
+    mine = [record for record in read(played[-1]) if record["seed"] == 1]
+    other = read(tmp_path)
     for one, two in zip(mine, other, strict=True):
         assert (one["query"], one["test_accuracy"]) == (two["query"], two["test_accuracy"])
 
@@ -142,25 +153,25 @@ def test_unexpected_argument(run):
     assert "unexpected argument 'dataset=cifar10'" in errors
 
 
-def test_output_directory_of_another_run(run, tmp_path):
-    run()
-    before = read(tmp_path)
-    status, _, errors = run(num_seeds=1, learning_rate=0.01)
+def test_output_directory_of_another_run(played, run):
+    directory = played[-1]
+    before = read(directory)
+    status, _, errors = run(num_seeds=1, learning_rate=0.01, output_dir=str(directory / "run"))
     assert status == 1
     assert (
         "made with other flags (--learning_rate=0.001 there and 0.01 here, --num_seeds=" in errors
     )
-    assert read(tmp_path) == before
+    assert read(directory) == before
 
 
-def test_the_same_command_again_plays_nothing_again(run, tmp_path):
-    _, first, _ = run()
-    before = read(tmp_path)
-    status, output, _ = run(chunk_size=7)  # Changes no result.
+def test_the_same_command_again_plays_nothing_again(played, run):
+    _, first, _, directory = played
+    before = read(directory)
+    status, output, _ = run(chunk_size=7, output_dir=str(directory / "run"))  # Changes no result.
     assert status is None
     assert "round" not in output.partition("test accuracy (%)")[0]
     assert output.partition("test accuracy (%)")[2] == first.partition("test accuracy (%)")[2]
-    assert read(tmp_path) == before
+    assert read(directory) == before
 
 
 def test_a_failing_run_does_not_stop_the_others(run, tmp_path, monkeypatch):

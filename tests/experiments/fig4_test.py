@@ -27,6 +27,7 @@ def run(run_binary, tmp_path):
     return lambda **values: run_binary(fig4, **{**small, **values})
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_json_and_picture(run, tmp_path):
     status, output, errors = run()
     assert (status, errors) == (None, "")

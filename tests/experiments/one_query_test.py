@@ -9,6 +9,7 @@ from experiments import one_query
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_sheet_for_each_strategy(run_binary, tmp_path):
     names = ["random", "dynamical_joint"]
     small = {"strategies": names, "batch_size": 4, "max_epochs": 2, "output_dir": str(tmp_path)}

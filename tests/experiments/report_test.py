@@ -65,6 +65,7 @@ def cells(text, start):
     return {row[0]: row[1:] for row in rows}
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_accuracies_and_the_papers(run, tmp_path):
     status, output, errors = run(records())
     assert (status, errors) == (None, "")
@@ -339,6 +340,7 @@ def test_the_papers_tables_are_whole():
         assert max(map(max, table.mean.values())) < 100
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_forms_for_other_programs(run, tmp_path):
     pytest.importorskip("markdown")
     pytest.importorskip("tensorboardX")

@@ -3,6 +3,7 @@
 import sys
 from unittest import mock
 
+import gradient_checks as checks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,13 @@ SIZE = 7
 
 def flat_gradients(apply, variables, x, y):
     # As one program: operation by operation each one is compiled by itself.
-    trees = jax.jit(gradients.per_example_gradients, static_argnums=0)(apply, variables, x, y)
-    leaves = [np.asarray(leaf).reshape(len(x), -1) for leaf in jax.tree.leaves(trees)]
+    return flatten(
+        jax.jit(gradients.per_example_gradients, static_argnums=0)(apply, variables, x, y)
+    )
+
+
+def flatten(trees):
+    leaves = [np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(trees)]
     return np.concatenate(leaves, axis=1)
 
 
@@ -93,33 +99,50 @@ LAYERS = {
 }
 
 
+# A program for each takes 0.7 s to compile. Those of images are compiled as one, too.
+QUICK = {"dense of rows", "groups", "tokens beyond the table", "of another type", "two outputs"}
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("layer", "x"), LAYERS.values(), ids=LAYERS)
-def test_layer(layer, x):
-    model = Alone(layer)
-    variables = jax.tree.map(
-        lambda leaf: leaf.astype(float), dict(model.init(jax.random.key(0), x))
-    )
+def test_layers_of_images():
+    layers = [layer for name, (layer, x) in LAYERS.items() if x is IMAGES]
+    assert len(layers) == 11
+    check_layers(checks.side_by_side(layers), IMAGES)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", checks.params({name: name for name in LAYERS}, QUICK))
+def test_layer(name):
+    layer, x = LAYERS[name]
+    check_layers(Alone(layer), x)
+
+
+def check_layers(model, x):
+    variables, _ = checks.variables_and_direction(model, x)
     y = np.arange(SIZE) % 3
 
-    def products(formed, x):
+    def products(formed, variables, x):
         with mock.patch.object(pairs, "forms_gradient", return_value=formed):
             forms = factored.forms(model.apply, variables, x, y)
         return pairs.products(forms, forms)
 
-    both = jax.jit(lambda x: [products(formed, x) for formed in (True, False)])(x)
-    expected = flat_gradients(model.apply, variables, x, y)
+    @jax.jit  # One program of all compiles faster than several.
+    def compute(variables, x):
+        each = gradients.per_example_gradients(model.apply, variables, x, y)
+        return [products(formed, variables, x) for formed in (True, False)], each
+
+    both, each = compute(variables, x)
+    expected = flatten(each)
     for found in both:
         assert_products(found, expected, expected)
 
 
 def test_large_layers_are_not_formed():
     # A dense layer of vectors has as many parameters as d·p; its factors have d + p numbers.
-    forms = factored.forms(
-        Alone(nn.Dense(50)).apply,
+    forms = jax.eval_shape(
+        lambda variables, x: factored.forms(Alone(nn.Dense(50)).apply, variables, x, None),
         {"params": {"layer": {"kernel": jnp.ones((40, 50)), "bias": jnp.ones(50)}}},
         jnp.ones((3, 40)),
-        None,
     )
     assert [sorted(part.size for part in form) for form in forms] == [[3 * 40, 3 * 50], [3 * 50]]
     assert pairs.forms_gradient(positions=1024, depth=27, features=64)
@@ -139,7 +162,7 @@ def setting(request, float64):
 @pytest.mark.parametrize("engine", ["factored", "vmap"])
 def test_gram_of_models(setting, engine, recwarn):
     apply, variables, x, y = setting
-    predictions = np.argmax(apply(variables, x).logits, axis=-1)
+    predictions = np.argmax(jax.jit(apply)(variables, x).logits, axis=-1)
     for labels, taken in ((y, y), (None, predictions)):
         expected = flat_gradients(apply, variables, x, taken)
         found = gradients.gram(apply, variables, x, labels, engine=engine)
@@ -164,7 +187,7 @@ def test_blocks_change_nothing(setting, engine):
     left, right = dj.Examples(x, y), dj.Examples(toy.images(5, seed=3), None)
     whole = gradients.gram(apply, variables, *left, engine=engine)
     cross = gradients.cross_gram(apply, variables, left, right, engine=engine)
-    for chunk_size in (1, 3, 64):
+    for chunk_size in (3, 64):  # One at a time: below.
         options = {"engine": engine, "chunk_size": chunk_size}
         parts = gradients.gram(apply, variables, *left, **options)
         np.testing.assert_allclose(parts, whole, rtol=1e-9, atol=1e-12)
@@ -186,7 +209,7 @@ def test_cross_gram(setting):
 
 
 def test_short_memory_makes_small_blocks(monkeypatch):
-    model = toy.models()["cnn"]
+    model = toy.standardized(dj.models.Linear(3))
     variables, (x, y) = toy.variables(model), toy.examples(16)
     whole = gradients.gram(model.apply, variables, x, y)
     scoring = sys.modules["dynamical_jax.gradients.scoring"]
@@ -208,9 +231,7 @@ class Shared(nn.Module):
 def test_what_cannot_be_taken_apart_is_formed(float64):
     x, y = drawn(5, 4), np.arange(5) % 3
     model = Shared()
-    variables = jax.tree.map(
-        lambda leaf: leaf.astype(float), dict(model.init(jax.random.key(0), x))
-    )
+    variables, _ = checks.variables_and_direction(model, x)
     with pytest.warns(UserWarning, match="called more than once.*using vmap"):
         found = gradients.gram(model.apply, variables, x, y)
     expected = flat_gradients(model.apply, variables, x, y)

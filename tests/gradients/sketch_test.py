@@ -4,13 +4,14 @@ import functools
 import sys
 from unittest import mock
 
+import gradient_checks as checks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from flax import linen as nn
-from gradients.gram_test import LAYERS, SIZE, Alone, Shared, drawn, flat_gradients
+from gradients.gram_test import LAYERS, SIZE, Alone, Shared, drawn, flat_gradients, flatten
 
 import dynamical_jax as dj
 from dynamical_jax import gradients
@@ -45,12 +46,10 @@ def assert_unbiased(sketches, gradient):
 def test_layer(name):
     layer, x = {**LAYERS, **WIDER}[name]
     model = Alone(layer)
-    variables = jax.tree.map(
-        lambda leaf: leaf.astype(float), dict(model.init(jax.random.key(0), x))
-    )
+    variables, _ = checks.variables_and_direction(model, x)
     y = np.arange(SIZE) % 3
 
-    def sketches(folds, x, key):
+    def sketches(folds, variables, x, key):
         with mock.patch.object(sketching, "folds", return_value=folds):
             of_layer = functools.partial(sketching.of_layer, key, NUM_NUMBERS)
             return sum(
@@ -58,9 +57,16 @@ def test_layer(name):
             )
 
     keys = jax.random.split(jax.random.key(1), NUM_SEEDS)
-    both = lambda x, key: [sketches(folds, x, key) for folds in (True, False)]
-    for found in jax.jit(jax.vmap(both, (None, 0)))(x, keys):
-        assert_unbiased(found, flat_gradients(model.apply, variables, x, y))
+
+    @jax.jit
+    def compute(variables, x, keys):
+        both = lambda key: [sketches(folds, variables, x, key) for folds in (True, False)]
+        each = gradients.per_example_gradients(model.apply, variables, x, y)
+        return jax.vmap(both)(keys), each
+
+    both, each = compute(variables, x, keys)
+    for found in both:
+        assert_unbiased(found, flatten(each))
 
 
 @pytest.fixture(params=["cnn", pytest.param("batch_norm", marks=pytest.mark.slow)])
@@ -74,8 +80,8 @@ def of_seeds(setting, engine, size):
     apply, variables, x, y = setting
     sketches = sys.modules["dynamical_jax.gradients.sketch"].engines(size)[engine]
     keys = jax.random.split(jax.random.key(0), NUM_SEEDS)
-    program = jax.vmap(lambda x, key: sketches(apply, variables, x, y, key)[0], (None, 0))
-    return jax.jit(program)(x, keys)
+    program = lambda variables, x, key: sketches(apply, variables, x, y, key)[0]
+    return jax.jit(jax.vmap(program, (None, None, 0)))(variables, x, keys)
 
 
 @pytest.mark.parametrize("engine", ["factored", "vmap"])
@@ -160,8 +166,9 @@ def test_the_variance_of_projections_of_one_position():
 
 
 @pytest.mark.parametrize("engine", ["factored", "vmap"])
-def test_a_seed_is_a_map_of_each_example_alone(setting, engine):
-    apply, variables, x, y = setting
+def test_a_seed_is_a_map_of_each_example_alone(engine, float64):
+    model, x, y = Alone(nn.Dense(3)), drawn(SIZE, 4), np.arange(SIZE) % 3
+    apply, (variables, _) = model.apply, checks.variables_and_direction(model, x)
     sketch = functools.partial(gradients.sketch, apply, variables, size=NUM_NUMBERS, engine=engine)
     whole = sketch(x, y)
     assert whole.shape == (SIZE, NUM_NUMBERS)
@@ -177,13 +184,13 @@ def test_a_seed_is_a_map_of_each_example_alone(setting, engine):
 
 def test_as_many_numbers_as_parameters_lose_nothing():
     gradient = jnp.asarray(drawn(SIZE, 40), jnp.float32)
-    found = sketching.fold_formed(jax.random.key(0), 40, gradient)
+    found = jax.jit(sketching.fold_formed, static_argnums=1)(jax.random.key(0), 40, gradient)
     np.testing.assert_allclose(found @ found.T, gradient @ gradient.T, rtol=1e-5, atol=1e-4)
 
 
 def test_what_cannot_be_taken_apart_is_formed():
     x, model = drawn(5, 4).astype(np.float32), Shared()
-    variables = model.init(jax.random.key(0), x)
+    variables, _ = checks.variables_and_direction(model, x)
     with pytest.warns(UserWarning, match="called more than once.*using vmap"):
         found = gradients.sketch(model.apply, variables, x, size=8)
     np.testing.assert_array_equal(

@@ -207,7 +207,7 @@ def test_too_large_says_how_large(monkeypatch):
 @installed
 @pytest.mark.filterwarnings("ignore:size requires ndarray:DeprecationWarning")  # Theirs, in 2.
 @pytest.mark.parametrize("implementation", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("trace", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_against_neural_tangents(implementation, trace):
     model, variables, x = network()
     ours = ntk.empirical_ntk(model.apply, variables, x, x[:4], trace=trace)

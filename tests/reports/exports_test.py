@@ -48,6 +48,7 @@ class Reader(html.parser.HTMLParser):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_a_page_needs_no_other_file(tmp_path):
     pytest.importorskip("markdown")
     plotting.accuracy(rounds(), tmp_path / "a.png")

@@ -6,6 +6,7 @@ from dynamical_jax.reports import plotting
 
 
 @pytest.mark.parametrize("rounds", [RECORDS, RECORDS[:2]])
+@pytest.mark.usefixtures("drawn_pictures")
 def test_picture_is_drawn(tmp_path, rounds):
     path = tmp_path / "accuracy.png"
     plotting.accuracy(rounds, path)

@@ -14,8 +14,8 @@ from dynamical_jax.runs.checkpoints import Checkpoints
 FLAGS = {"max_epochs": 6, "gammas": [1.0, np.inf]}
 
 
-def experiment(dataset, strategy="dynamical", model="batch_norm", **fields):
-    config = dj.TrainingConfig(max_epochs=6, batch_size=8)
+def experiment(dataset, strategy="dynamical", model="batch_norm", max_epochs=6, **fields):
+    config = dj.TrainingConfig(max_epochs=max_epochs, batch_size=8)
     budget = dj.Budget(initial_size=6, batch_size=4, num_rounds=2)
     model = toy.models().get(model, model)
     given = {"model": model, "strategy": dj.STRATEGIES[strategy]()}
@@ -35,7 +35,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("strategy", ["dynamical", "albl"])
 def test_from_every_epoch_and_round_the_rest_is_the_same(dataset, tmp_path, strategy, monkeypatch):
-    experiment_ = experiment(dataset, strategy)
+    experiment_ = experiment(dataset, strategy, max_epochs=3)
     expected = outcome(experiment_.run())  # Several epochs at a time; from here on one by one.
     monkeypatch.setattr(dj.training, "SHORT_CALL", 0.0)
     states = []
@@ -50,9 +50,9 @@ def test_from_every_epoch_and_round_the_rest_is_the_same(dataset, tmp_path, stra
     while state.round_index <= 2:
         state, _ = experiment_.step(state, save=keep)
         keep(state)
-    assert len(states) == 1 + 3 * (6 + 1)
+    assert len(states) == 1 + 3 * (3 + 1)
     for checkpoints in states[:-1]:
-        fresh = experiment(dataset, strategy)
+        fresh = experiment(dataset, strategy, max_epochs=3)
         state, rounds = checkpoints.restore(fresh), []
         first = state.round_index
         while state.round_index <= 2:
@@ -254,8 +254,15 @@ class TestPlay:
             del record["seconds"]
         return failures, rounds
 
-    @pytest.mark.parametrize("at", ["append", "save"])
-    @pytest.mark.parametrize("count", [1, 3, 5])
+    @pytest.mark.parametrize(
+        ("at", "count"),
+        [
+            ("append", 3),
+            ("save", 5),
+            *(pytest.param("append", count, marks=pytest.mark.slow) for count in (1, 5)),
+            *(pytest.param("save", count, marks=pytest.mark.slow) for count in (1, 3)),
+        ],
+    )
     def test_killed_before_or_after_a_record(
         self, dataset, expected, tmp_path, monkeypatch, at, count
     ):

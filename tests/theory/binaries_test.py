@@ -51,7 +51,7 @@ RUNS = {}
 
 
 @pytest.fixture
-def small_run(run, tmp_path_factory):
+def small_run(run, tmp_path_factory, drawn_pictures):
     """Runs a binary with `SMALL`, once for all tests; returns status, output, errors, directory."""
 
     def small_run(name):
@@ -110,8 +110,8 @@ def test_figure_1_of_infinite_width(run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "of", "finding"),
     [
-        ("fig1_bound_and_mmd", "rows", "MMD / ℬ"),
-        ("theorem1_convergence", "curves", "stays within"),
+        pytest.param("fig1_bound_and_mmd", "rows", "MMD / ℬ", marks=pytest.mark.slow),
+        pytest.param("theorem1_convergence", "curves", "stays within", marks=pytest.mark.slow),
         ("theorem2_generalization", "rows", "in 6 of 6 cases"),
     ],
 )
@@ -133,7 +133,9 @@ def test_a_seed_that_fails_does_not_stop_the_others(run, tmp_path, monkeypatch, 
     assert results["finding"].endswith("(1 of 2 seeds.)")
 
 
-@pytest.mark.parametrize("name", ["fig1_bound_and_mmd", "theorem1_convergence"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("fig1_bound_and_mmd", marks=pytest.mark.slow), "theorem1_convergence"]
+)
 def test_what_earlier_seeds_gave_is_kept(run, tmp_path, monkeypatch, name):
     original = MODULES[name].run_seed
 
