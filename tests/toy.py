@@ -83,6 +83,12 @@ def with_dropout() -> nn.Module:
     return standardized(ConvBatchNorm(dropout=0.5))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(apply, variables, x):
+    """Of a model, in one program, which is traced once: `jax.jit(model.apply)` each time anew."""
+    return apply(variables, x)
+
+
 def variables(model: nn.Module, dtype=None, seed: int = 0) -> dict:
     """Variables as after some training: biases, scales and statistics not at 0 and 1."""
     drawn = dj.models.init(model, jax.random.key(seed), images(1))
