@@ -1,6 +1,7 @@
 """The programs with --weights, as a user runs them: digits, and a network with random weights."""
 
 import csv
+import json
 import pathlib
 
 import numpy as np
@@ -183,12 +184,17 @@ class TestEmbed:
         assert "learned from vectors of a file: give" in refused(checkpoint="file.checkpoint")
         assert "needs no file of weights" in refused(checkpoint="file.checkpoint", weights=weights)
         assert "there is no file none.npz" in refused(features="none.npz")
-        moved.rename(tmp_path / "elsewhere.safetensors")
+        (tmp_path / "elsewhere").mkdir()
+        elsewhere = str(moved.rename(tmp_path / "elsewhere" / "vit.safetensors"))
+        # The images go through it as in training, whatever stands beside it now.
+        beside = {"input_size": [3, 8, 8], "mean": [0.9] * 3, "std": [0.1] * 3}
+        config = json.dumps({**beside, "interpolation": "bilinear"})
+        (tmp_path / "elsewhere" / "config.json").write_text(config)
         assert f"there is no file {moved}, whose network" in refused()
         other = tiny_weights.vit(num_classes=7, seed=1)
         changed = tiny_weights.save(tmp_path / "changed.safetensors", other)
         assert f"{changed} is not the file of weights by which" in refused(weights=changed)
-        status, _, _ = run(predict, str(new), **given, weights=weights)
+        status, _, _ = run(predict, str(new), **given, weights=elsewhere)
         assert status is None
         assert_same_predictions(predictions_of("predicted.csv"), predicted)
 
