@@ -56,6 +56,8 @@ class Book:
     def save(self, changes: Mapping[str, str | None]) -> None:
         """Changes labels, on disk first; None takes one away.
 
+        If the table is gone or empty, all labels are written again.
+
         Raises:
           UserError: if the table cannot be written; then nothing has changed.
         """
@@ -63,6 +65,8 @@ class Book:
             return
         try:
             with tables.locked(self._table):
+                if self._is_gone():
+                    changes = {**self.labels, **changes}
                 # A table that is as this session left it need not be read row by row.
                 unchanged = self._stamp == self._read_stamp()
                 if not unchanged:  # It may no longer be a table; then it stays as it is.
@@ -96,7 +100,7 @@ class Book:
     def reread(self) -> None:
         """Reads the table again if another program has changed it."""
         stamp = self._read_stamp()
-        if stamp == self._stamp:
+        if stamp == self._stamp or self._is_gone():
             return
         labels = tables.read_labels(self._table, self._images).by_path
         self.labels = {path: label for path, label in labels.items() if path in self._paths}
@@ -104,6 +108,13 @@ class Book:
         self._stamp = stamp
         self.broken -= set(self.labels)
         self.add_classes(self.labels.values())
+
+    def _is_gone(self) -> bool:
+        """Whether something has taken the table away: nobody who corrects labels empties it."""
+        stamp = self._read_stamp()
+        return stamp != self._stamp and (
+            not self._table.exists() or (stamp is not None and stamp[1] == 0)
+        )
 
     def _read_stamp(self) -> tuple[int, ...] | None:
         try:

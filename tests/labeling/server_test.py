@@ -392,3 +392,18 @@ def test_a_file_that_is_damaged_meanwhile_takes_no_answer(browser, tmp_path, fil
     assert [offer["id"] for offer in browser.send_json("undo").json()["undone"]] == [one["id"]]
     assert browser.send_json("answer", given=cat(two)).status_code == 200
     assert rows(tmp_path) == {two["name"]: "cat"}
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_table_that_is_taken_away_comes_back_whole(browser, sitting, tmp_path, text):
+    one, two = browser.send_json("next", count=2).json()["offers"]
+    cat = lambda offer: [{"id": offer["id"], "what": "label", "label": "cat"}]
+    browser.send_json("answer", given=cat(one))
+    (tmp_path / "labels.csv").unlink()
+    if text is not None:
+        (tmp_path / "labels.csv").write_text(text)
+    sitting._book.reread()
+    browser.send_json("answer", given=cat(two))
+    assert rows(tmp_path) == {one["name"]: "cat", two["name"]: "cat"}
+    browser.send_json("undo")
+    assert rows(tmp_path) == {one["name"]: "cat"}

@@ -13,6 +13,7 @@ dynamical-label is visited as `visits.Visit` says; half of its files are damaged
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -200,13 +201,13 @@ def dj_flags(program):
 class Case:
     """A folder in which all is well, for one program."""
 
-    def __init__(self, root, name, cache_dir):
+    def __init__(self, root, name, cache_dir, make=None):
         self.folder, self.name, self.program = root / name, name, PROGRAMS[name]
         # Where trials are made, too: logs hold the path of the folder of images.
         folder = root / "trial"
         folder.mkdir()
         os.chdir(folder)
-        getattr(self, f"_make_{name}")(folder, cache_dir)
+        getattr(self, f"_make_{make or name}")(folder, cache_dir)
         folder.rename(self.folder)
 
     def _photos(self, folder):
@@ -230,8 +231,22 @@ class Case:
         rows = [line.replace(",,", f",{line[0]},", 1) for line in filled[1:]]
         (folder / "to_label.csv").write_text("\n".join([filled[0], *rows]) + "\n")
 
+    def _make_page(self, folder, cache_dir):
+        """Like `_make_label`, but there is no model."""
+        paths = self._photos(folder)
+        labels = "".join(f"{path},{path[0]}\n" for path in paths[:4])
+        (folder / "labels.csv").write_text(f"path,label\n{labels}")
+        rows = "".join(f"{path},,a,0.9,1,1\n" for path in paths[5:8])
+        header = "path,label,predicted,confidence,score,rank"
+        (folder / "to_label.csv").write_text(f"{header}\n{paths[4]},a,a,0.9,1,1\n{rows}")
+        (folder / "to_label.jsonl").write_text(json.dumps({"folder": f"{folder}/photos"}) + "\n")
+        self._add_answers(folder)
+
     def _make_label(self, folder, cache_dir):
         self._make_select(folder, cache_dir)
+        self._add_answers(folder)
+
+    def _add_answers(self, folder):
         answer = {"path": "a/0.png", "what": "label", "label": "a", "kind": "random", "round": 0}
         answer |= {"predicted": "", "confidence": None, "who": "me", "client": "1", "time": 1.5}
         log = [{"class": "a"}, {"answer": {**answer, "group": 1}}]
@@ -311,6 +326,17 @@ def kind_of(path):
     return "image" if name.endswith(".png") and "photos" in path.parts else name
 
 
+def group_of(sort):
+    """The column of a sort of file in the table."""
+    if sort in ("labels.csv", "to_label.csv"):
+        return "tables"
+    if sort.endswith((".jsonl", "flags.json", "manifest")):
+        return "records, logs, manifests"
+    if sort.startswith("cache"):
+        return "caches"
+    return sort if sort in ("flag", "surroundings", "image", "checkpoint: arrays") else "others"
+
+
 def work_of(folder, without):
     """What must not be lost: labels and records, as lines, but those of a file that is damaged."""
     kept = set()
@@ -365,30 +391,59 @@ def alarm(*_):
     raise TimeoutError(f"longer than {SECONDS} s")
 
 
+def judge(case, harm, visit, around, *more):
+    """Runs a program in a damaged folder; returns the verdict, and the lines that were said."""
+    os.chdir(harm.folder)
+    signal.alarm(SECONDS)
+    try:
+        with around, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(uvicorn.Server, "run", lambda server, sockets: visit(server))
+            status, errors = case.run(*more)
+        lines = [line for line in errors if line and not line.startswith("warning: ")]
+        if status == 130 and lines == [label_program.STOPPED]:
+            # Somebody labeled; where the page refused, it said why.
+            lines = [f"error: {why}" for why in (*visit.refusals, visit.error) if why]
+            status = int(bool(lines))
+        elif status and len(lines) > 1 and case.name not in ("active_learning", "report"):
+            raise AssertionError(f"status {status} and {len(lines)} lines")  # Else one a run.
+        elif status and not lines:
+            raise AssertionError(f"status {status}, and not a word")
+        if status and not all(line.startswith("error: ") for line in lines):
+            raise AssertionError(f"status {status}: {lines}")
+        verdict = "refused" if status else "harmless"
+        return ("lost", lines) if harm.has_lost(verdict == "refused") else (verdict, lines)
+    except BaseException:
+        if isinstance(traceback.sys.exc_info()[1], KeyboardInterrupt):
+            raise
+        return "wrong", traceback.format_exc().splitlines()[-12:]
+    finally:
+        signal.alarm(0)
+        os.chdir(harm.folder.parent)
+
+
 @pytest.fixture
-def root():
-    """A folder that anybody can enter, unlike pytest's."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o711)
-        yield pathlib.Path(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_bad_inputs(root, cache_dir, monkeypatch):
+def root(monkeypatch):
+    """A folder that anybody can enter, unlike pytest's; what only takes time is left out."""
     monkeypatch.setattr("webbrowser.open", lambda address: None)
-    # What costs most of the time, and reads nothing.
     monkeypatch.setattr(dj.labeling.proposal, "contact_sheet", lambda *_: None)
     monkeypatch.setattr(dj.plotting, "accuracy", lambda rounds, path: None)
     monkeypatch.setattr(dj.plotting, "approximation_ratio", lambda points, path: None)
-
     monkeypatch.setattr(dj.labeling.tables, "LOCK_TIMEOUT", 0.1)
     monkeypatch.setattr(label_program, "leave", lambda session: session.close(float(SECONDS)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["soak"])
     before = signal.signal(signal.SIGALRM, alarm)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        yield pathlib.Path(folder)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_bad_inputs(root, cache_dir):
     cases = [Case(root, name, cache_dir) for name in PROGRAMS]
-    verdicts, table, examples = Counter(), defaultdict(Counter), defaultdict(list)
+    verdicts, examples, table = Counter(), defaultdict(list), defaultdict(Counter)
     end = time.monotonic() + 60 * MINUTES
     for number in range(SEED, SEED + COUNT):
         if time.monotonic() > end:
@@ -426,51 +481,64 @@ def test_bad_inputs(root, cache_dir, monkeypatch):
             visit.damage = harm
         elif target:
             harm()
-        monkeypatch.setattr(
-            uvicorn.Server, "run", lambda server, sockets, visit=visit: visit(server)
-        )
-        os.chdir(folder)
-        signal.alarm(SECONDS)
-        try:
-            with around:
-                status, errors = case.run(*more)
-            lines = [line for line in errors if line and not line.startswith("warning: ")]
-            if status == 130 and lines == [label_program.STOPPED]:
-                # Somebody labeled; where the page refused, it said why.
-                lines = [f"error: {why}" for why in (*visit.refusals, visit.error) if why]
-                status = int(bool(lines))
-            elif status and len(lines) > 1 and case.name not in ("active_learning", "report"):
-                raise AssertionError(f"status {status} and {len(lines)} lines")  # Else one a run.
-            elif status and not lines:
-                raise AssertionError(f"status {status}, and not a word")
-            if status and not all(line.startswith("error: ") for line in lines):
-                raise AssertionError(f"status {status}: {lines}")
-            verdict = "refused" if status else "harmless"
-            if harm.has_lost(verdict == "refused"):
-                verdict = "lost"
-        except BaseException:
-            if isinstance(traceback.sys.exc_info()[1], KeyboardInterrupt):
-                raise
-            verdict, lines = "wrong", traceback.format_exc().splitlines()[-12:]
-        finally:
-            signal.alarm(0)
-            os.chdir(root)
+        verdict, lines = judge(case, harm, visit, around, *more)
         verdicts[verdict] += 1
-        table[what[0]][f"{what[1]}: {verdict}" if verdict in ("lost", "wrong") else verdict] += 1
-        if verdict in ("lost", "wrong") or len(examples[what[0]]) < 3:
-            examples[what[0]].append((number, case.name, what, more, verdict, lines))
+        how = what[1].removesuffix(" (running)").partition(", ")[0]
+        table["" if more else how][group_of(what[0]), verdict] += 1
+        print(f"seed {number}, {case.name}, {': '.join(what)}: {verdict}", flush=True)
         if verdict in ("lost", "wrong"):
-            print(f"seed {number}, {case.name}, {what}, {more}: {verdict}", *lines, sep="\n  ")
+            print(*more, *lines, sep="\n  ")
+        elif verdict == "refused" and len(examples[what[0]]) < 3:
+            examples[what[0]].append(f"{case.name}, {what[1]} (seed {number}): {lines[0][:200]}")
         shutil.rmtree(folder)
-    signal.signal(signal.SIGALRM, before)
     print(f"\n{verdicts.total()} inputs from seed {SEED}: {dict(verdicts)}")
-    for sort in sorted(table):
-        print(f"  {sort:28}{dict(table[sort])}")
-    print("\nmessages:")
+    groups = sorted({group for row in table.values() for group, _ in row})
+    print("refused/harmless")
+    print("|", *groups, sep=" | ", end=" |\n")
+    print("| ---", *(["---:"] * len(groups)), sep=" | ", end=" |\n")
+    for how, row in sorted(table.items()):
+        cells = [f"{row[group, 'refused']}/{row[group, 'harmless']}" for group in groups]
+        print(f"| {how}", *("" if cell == "0/0" else cell for cell in cells), sep=" | ", end=" |\n")
     for sort in sorted(examples):
-        for number, name, what, more, verdict, lines in examples[sort]:
-            if verdict == "refused":
-                print(
-                    f"  {name}, {what[0]} {what[1]} {more or ''} (seed {number}): {lines[0][:200]}"
-                )
+        print(f"\n{sort}:", *examples[sort], sep="\n  ")
+    assert not verdicts["wrong"] + verdicts["lost"]
+
+
+def choose(folder, settings, is_open, report):
+    """Takes the place of the model: everything is an a."""
+    predicted = {
+        folder.paths[row]: dj.labeling.Proposed(folder.paths[row], "a", 0.9, 1.0)
+        for row in folder.unlabeled
+    }
+    wanted = [image for image in predicted.values() if is_open(image.path)]
+    return dj.labeling.choosing.Chosen(wanted[: settings.batch_size], [], predicted, {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_damage_to_what_label_keeps(root, cache_dir, monkeypatch):
+    """Each file, damaged in each way, before the program begins and while it runs."""
+    session = functools.partial(dj.labeling.Session, choose_next=choose)
+    monkeypatch.setattr(dj.labeling, "Session", session)
+    case = Case(root, "label", cache_dir, make="page")
+    verdicts = defaultdict(list)
+    for name in ("labels.csv", "to_label.csv", "labels.answers.jsonl", "to_label.jsonl"):
+        for how in DAMAGES:
+            for running in (False, True):
+                folder = root / "trial"
+                shutil.copytree(case.folder, folder)
+                visit = visits.Visit("labels.csv", "photos", SECONDS)
+                harm = Harm(folder, folder / name, how, np.random.default_rng(0))
+                if running:
+                    visit.damage = harm
+                else:
+                    harm()
+                verdict, lines = judge(case, harm, visit, contextlib.nullcontext())
+                verdicts[verdict].append((name, how, running))
+                when = "running" if running else "before"
+                print(f"{name}, {how}, {when}: {verdict}: {' '.join(lines[:1])[:150]}", flush=True)
+                if verdict in ("lost", "wrong"):
+                    print(*lines, sep="\n  ")
+                shutil.rmtree(folder)
+    print({verdict: len(played) for verdict, played in verdicts.items()})
     assert not verdicts["wrong"] + verdicts["lost"]
