@@ -116,8 +116,9 @@ def held(lock):
 def permitted(folder, mode):
     """A folder that may not be written to, or read, by anyone but the superuser: become nobody."""
     nobody, us = 65534, os.geteuid()
-    if us == 0:
-        for path in (folder, *folder.rglob("*")):
+    if us == 0:  # All of the trial is nobody's.
+        trial = pathlib.Path.cwd()
+        for path in (trial, *trial.rglob("*")):
             os.chown(path, nobody, nobody, follow_symlinks=False)
     folder.chmod(mode)
     try:
