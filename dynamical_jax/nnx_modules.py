@@ -39,7 +39,7 @@ def as_model(model: Any) -> Any:
     """
     if is_nnx(model):
         return _model(*_taken_apart(model))
-    if callable(model) and not hasattr(model, "apply"):  # As Linen modules have.
+    if callable(model) and (isinstance(model, type) or not hasattr(model, "apply")):
         return _made_by(model)
     return model
 

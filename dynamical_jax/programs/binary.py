@@ -51,7 +51,11 @@ def launch(main: Callable[[list[str]], int | None]) -> None:
       main: takes the command line without flags, as `parse_flags` returns it.
     """
     logging.set_verbosity(logging.WARNING)  # JAX and matplotlib chat at INFO.
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except BrokenPipeError:
+        _stop_printing()
+        sys.exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -63,8 +67,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         why = str(error).replace(" ?", "?").rstrip(".")
+        why = re.sub(r"\('Non-boolean argument to boolean flag', .*\)", "it takes no value", why)
         _say(f"error: {why} (--help lists all flags)")
         sys.exit(1)
+
+
+def _stop_printing() -> None:
+    """Prints to nowhere, since the reader has stopped reading, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> int | None:
@@ -86,8 +96,8 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # The reader of our output has stopped reading, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _stop_printing()
         return 1
     except OSError as error:
         if error.errno is None:

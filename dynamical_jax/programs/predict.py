@@ -72,8 +72,10 @@ def run(argv: list[str]) -> list[str]:
             named = [image._replace(path=path) for image, path in zip(found, relative, strict=True)]
         else:
             named = model.predict_vectors(*vectors, TOP.value, bar.scored)
-    files.write(table, labeling.tables.prediction_text(named))
     known = {image.path for image in named if image.class_names}
+    if not known:
+        raise UserError(f"none of the images in {given[0]} can be read, such as {relative[0]}")
+    files.write(table, labeling.tables.prediction_text(named))
     if broken := [path for path in relative if path not in known]:
         why = "cannot be read" if vectors is None else f"have no vector in {person.FEATURES.value}"
         print(f"{len(broken)} images {why}: {', '.join(broken[:3])}", file=sys.stderr)

@@ -238,6 +238,11 @@ def train(
         print(f"the model is trained from the start: that of the last round had {difference}")
     if config.weights is not None and start.round_index == 0:
         print(config.weights.describe(len(start.learner.class_names)))
+    if gone := [name for name in start.learner.class_names if name not in folder.class_names]:
+        print(
+            f"the model still knows {', '.join(gone)}, though no image has that label now: remove "
+            "its .checkpoint to train without"
+        )
     if start.new_classes:
         grown = f"the model grows to {len(start.learner.class_names)} outputs"
         print(f"new classes: {', '.join(start.new_classes)}; {grown}")

@@ -16,6 +16,8 @@ from dynamical_jax.types import AnyArray
 
 CENTERS_AT_A_TIME = 64
 POINTS_AT_A_TIME = 512
+# With large points values fall by orders of magnitude, so many updates would leave few true digits.
+UPDATES = 16
 
 Kernel = Callable[[Array, float | Array], Array]
 """Similarity, from 0 to 1, of points at squared distances d², given a radius r."""
@@ -100,7 +102,8 @@ def farthest_first(
     reported as 0. Only distances to the nearest are kept: memory is O((n + m) d). With a mesh each
     device holds an equal share of the points; for each choice it is given one of them.
 
-    Guaranteed: no position twice, and of equal distances the lower position first.
+    Guaranteed: no position twice, and of equal distances the lower position first. Distances of
+    copies are equal up to rounding, which differs with the number of devices.
 
     Raises:
       ValueError: if `batch_size` exceeds the number of points.
@@ -111,7 +114,7 @@ def farthest_first(
     _check_batch_size(batch_size, len(points))
     count, points, centers = len(points), parallel.shares(points, mesh), jnp.asarray(centers)
     # Distances come from products, which lose least where the points lie around the origin.
-    mean = jnp.mean(points, axis=0, keepdims=True) * (len(points) / count)
+    mean = jnp.mean(points, axis=0, keepdims=True) * (len(points) / max(count, 1))
     points, centers = points - mean, parallel.replicate(centers - mean, mesh)
     if len(centers):
         nearest = _squared_distances_to_nearest(points, centers)
@@ -264,7 +267,7 @@ def least_trace(
     Twice as many as asked for are chosen, one after the other, each the one by which the trace
     falls most. Then those are dropped, one after the other, by which it rises least. The gain is
     what the trace fell when the point was chosen. Inverses are updated, which takes O(n d) for each
-    choice; memory is O(n d + d²).
+    choice, and computed anew after `UPDATES` choices, O(n d²); memory is O(n d + d²).
 
     Guaranteed: no position twice, and of equal gains the lower position first.
 
@@ -274,10 +277,10 @@ def least_trace(
       target: F.
       batch_size: how many to choose.
     """
-    trace = _Trace.of(jnp.linalg.inv(start), points, target)
 
-    def add(carry: tuple["_Trace", Array], _: None) -> tuple:
+    def add(carry: tuple["_Trace", Array], step: Array) -> tuple:
         trace, taken = carry
+        trace = trace.refreshed(points, target, step)
         gains = jnp.where(taken, -jnp.inf, trace.fall(1))
         chosen = jnp.argmax(gains)
         return (trace.update(points, target, chosen, 1), taken.at[chosen].set(True)), (
@@ -286,19 +289,20 @@ def least_trace(
         )
 
     count = min(2 * batch_size, len(points))
-    carry = trace, jnp.zeros(len(points), bool)
-    (trace, _), (chosen, gains) = jax.lax.scan(add, carry, length=count)
+    carry = _Trace.of(start, points, target), jnp.zeros(len(points), bool)
+    (trace, _), (chosen, gains) = jax.lax.scan(add, carry, jnp.arange(count))
 
-    def drop(carry: tuple["_Trace", Array], _: None) -> tuple:
+    def drop(carry: tuple["_Trace", Array], step: Array) -> tuple:
         trace, kept = carry
+        trace = trace.refreshed(points[chosen], target, step)
         dropped = jnp.argmin(jnp.where(kept, trace.fall(-1), jnp.inf))
         return (
             trace.update(points[chosen], target, dropped, -1),
             kept.at[dropped].set(False),
         ), None
 
-    carry = _Trace.of(trace.inverse, points[chosen], target), jnp.ones(count, bool)
-    (_, kept), _ = jax.lax.scan(drop, carry, length=count - batch_size)
+    carry = _Trace.of(trace.matrix, points[chosen], target), jnp.ones(count, bool)
+    (_, kept), _ = jax.lax.scan(drop, carry, jnp.arange(count - batch_size))
     kept = jnp.flatnonzero(kept, size=batch_size)
     return chosen[kept], gains[kept]
 
@@ -313,21 +317,28 @@ def trace_falls(
       start: M, positive definite.
       target: F.
     """
-    return _Trace.of(jnp.linalg.inv(start), points, target).fall(1)
+    return _Trace.of(start, points, target).fall(1)
 
 
 class _Trace(NamedTuple):
-    """M⁻¹, and for each point v: vᵀ M⁻¹ v and vᵀ M⁻¹ F M⁻¹ v."""
+    """M, M⁻¹, and for each point v: vᵀ M⁻¹ v and vᵀ M⁻¹ F M⁻¹ v."""
 
+    matrix: Array
     inverse: Array
     norms: Array
     weighted: Array
 
     @classmethod
-    def of(cls, inverse: Array, points: Array, target: Array) -> "_Trace":
+    def of(cls, matrix: Array, points: Array, target: Array) -> "_Trace":
+        inverse = jnp.linalg.inv(matrix)
         seen = _product(points, inverse)
         weighted = jnp.sum(_product(seen, target) * seen, axis=-1)
-        return cls(inverse, jnp.sum(seen * points, axis=-1), weighted)
+        return cls(matrix, inverse, jnp.sum(seen * points, axis=-1), weighted)
+
+    def refreshed(self, points: Array, target: Array, step: Array) -> "_Trace":
+        """The same, in each step that `UPDATES` divides computed anew."""
+        anew = (step > 0) & (step % UPDATES == 0)
+        return jax.lax.cond(anew, lambda: _Trace.of(self.matrix, points, target), lambda: self)
 
     def fall(self, sign: int) -> Array:
         """What tr(M⁻¹ F) falls by where v is added, or rises by where it is dropped, sign −1."""
@@ -341,6 +352,7 @@ class _Trace(NamedTuple):
         to_a, to_w = _product(points, a), _product(points, w)  # At once XLA takes 40 times as long.
         twice = jnp.sum(a * _product(target, a))
         return _Trace(
+            self.matrix + sign * jnp.outer(points[chosen], points[chosen]),
             self.inverse - c * jnp.outer(a, a),
             self.norms - c * to_a**2,
             self.weighted - 2 * c * to_a * to_w + c**2 * twice * to_a**2,

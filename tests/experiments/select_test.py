@@ -122,6 +122,7 @@ def test_a_new_class_and_predictions(run, pictures, tmp_path):
     dj.labeling.add_labels(table, {path: label for path, label in truth.items() if label == "two"})
     _, output, _ = run(predictions="rest.csv", max_epochs=20, strategy="random")
     assert "new classes: two; the model grows to 3 outputs" in output
+    assert "still knows" not in output
     rest = rows_of(tmp_path / "rest.csv")
     assert len(rest) == 61 - 40  # Copies too.
     right = sum(truth[row["path"]] == row["predicted"] for row in rest)
@@ -191,6 +192,9 @@ def test_a_class_that_sorts_first_does_not_mix_up_the_others(run, pictures, tmp_
         {row["path"]: row["predicted"] for row in rows_of(tmp_path / name)}
         for name in ("before.csv", "after.csv")
     )
+    table.write_text(table.read_text().replace("a new class", "zero"))
+    _, output, _ = run(max_epochs=1, strategy="random")
+    assert "the model still knows a new class, though no image has that label now" in output
     del before[path]
     same = [before[path] == after[path] for path in before if after[path] in before.values()]
     assert np.mean(same) == 1

@@ -4,7 +4,7 @@ import pytest
 import toy
 from absl.testing import flagsaver
 
-from dynamical_jax.programs import binary, options
+from dynamical_jax.programs import binary, options, person
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from dynamical_jax.programs import binary, options
         ("--first\x1b[31m", "'first\\x1b[31m'"),
         (f"--{options.MAX_EPOCHS.name}", "--max_epochs"),
         ("--flagfile=nowhere", "nowhere"),
+        (f"--{person.OVERWRITE.name}=maybe", "--overwrite=maybe: it takes no value"),
         (f"--{options.MAX_EPOCHS.name}={'9' * 5000}", "…"),
     ],
 )

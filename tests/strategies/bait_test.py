@@ -80,3 +80,29 @@ def test_updates_of_the_inverse_stay_true_over_many_choices():
     seen = points @ inverse
     np.testing.assert_allclose(trace.norms, np.sum(seen * points, axis=1), atol=1e-3)
     np.testing.assert_allclose(trace.weighted, np.sum(seen @ second * seen, axis=1), atol=1e-3)
+
+
+def test_many_choices_among_large_points_are_those_of_float64():
+    generator = np.random.default_rng(0)
+    points = np.maximum(generator.normal(size=(400, 64)), 0) * np.arange(1, 65) ** -0.8
+    points *= 60 * np.sqrt(generator.uniform(0.01, 0.25, (400, 1))) / np.linalg.norm(points[0])
+    target, b = points.T @ points / 400, 60
+
+    def falls(rows, matrix, sign):
+        seen = points[rows] @ np.linalg.inv(matrix)
+        weighted = np.sum(seen @ target * seen, axis=1)
+        return weighted / (1 + sign * np.sum(seen * points[rows], axis=1))
+
+    matrix, chosen = np.eye(64), []
+    for _ in range(2 * b):
+        gains = falls(slice(None), matrix, 1)
+        gains[chosen] = -np.inf
+        chosen.append(int(np.argmax(gains)))
+        matrix = matrix + np.outer(points[chosen[-1]], points[chosen[-1]])
+    for _ in range(b):
+        dropped = chosen.pop(int(np.argmin(falls(chosen, matrix, -1))))
+        matrix = matrix - np.outer(points[dropped], points[dropped])
+
+    single = [jnp.asarray(each, jnp.float32) for each in (points, np.eye(64), target)]
+    positions, _ = selection.least_trace(*single, b)
+    assert len(set(chosen) & set(np.asarray(positions).tolist())) >= b - 1
