@@ -47,6 +47,7 @@ def test_a_repeated_run_is_identical(dataset):
     assert one == two
 
 
+@pytest.mark.slow  # Blocks of each are tested where they are made.
 def test_speed_options_change_no_record(dataset):
     slow = experiment(dataset, eval_batch_size=7)
     slow = dataclasses.replace(slow, strategy=dj.strategies.Dynamical(chunk_size=3))
@@ -55,6 +56,7 @@ def test_speed_options_change_no_record(dataset):
         assert one.test.accuracy == two.test.accuracy
 
 
+@pytest.mark.slow  # 3 s; with a loss of one's own it is told below.
 def test_redundancy_is_told_of_any_strategy(dataset):
     told = experiment(dataset, "random", redundancy=True)
     state, first = told.step(told.init())

@@ -92,7 +92,14 @@ def queries(view):
     return {name: dj.STRATEGIES[name]().query(KEY, view, 5) for name in KINDS}
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+# Attention by itself is in gradients/layers_test.py; here it takes 6 s.
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, id=name, marks=pytest.mark.slow if name == "transformer" else [])
+        for name, model in MODELS.items()
+    ],
+)
 class TestAnyModel:
     def test_strategies(self, model):
         # strategies_test.py has each with one model: what a model may return is the same for all.
@@ -332,6 +339,7 @@ def test_a_layer_of_nnx_within_linen_is_exact():
     toy.assert_close(terms, expected, direction, 1e-5)
 
 
+@pytest.mark.slow  # nnx_test.py has one with a module of NNX itself.
 def test_an_experiment_with_nnx(dataset):
     config = dj.TrainingConfig(max_epochs=3, batch_size=8)
     strategy = dj.STRATEGIES["coreset"]()
@@ -369,7 +377,13 @@ ROWS_MIXED = {
 
 
 @pytest.mark.parametrize("engine", dj.gradients.ENGINES)
-@pytest.mark.parametrize("mix", ROWS_MIXED.values(), ids=ROWS_MIXED)
+@pytest.mark.parametrize(
+    "mix",
+    [
+        pytest.param(mix, id=name, marks=pytest.mark.slow if name in ("reversed", "sorted") else [])
+        for name, mix in ROWS_MIXED.items()
+    ],
+)
 def test_a_model_that_mixes_the_rows_of_a_batch_is_refused(mix, engine):
     model = toy.models()["cnn"]
     variables, x = toy.variables(model), toy.images(12)

@@ -82,7 +82,7 @@ def compare(convolve, size, window):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("size", "window"), CASES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS[:2], pytest.param("lax_form", marks=pytest.mark.slow)])
 def test_every_form_is_the_convolution_of_lax(form, size, window, monkeypatch):
     compare(by(form, monkeypatch), size, window)
 

@@ -11,6 +11,8 @@ from docs import gallery
 
 DOCS = toy.ROOT / "docs"
 PACKAGE = toy.ROOT / "dynamical_jax"
+# Their backgrounds take 4 s together.
+SLOW = {"albl", "bait", "bald", "batch_bald", "dynamical_diverse", "dynamical_herding", "probcover"}
 
 
 def test_the_reference_has_every_module_once():
@@ -35,7 +37,13 @@ class TestGallery:
             assert (DOCS / "gallery" / f"{name}.png").exists()
 
     # typiclust is the exception: it looks at clusters, and the picture at the whole pool.
-    @pytest.mark.parametrize("name", sorted({*dj.STRATEGIES} - {"typiclust"}))
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=pytest.mark.slow if name in SLOW else [])
+            for name in sorted({*dj.STRATEGIES} - {"typiclust"})
+        ],
+    )
     def test_background_is_what_the_first_point_is_chosen_by(self, task, name):
         strategy, view = dj.STRATEGIES[name](), task.view()
         query = strategy.query(gallery.KEY, view, gallery.BATCH_SIZE)

@@ -9,7 +9,7 @@ import toy
 import dynamical_jax as dj
 from dynamical_jax import dynamics, gradients, losses
 
-NAMES = list(toy.models())
+NAMES = ["cnn", pytest.param("batch_norm", marks=pytest.mark.slow)]
 
 
 def setting(name, size):

@@ -83,6 +83,7 @@ def test_every_layer_in_float64(float64):
     compare(Everything(nnx.Rngs(0)), TOKENS, 1e-10)
 
 
+@pytest.mark.slow  # In float64: above.
 def test_every_layer_in_float32():
     compare(Everything(nnx.Rngs(0)), TOKENS, 2e-5)
 
@@ -260,7 +261,13 @@ def make_twin(rngs):
     return Twin(dropout=0.0, rngs=rngs)
 
 
-@pytest.mark.parametrize("make", [make_twin, Twin], ids=["function", "class"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make_twin, id="function"),
+        pytest.param(Twin, id="class", marks=pytest.mark.slow),
+    ],
+)
 def test_each_seed_starts_from_weights_of_its_own(dataset, make, recwarn):
     budget, config = dj.Budget(10, 5, 1), dj.TrainingConfig(max_epochs=2, batch_size=8)
 

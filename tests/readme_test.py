@@ -48,7 +48,14 @@ def test_python_of_the_readme(run, capsys):
     assert names["query"].positions.shape == (25,)
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        # 9 s: a program for each way to extend the package, all of which have tests of their own.
+        pytest.param(page, id=page.name, marks=pytest.mark.slow if page.stem == "extend" else [])
+        for page in DOCS
+    ],
+)
 def test_python_of_the_docs(run, page):
     if page.name == "empirical_ntk.md" and not dj.ntk.compatibility.is_installed():
         pytest.skip("neural-tangents is not installed")

@@ -115,7 +115,10 @@ def test_fit_equals_a_plain_loop(optimizer):
     same(fit.variables, variables, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["cnn", "batch_norm", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    ["cnn", *[pytest.param(name, marks=pytest.mark.slow) for name in ("batch_norm", "dropout")]],
+)
 def test_capacity_changes_nothing(name):
     models = {**toy.models(), "dropout": toy.standardized(toy.ConvBatchNorm(dropout=0.5))}
     model = models[name]

@@ -132,6 +132,7 @@ def test_engines_agree():
     assert_same_terms(jax_contenders.factored(TASK).call(), jax_contenders.vmap(TASK).call())
 
 
+@pytest.mark.slow  # 4 s; nnx_test.py compares twins, too.
 def test_twins_in_nnx_agree(transformer):
     expected = jax_contenders.vmap(transformer).call()
     for make in (jax_contenders.factored, jax_contenders.nnx):

@@ -104,6 +104,7 @@ class TestFolder:
         assert large.pool_images is large.pool.x
         assert large.test_examples.x is large.test.x
 
+    @pytest.mark.slow  # 3 s; vectors_test.py has it of vectors.
     def test_where_images_are_changes_no_result(self, photos, load, monkeypatch):
         def rounds():
             data = load(photos)

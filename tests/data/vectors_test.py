@@ -263,6 +263,7 @@ class TestDataset:
         proportions = np.std(x, axis=0) / np.asarray(data.std)
         np.testing.assert_allclose(proportions[:-1], proportions[0], rtol=1e-3)
 
+    @pytest.mark.slow  # A file of float16 is played above.
     def test_half_precision_is_learned_from_as_its_float32(self):
         half = make(np.float16)
         parts = [dj.Examples(part.x.astype(np.float32), part.y) for part in (half.pool, half.test)]
@@ -381,6 +382,7 @@ class TestBinaries:
             del record["seconds"], record["flags"]["output_dir"]
         return rounds
 
+    @pytest.mark.slow  # 5 s; what each asks for is in strategies_test.py.
     def test_strategies_of_each_kind_play(self, run, tmp_path, features):
         names = ("dynamical", "dynamical_joint", "power_margin", "coreset", "badge", "albl")
         status, output, errors = run(
@@ -401,6 +403,7 @@ class TestBinaries:
             assert record["model"] == record["flags"]["model"] == "linear"
             assert record["dataset_version"] == data.version
 
+    @pytest.mark.slow
     def test_a_network_with_hidden_layers(self, run, tmp_path):
         status, _, errors = run(model="mlp", hidden=["9", "5"], max_epochs=60)
         assert (status, errors) == (None, "")
@@ -502,6 +505,7 @@ class TestBinaries:
         assert self.read(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_linear_on_pixels(run_binary, tmp_path):
     small = {"num_rounds": 1, "num_seeds": 1, "max_epochs": 3}
     status, _, errors = run_binary(

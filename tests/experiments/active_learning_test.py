@@ -202,6 +202,7 @@ def test_a_failing_run_does_not_stop_the_others(run, tmp_path, monkeypatch):
     assert len(read(tmp_path)) == 12
 
 
+@pytest.mark.slow
 def test_divergence_leaves_the_directory_to_other_flags(run):
     status, _, errors = run(learning_rate=1e30, optimizer="sgd")
     assert status == 1

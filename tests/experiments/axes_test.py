@@ -26,6 +26,7 @@ def test_gammas_are_compared(run, tmp_path):
     assert "gamma=inf" in output
 
 
+@pytest.mark.slow  # As the one above; flags are read below.
 def test_one_budget_is_spent_in_several_ways(run, tmp_path):
     status, _, _ = run(query_rounds, budget=12, rounds=["3", "1"])
     assert status is None

@@ -42,6 +42,7 @@ def test_json_and_picture(run, tmp_path):
     assert (tmp_path / "approximation_ratio.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_all_epochs_past_the_target(run, tmp_path):
     epochs = []
     easy = {"target_accuracy": 0.0, "target_total_loss": 1e9, "look_every": 1}

@@ -43,6 +43,7 @@ def asked(path):
         return [row["path"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow  # session_test.py compares the two, too.
 def test_taking_turns_with_select(run_binary, photos, tmp_path, cache_dir):
     """What one program has asked for the other hands out, and takes no label twice."""
     given = {"model": "linear", "max_epochs": 3, "batch_size": 5, "strategy": "margin"}

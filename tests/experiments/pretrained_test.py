@@ -113,6 +113,7 @@ def test_all_layers_are_trained(run, weights, tmp_path):
 
 @pytest.mark.filterwarnings("default")  # They are shown as a user sees them.
 class TestEmbed:
+    @pytest.mark.slow  # Below, it learns in both ways, too.
     def test_select_learns_from_its_file(self, run, weights, photos, tmp_path, monkeypatch):
         status, output, errors = run(embed, str(photos), weights=weights)
         assert status is None

@@ -117,7 +117,11 @@ COUNTED = "standard deviations: after the last epoch {} of {}, at the best epoch
 
 @pytest.mark.parametrize(
     ("start", "inside"),
-    [(0.324, [True, True, True]), (0.313, [False, True, True]), (0.5, [False, False, False])],
+    [
+        (0.313, [False, True, True]),
+        pytest.param(0.324, [True, True, True], marks=pytest.mark.slow),
+        pytest.param(0.5, [False, False, False], marks=pytest.mark.slow),
+    ],
 )
 def test_the_mean_that_all_share_counts_once(run, start, inside):
     lines = list(from_one_start(start))

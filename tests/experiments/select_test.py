@@ -113,6 +113,7 @@ def test_rows_left_empty_stay_in_the_pool(run, pictures, tmp_path):
     assert [row["path"] for row in rows_of(tmp_path / "to_label.csv")] == kept
 
 
+@pytest.mark.slow  # 3 s; another new class is below.
 def test_a_new_class_and_predictions(run, pictures, tmp_path):
     _, truth = pictures
     table = tmp_path / "labels.csv"
@@ -129,6 +130,7 @@ def test_a_new_class_and_predictions(run, pictures, tmp_path):
     assert right > 0.7 * len(rest)
 
 
+@pytest.mark.slow  # As with other vectors: TestFeatures.
 def test_another_kind_of_model_begins_anew(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
     run(strategy="random")
@@ -288,6 +290,7 @@ class TestFeatures:
         _, _, errors = run_binary(predict, str(folder))
         assert "learned from vectors of a file: give a file with vectors of these" in errors
 
+    @pytest.mark.slow
     def test_the_model_is_that_of_the_vectors(self, run, pictures, tmp_path, features, told):
         """What is asked for is what the strategy asks for of a pool of these vectors."""
         labels = dict(list(pictures[1].items())[10:50])

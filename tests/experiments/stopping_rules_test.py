@@ -22,6 +22,7 @@ def run(run_binary, tmp_path):
     return run
 
 
+@pytest.mark.slow  # 6 s; its parts are tested below.
 @pytest.mark.usefixtures("drawn_pictures")
 def test_from_training_to_the_report(run, run_binary, tmp_path):
     status, output, errors = run(candidates=100)

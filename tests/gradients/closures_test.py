@@ -42,7 +42,9 @@ JITTED = {
 
 
 @pytest.mark.filterwarnings("error")  # It is the factored engine that does it.
-@pytest.mark.parametrize("compiled", JITTED.values(), ids=JITTED)
+@pytest.mark.parametrize(
+    "compiled", checks.params(JITTED, quick=("apply", "partial around", "static option"))
+)
 def test_a_compiled_model_is_taken_apart_all_the_same(compiled):
     model, x = checks.model_from(checks.used_twice), checks.rows().astype(np.float32)
     variables, direction = checks.variables_and_direction(model, x)

@@ -29,7 +29,7 @@ def test_set_gradient_is_the_sum_of_gradients(name):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["cnn", pytest.param("batch_norm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", gradients.ENGINES)
 def test_chunk_size_changes_nothing(name, engine):
     apply, variables, (x, y) = setting(name, 11)
@@ -97,6 +97,7 @@ def test_unknown_engine():
         gradients.norms_and_products(len, {}, np.zeros(1), None, engine="warp")
 
 
+@pytest.mark.slow  # That of a Gram matrix does, too: gram_test.py.
 def test_chunk_size_follows_free_memory(monkeypatch):
     apply, variables, (x, y) = setting("cnn", 64)
     direction = gradients.set_gradient(apply, variables, dj.Examples(x, y))

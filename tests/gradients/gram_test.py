@@ -15,7 +15,7 @@ import dynamical_jax as dj
 from dynamical_jax import gradients
 from dynamical_jax.gradients import factored, pairs
 
-NAMES = list(toy.models())
+NAMES = ["cnn", pytest.param("batch_norm", marks=pytest.mark.slow)]
 SIZE = 7
 
 
@@ -181,7 +181,7 @@ def test_what_gram_is_to_the_other_quantities(setting):
     np.testing.assert_allclose(found.sum(), dj.dynamics.training_dynamics(grad_q), rtol=1e-10)
 
 
-@pytest.mark.parametrize("engine", ["factored", "vmap"])
+@pytest.mark.parametrize("engine", ["factored", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_blocks_change_nothing(setting, engine):
     apply, variables, x, y = setting
     left, right = dj.Examples(x, y), dj.Examples(toy.images(5, seed=3), None)

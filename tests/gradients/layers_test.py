@@ -95,7 +95,7 @@ def test_dense(shape):
     )
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 2000, 2**30])
+@pytest.mark.parametrize("chunk_elements", [1, 2000, pytest.param(2**30, marks=pytest.mark.slow)])
 def test_how_many_are_formed_together_changes_nothing(chunk_elements, monkeypatch):
     monkeypatch.setattr(shares, "CHUNK_ELEMENTS", chunk_elements)
     checks.check_terms(

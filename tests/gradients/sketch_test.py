@@ -20,7 +20,7 @@ from dynamical_jax.gradients import factored, sketching
 NUM_NUMBERS = 16
 NUM_SEEDS = 300
 # A program for each takes two seconds to compile.
-QUICK = {"dense of rows", "groups", "tokens beyond the table", "two outputs"}
+QUICK = {"dense of rows", "groups", "two outputs"}
 KINDS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYERS]
 # Elements of one row of aᵀe meet in one number, so that the signs of a alone do not suffice.
 WIDER = {"more outputs than numbers": (nn.Dense(40, use_bias=False), drawn(SIZE, 4))}
@@ -84,7 +84,7 @@ def of_seeds(setting, engine, size):
     return jax.jit(jax.vmap(program, (None, None, 0)))(variables, x, keys)
 
 
-@pytest.mark.parametrize("engine", ["factored", "vmap"])
+@pytest.mark.parametrize("engine", ["factored", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_models(setting, engine, recwarn):
     gradient = flat_gradients(*setting)
     assert_unbiased(of_seeds(setting, engine, NUM_NUMBERS), gradient)
@@ -136,6 +136,7 @@ def test_few_classes_that_matter_do_not_meet(engine, num_classes):
     assert np.sqrt(np.mean(errors**2)) < 1.1 * promised
 
 
+@pytest.mark.slow
 def test_the_variance_of_projections_of_one_position():
     """The bound of `sketching`, less what signs spare: their fourth moment is 1, no normal's 3."""
     size, (a, e) = 64, (drawn(SIZE, 40), drawn(SIZE, 30))
@@ -165,7 +166,7 @@ def test_the_variance_of_projections_of_one_position():
         np.testing.assert_allclose(np.mean(ratios), 1, atol=0.08)
 
 
-@pytest.mark.parametrize("engine", ["factored", "vmap"])
+@pytest.mark.parametrize("engine", ["factored", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_a_seed_is_a_map_of_each_example_alone(engine, float64):
     model, x, y = Alone(nn.Dense(3)), drawn(SIZE, 4), np.arange(SIZE) % 3
     apply, (variables, _) = model.apply, checks.variables_and_direction(model, x)

@@ -360,6 +360,7 @@ def test_the_batch_is_what_select_would_ask_for(settings, photos):
     ]
 
 
+@pytest.mark.slow  # 3 s: 40 seeds; standing_test.py has the sample.
 def test_what_is_drawn_at_random_is_drawn_from_all_and_asked_for_once(settings, photos):
     """Over many seeds the strategy's own favourite is among them as often as chance has it."""
     labels = {name(i): truth(name(i)) for i in range(6)}

@@ -78,6 +78,7 @@ def test_standardized_images_have_mean_0_and_deviation_1(dataset):
     np.testing.assert_array_equal(constant.apply({}, np.full((1, 2, 2, 2), 7, np.uint8)).logits, 0)
 
 
+@pytest.mark.slow  # Nor do scores, in gradients_test.py.
 def test_evaluation_does_not_depend_on_batch_mates():
     for name, model in toy.models().items():
         variables = toy.variables(model)

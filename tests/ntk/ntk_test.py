@@ -24,7 +24,7 @@ def network(widths=(8, 8), num_classes=3, size=7):
     return model, dj.models.init(model, jax.random.key(1), x), x
 
 
-@pytest.mark.parametrize("name", ["cnn", "batch_norm"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("batch_norm", marks=pytest.mark.slow)])
 def test_by_definition(name):
     # The gradient of one logit of one example at a time.
     model = toy.models()[name]
@@ -46,6 +46,7 @@ def test_by_definition(name):
     np.testing.assert_allclose(traced, np.einsum("nmkk->nm", expected) / 3, rtol=1e-4)
 
 
+@pytest.mark.slow  # As in dynamics_test.py.
 def test_training_dynamics_by_kernel_and_by_gradient():
     model, variables, x = network()
     y = np.arange(7) % 3
@@ -73,7 +74,7 @@ def test_parts_and_chunks_change_nothing(options):
     assert sorted(seen) == seen
 
 
-@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("trace", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_on_disk_and_in_memory_are_equal(trace, tmp_path, monkeypatch):
     model, variables, x = network()
     file = tmp_path / "kernel.npy"
@@ -118,7 +119,7 @@ def test_a_disk_that_is_too_small_is_seen_first(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("engine", ["factored", "vmap"])
+@pytest.mark.parametrize("engine", ["factored", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_from_sketch(engine):
     model, variables, x = network()
     theta = ntk.empirical_ntk(model.apply, variables, x)
@@ -217,7 +218,7 @@ def test_against_neural_tangents(implementation, trace):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow  # 4 s; below, a wide network follows kernel regression.
+@pytest.mark.slow  # 4 s.
 @installed
 def test_approaches_the_infinite_width_kernel():
     # 𝒦 → Θ ⊗ I_K: diagonal blocks approach Θ, the others 0.
@@ -276,6 +277,7 @@ def test_kernel_regression_is_equation_3():
     )
 
 
+@pytest.mark.slow  # 4 s; above, kernel regression is Eq. 3.
 @installed
 def test_a_wide_network_trained_is_kernel_regression():
     # Full-batch gradient descent on ½‖f − Y‖², from its own start f_0: f − f_0 follows Eq. 3.

@@ -26,10 +26,13 @@ def of_a_network():
     return ntk.empirical_ntk(model.apply, variables, x)
 
 
-KERNELS = {"random features": of_random_features, "network": of_a_network}
+KERNELS = [
+    pytest.param(of_random_features, id="random features"),
+    pytest.param(of_a_network, id="network", marks=pytest.mark.slow),
+]
 
 
-@pytest.fixture(params=KERNELS.values(), ids=KERNELS)
+@pytest.fixture(params=KERNELS)
 def kernel(request, float64):
     return request.param()
 

@@ -33,7 +33,7 @@ class Killed(BaseException):
     """As `kill -9` would: nothing may catch it."""
 
 
-@pytest.mark.parametrize("strategy", ["dynamical", "albl"])
+@pytest.mark.parametrize("strategy", ["dynamical", pytest.param("albl", marks=pytest.mark.slow)])
 def test_from_every_epoch_and_round_the_rest_is_the_same(dataset, tmp_path, strategy, monkeypatch):
     experiment_ = experiment(dataset, strategy, max_epochs=3)
     expected = outcome(experiment_.run())  # Several epochs at a time; from here on one by one.
@@ -320,6 +320,7 @@ class TestPlay:
         assert "round 0 came out differently when it was played again (test_loss)" in failure
 
 
+@pytest.mark.slow  # Above, runs that save are continued.
 def test_saving_changes_nothing(dataset):
     experiment_ = experiment(dataset, evaluate_every=1)
     state, seen = experiment_.init(), []

@@ -109,7 +109,9 @@ def fragile(losses):
     return executor
 
 
-@pytest.mark.parametrize("losses", [[], [1, "record", 12, "record"]])
+@pytest.mark.parametrize(
+    "losses", [pytest.param([], marks=pytest.mark.slow), [1, "record", 12, "record"]]
+)
 def test_a_lost_run_goes_on_from_its_last_checkpoint(
     dataset, expected, tmp_path, capsys, monkeypatch, losses
 ):

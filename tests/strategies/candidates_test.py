@@ -65,6 +65,7 @@ class TestJoint:
         np.testing.assert_array_equal(query.positions, chosen)
         np.testing.assert_allclose(query.scores, gains, rtol=1e-9)
 
+    @pytest.mark.slow  # Each gain is compared above.
     def test_gains_sum_to_the_change_by_the_set(self, view):
         query = strategies.DynamicalJoint(chunk_size=5).query(KEY, view, 7)
         _, _, labels = flat_gradients(view)
@@ -111,6 +112,7 @@ class TestDiverse:
         expected = 600 * odds[possible] / odds.sum()
         assert scipy.stats.chisquare(counts[possible], expected).pvalue > 1e-3
 
+    @pytest.mark.slow  # 3 s; sketch_test.py has the products.
     def test_a_large_sketch_of_the_pool_draws_as_the_exact_products_do(self, view):
         strategy = strategies.DynamicalDiverse(sketch_size=2**14)
         change = np.maximum(strategy.score(KEY, view, None).change, 0)
@@ -142,7 +144,7 @@ class TestDiverse:
 
 
 class TestRepelled:
-    @pytest.mark.parametrize("block_size", [1, 3, 4])
+    @pytest.mark.parametrize("block_size", [pytest.param(1, marks=pytest.mark.slow), 3, 4])
     def test_by_definition(self, view, block_size):
         g, g_s, _ = flat_gradients(view)
         change = (g**2).sum(axis=1) + 2 * g @ g_s

@@ -57,7 +57,9 @@ class TestContract:
     def _add_strategy_of_the_docs(self, monkeypatch):
         monkeypatch.setitem(dj.STRATEGIES, "of the docs", strategy_of_the_docs())
 
-    @pytest.mark.parametrize("batch_size", [1, 5, 20])
+    @pytest.mark.parametrize(
+        "batch_size", [5, *[pytest.param(size, marks=pytest.mark.slow) for size in (1, 20)]]
+    )
     def test_as_many_as_asked_for_and_none_twice(self, name, batch_size):
         query = dj.STRATEGIES[name]().query(KEY, make_view(strategy=name), batch_size)
         assert query.positions.shape == query.scores.shape == (batch_size,)

@@ -67,7 +67,13 @@ def read(name, directory):
     return json.loads((directory / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", BINARIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "theorem1_convergence" else [])
+        for name in BINARIES  # The theorems are tested below.
+    ],
+)
 def test_json_picture_and_one_sentence(small_run, name):
     status, output, errors, directory = small_run(name)
     assert (status, errors) == (None, "")
