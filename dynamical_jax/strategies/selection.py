@@ -291,17 +291,18 @@ def least_trace(
     count = min(2 * batch_size, len(points))
     carry = _Trace.of(start, points, target), jnp.zeros(len(points), bool)
     (trace, _), (chosen, gains) = jax.lax.scan(add, carry, jnp.arange(count))
+    found = points[chosen]
 
     def drop(carry: tuple["_Trace", Array], step: Array) -> tuple:
         trace, kept = carry
-        trace = trace.refreshed(points[chosen], target, step)
+        trace = trace.refreshed(found, target, step)
         dropped = jnp.argmin(jnp.where(kept, trace.fall(-1), jnp.inf))
         return (
-            trace.update(points[chosen], target, dropped, -1),
+            trace.update(found, target, dropped, -1),
             kept.at[dropped].set(False),
         ), None
 
-    carry = _Trace.of(trace.matrix, points[chosen], target), jnp.ones(count, bool)
+    carry = _Trace.of(trace.matrix, found, target), jnp.ones(count, bool)
     (_, kept), _ = jax.lax.scan(drop, carry, jnp.arange(count - batch_size))
     kept = jnp.flatnonzero(kept, size=batch_size)
     return chosen[kept], gains[kept]
