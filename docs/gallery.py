@@ -125,7 +125,7 @@ def first_look(scored: Any) -> np.ndarray:
     match scored:
         case strategies.dynamical.Changes():
             return scored.change
-        case strategies.coreset.Embeddings() as embeddings, _:
+        case strategies.coreset.Embeddings() as embeddings:
             between = embeddings.unlabeled[:, None] - embeddings.labeled[None]
             return np.min(np.linalg.norm(between, axis=-1), axis=1)
         case strategies.badge.Factors(residual, embedding):

@@ -24,7 +24,7 @@ import tqdm
 from dynamical_jax import models
 from dynamical_jax.data import images
 from dynamical_jax.data.datasets import Dataset
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.models.weights import Weights
 from dynamical_jax.types import Array, Examples, Rows, Variables
 
@@ -166,7 +166,7 @@ def _embed(
         _remove_unused(path.parent)
     except OSError as error:
         raise UserError(
-            f"cannot write the cache {path}: {error}; give another --cache_dir"
+            f"cannot write the cache {path}: {reason(error)}; give another --cache_dir"
         ) from error
     rows = np.array([store.row_of.get(key, -1) for key in keys])
     return Rows(store, rows[rows >= 0]), np.flatnonzero(rows >= 0)

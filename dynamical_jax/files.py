@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with naming(path):
+        with naming(path, partial):
             yield partial
             partial.replace(path)
     finally:
@@ -36,14 +37,38 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-    """Sees to it that an error of the system names a file: a full disk does not."""
+def naming(path: pathlib.Path, helper: str | os.PathLike | None = None) -> Iterator[None]:
+    """Sees to it that an error of the system names a file that a person knows.
+
+    A full disk names none; if the folder refuses, that is a file beside the one that was meant.
+
+    Args:
+      path: of the file that was meant.
+      helper: of the file beside it.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        if error.errno is not None and error.filename in (None, helper and os.fspath(helper)):
+            error.filename = os.path.abspath(path) if error.filename else str(path)
         raise
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Makes the folder of a file if there is none; for programs, before their work.
+
+    Raises:
+      UserError: if no file can be made there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: no file can be made in the folder "
+            f"{os.path.abspath(path.parent)} ({error.strerror})"
+        ) from error
 
 
 def write(path: pathlib.Path, text: str) -> None:

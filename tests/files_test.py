@@ -2,11 +2,13 @@
 
 import errno
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from dynamical_jax import files
+from dynamical_jax.errors import UserError
 
 
 def names(folder):
@@ -38,6 +40,26 @@ class TestReplacing:
             fail()
         assert path.read_text() == "old"
         assert names(tmp_path) == ["table.csv"]
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(None, "table.csv"), ("table.csv.partial", "{0}/table.csv"), ("other.csv", "other.csv")],
+)
+def test_an_error_names_the_file_that_was_meant(tmp_path, monkeypatch, named, expected):
+    monkeypatch.chdir(tmp_path)
+    path, helper = pathlib.Path("table.csv"), pathlib.Path("table.csv.partial")
+    with pytest.raises(OSError, match="denied") as caught, files.naming(path, helper):
+        raise OSError(errno.EACCES, "Permission denied", named)
+    assert caught.value.filename == expected.format(tmp_path)
+
+
+def test_a_folder_in_which_no_file_can_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write (.*)/file/x.csv: no .* folder \1/file \("):
+        files.check_writable(tmp_path / "file" / "x.csv")
+    files.check_writable(tmp_path / "new" / "er" / "x.csv")
+    assert names(tmp_path / "new" / "er") == []
 
 
 def test_write_keeps_the_ends_of_lines(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 
 from dynamical_jax import resources
 from dynamical_jax.data import images
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.types import Examples, Rows
 
 TEST_FRACTION = 0.2
@@ -335,7 +335,7 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise UserError(f"cannot read {path} ({error})") from error
+        raise UserError(f"cannot read {path} ({reason(error)})") from error
 
 
 def _check_names(path: str, arrays: Iterable[str], allowed: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ import tqdm
 from PIL import ExifTags, Image, ImageOps
 
 from dynamical_jax import files, resources
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 
 # Files that differ in size, or that are larger than the next number, are resized to this.
 DEFAULT_SIZE = 64
@@ -75,7 +75,7 @@ class OnDisk:
         try:
             mapped = self._map_file()
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is no whole .npy file ({error})") from error
+            raise UserError(f"{path} is no whole .npy file ({reason(error)})") from error
         self.shape, self.ndim = mapped.shape, mapped.ndim
         self.dtype = mapped.dtype if dtype is None else np.dtype(dtype)
 
@@ -475,7 +475,7 @@ def replacing_cache_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
             yield partial
     except OSError as error:
         raise UserError(
-            f"cannot write the cache {path}: {error}; give another --cache_dir"
+            f"cannot write the cache {path}: {reason(error)}; give another --cache_dir"
         ) from error
 
 
@@ -613,8 +613,7 @@ def _show_progress(work: Iterable, total: int, what: str) -> Iterable:
 
 
 def _describe_error(path: str, error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.partition("\n")[0].replace(f" {path!r}", "")
+    return reason(error).replace(f" {path!r}", "")
 
 
 def _report_unreadable(broken: Mapping[str, str], total: int, unreadable: str) -> None:

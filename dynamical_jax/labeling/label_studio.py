@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.labeling.tables import Proposed
 
 CONTROLS = ("label", "choice")
@@ -168,7 +168,7 @@ def _annotations(path: pathlib.Path) -> Iterator[_Annotation]:
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     if not text.lstrip().startswith("["):
         yield from _flat(path, csv.DictReader(io.StringIO(text, newline=""), strict=True))
         return

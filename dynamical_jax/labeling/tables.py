@@ -80,11 +80,14 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: if another one holds it for `LOCK_TIMEOUT` seconds.
     """
+    lock = filelock.FileLock(path.absolute().with_name(f".{path.name}.lock"))
     try:
-        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT):
-            yield
+        with files.naming(path, lock.lock_file):
+            held = lock.acquire(timeout=LOCK_TIMEOUT)
     except filelock.Timeout as error:
         raise UserError(f"{path} is in use by another process: wait for it") from error
+    with held:
+        yield
 
 
 def remove_partial(path: pathlib.Path) -> None:

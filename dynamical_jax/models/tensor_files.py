@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
@@ -25,6 +25,10 @@ def read(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"weights must be a file with one of {', '.join(SUFFIXES)}, got {path}")
     if not os.path.isfile(path):
         raise UserError(f"there is no file {path}")
+    try:
+        open(path, "rb").close()  # Not all readers say why a file cannot be opened.
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     tensors = readers.get(suffix, _read_pytorch)(path)
     result = {}
@@ -49,7 +53,7 @@ def _read_safetensors(path: str) -> Mapping[str, Any]:
     try:
         return safetensors.flax.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({_first_line(error)})") from error
+        raise UserError(f"{path} is no whole safetensors file ({reason(error)})") from error
 
 
 def _read_npz(path: str) -> Mapping[str, Any]:
@@ -60,7 +64,7 @@ def _read_npz(path: str) -> Mapping[str, Any]:
         *(OSError, ValueError, EOFError, TypeError, AttributeError),
         *(zipfile.BadZipFile, zlib.error),
     ) as error:
-        raise UserError(f"{path} is no whole .npz file ({_first_line(error)})") from error
+        raise UserError(f"{path} is no whole .npz file ({reason(error)})") from error
 
 
 def _read_pytorch(path: str) -> Mapping[str, Any]:
@@ -76,8 +80,7 @@ def _read_pytorch(path: str) -> Mapping[str, Any]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Of any type, as bytes that are no such file lead to it.
         raise UserError(
-            f"{path} holds other things than tensors, or is no whole PyTorch file "
-            f"({_first_line(error)})"
+            f"{path} holds other things than tensors, or is no whole PyTorch file ({reason(error)})"
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -94,7 +97,3 @@ def checksum(path: str) -> int:
         while block := file.read(2**24):
             value = zlib.crc32(block, value)
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -113,7 +113,7 @@ def _make_kernel(shape: tuple[int, ...], file: str | os.PathLike[str] | None) ->
     try:
         return np.lib.format.open_memmap(path, "w+", np.float64, shape)
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {os.path.abspath(file)}: {error.strerror}") from error
 
 
 def _finish(kernel: np.ndarray, file: str | os.PathLike[str]) -> np.ndarray:

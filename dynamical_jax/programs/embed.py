@@ -12,7 +12,6 @@ import functools
 import os
 import pathlib
 import sys
-import tempfile
 import warnings
 
 import numpy as np
@@ -79,12 +78,7 @@ def check_output(output: pathlib.Path) -> None:
     """Raises `UserError` if the file cannot be written, or is there and holds other things."""
     if output.suffix != ".npz":
         raise UserError(f"--features must be an .npz file, got {output}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):  # Found before the work, not after it.
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    files.check_writable(output)
     if not output.exists() or person.OVERWRITE.value:
         return
     try:

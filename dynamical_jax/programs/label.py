@@ -74,10 +74,7 @@ def run(argv: list[str]) -> list[str]:
     binary.check_command_line([program, *folders[1:]], sys.modules[__name__])
     settings = check_flags(folders)
     for path in (settings.table, settings.output):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+        files.check_writable(path)
     try:
         with filelock.FileLock(settings.output.with_suffix(".lock"), timeout=0):
             serve(settings)

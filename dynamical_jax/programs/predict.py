@@ -54,8 +54,9 @@ def run(argv: list[str]) -> list[str]:
             f"{given[0] if given else 'none'}"
         )
     table = pathlib.Path(TABLE.value)
-    if table.suffix != ".csv" or not table.parent.is_dir():
-        raise UserError(f"--table must be a .csv file in a folder that exists, got {table}")
+    if table.suffix != ".csv":
+        raise UserError(f"--table must be a .csv file, got {table}")
+    files.check_writable(table)
     if not labeling.tables.may_hold_predictions(table):
         raise UserError(f"{table} is there, and was not written by this program: give another name")
     model = labeling.load(CHECKPOINT.value, options.WEIGHTS.value, options.prepare_cache_dir())

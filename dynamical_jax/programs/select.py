@@ -80,7 +80,7 @@ def run(argv: list[str]) -> list[str]:
     try:
         written = (person.OUTPUT, person.LABELS, PREDICTIONS, LABEL_STUDIO)
         for path in filter(None, (flag.value for flag in written)):
-            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+            files.check_writable(pathlib.Path(path))
         with filelock.FileLock(output.with_suffix(".lock"), timeout=0):
             folder, facts = read_folder(table, output)
             if not len(folder.unlabeled):

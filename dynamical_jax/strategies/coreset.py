@@ -12,10 +12,14 @@ from dynamical_jax.types import Array
 
 
 class Embeddings(NamedTuple):
-    """Penultimate features of U `[n, d]` and S `[m, d]`, in evaluation mode."""
+    """Penultimate features of U `[n, d]` and S `[m, d]`, in evaluation mode.
+
+    And the devices that divide the former.
+    """
 
     unlabeled: Array
     labeled: Array
+    mesh: Mesh | None = None
 
 
 class Coreset(Strategy):
@@ -23,17 +27,16 @@ class Coreset(Strategy):
 
     needs_embedding = True
 
-    def score(self, key: Array, view: LearnerView, state: Any) -> tuple[Embeddings, Mesh | None]:
-        """Returns the embeddings of U and S, and the devices that divide the former."""
+    def score(self, key: Array, view: LearnerView, state: Any) -> Embeddings:
+        """Returns the embeddings of U and S."""
         unlabeled = predict(view, view.unlabeled, view.on_progress).embedding
-        if len(view.labeled.y) == 0:
-            return Embeddings(unlabeled, unlabeled[:0]), view.mesh
-        return Embeddings(unlabeled, predict(view, view.labeled.x).embedding), view.mesh
+        labeled = unlabeled[:0]
+        if len(view.labeled.y):
+            labeled = predict(view, view.labeled.x).embedding
+        return Embeddings(unlabeled, labeled, view.mesh)
 
-    def select(
-        self, key: Array, scored: tuple[Embeddings, Mesh | None], batch_size: int, state: Any
-    ) -> Query:
+    def select(self, key: Array, scored: Embeddings, batch_size: int, state: Any) -> Query:
         """Returns the farthest-first traversal; a score is the distance at the time of choice."""
-        (unlabeled, labeled), mesh = scored
+        unlabeled, labeled, mesh = scored
         positions, distances = selection.farthest_first(unlabeled, labeled, batch_size, mesh)
         return Query(np.asarray(positions), np.asarray(distances), state)

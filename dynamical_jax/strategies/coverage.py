@@ -67,7 +67,7 @@ class Covering(Strategy):
         """Returns how the pool is covered by S."""
         key_targets, key_radius = jax.random.split(key)
         outputs, embeddings = unit_embeddings(view)
-        points, labeled = embeddings
+        points, labeled, _ = embeddings
         weights = self.weights(view, outputs.logits)
         radius = self.radius
         if radius is None:

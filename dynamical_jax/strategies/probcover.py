@@ -36,7 +36,7 @@ class ProbCover(Covering):
 
     def default_radius(self, key: Array, embeddings: Embeddings, num_classes: int) -> float:
         """Returns the largest radius at which 95 % of balls are pure; 1 where all always are."""
-        points = np.concatenate(embeddings)
+        points = np.concatenate(embeddings[:2])
         key_clusters, key_balls = jax.random.split(key)
         classes = cluster(key_clusters, points, num_classes)
         drawn = streams.generator_of(key_balls).permutation(len(points))[:BALLS]

@@ -283,6 +283,10 @@ class TestNpz:
         path = tmp_path / "own.npz"
         with pytest.raises(dj.UserError, match=r"there is no file .*own\.npz"):
             load(path)
+        path.mkdir()
+        with pytest.raises(dj.UserError, match=r"^cannot read \S+/own\.npz \(Is a directory\)$"):
+            dj.folders.read_features(str(path))
+        path.rmdir()
         np.savez(path, image=X)
         with pytest.raises(dj.UserError, match="there is no array 'label'"):
             load(path)

@@ -381,6 +381,16 @@ class TestOnDisk:
             images.OnDisk(tmp_path / "x.npy")
 
 
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    message = r"^cannot write the cache \S+/file/x: (File exists|Not a directory); give another"
+    with (
+        pytest.raises(dj.UserError, match=message),
+        images.replacing_cache_file(tmp_path / "file" / "x"),
+    ):
+        pass
+
+
 def test_no_warning_of_pillow(tmp_path):
     image = Image.new("P", (2, 2))
     image.putpalette([*RED, *BLUE])

@@ -363,7 +363,12 @@ def test_other_strategies(run, pictures, tmp_path, strategy):
         ({"output": "labels.csv"}, "--labels, --output and --predictions must be different"),
         ({"predictions": "labels.csv"}, "--labels, --output and --predictions must be different"),
         ({"output": "to_label.txt"}, "tables must be .csv files, got to_label.txt, labels.csv"),
-        ({"output": "/proc/none/to_label.csv"}, "cannot write /proc/none"),
+        (
+            {"output": "/proc/none/to_label.csv"},
+            "cannot write /proc/none/to_label.csv: no file can",
+        ),
+        ({"predictions": "/proc/rest.csv"}, "cannot write /proc/rest.csv: no file can be made in"),
+        ({"label_studio": "/proc/tasks.json"}, "cannot write /proc/tasks.json: no file can be"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"strategy": "best"}, "unknown strategy 'best'; choose from dynamical"),
         ({"strategy": "albl"}, "albl learns from how its last query was labeled"),
@@ -499,11 +504,11 @@ def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictu
     _, output, _ = run(predictions="rest.csv", max_epochs=20, strategy="auto")
     assert "strategy: uncertainty_herding, because there are 40 labels of 3 classes" in output
     expected = {row["path"]: row for row in rows_of(tmp_path / "rest.csv")}
-    flags_of = {"checkpoint": "to_label.checkpoint", "table": "predicted.csv", "top": 2}
+    flags_of = {"checkpoint": "to_label.checkpoint", "table": "new/predicted.csv", "top": 2}
     status, output, errors = run_binary(predict, str(folder), **flags_of)
     assert (status, errors) == (None, "2 images cannot be read: broken.png, empty.jpg\n")
-    assert output == "predicted.csv: predictions for 61 images\n"
-    rows = {row["path"]: row for row in rows_of(tmp_path / "predicted.csv")}
+    assert output == "new/predicted.csv: predictions for 61 images\n"
+    rows = {row["path"]: row for row in rows_of(tmp_path / "new/predicted.csv")}
     assert len(rows) == 63
     for path, row in expected.items():
         assert rows[path]["predicted"] == row["predicted"]
@@ -515,7 +520,9 @@ def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictu
     assert len(image.class_names) == 3
     assert sum(image.probabilities) == pytest.approx(1, abs=1e-5)
     _, output, _ = run_binary(predict, str(folder), **{**flags_of, "top": 9})
-    assert output == "predicted.csv: predictions for 61 images, of 3 classes each: no more known\n"
+    assert (
+        output == "new/predicted.csv: predictions for 61 images, of 3 classes each: no more known\n"
+    )
     table = (tmp_path / "labels.csv").read_bytes()
     status, _, errors = run_binary(predict, str(folder), **{**flags_of, "table": "labels.csv"})
     assert (status, (tmp_path / "labels.csv").read_bytes()) == (1, table)

@@ -403,6 +403,15 @@ class TestFile:
         with pytest.raises(dj.UserError, match=r"holds no weights, .* 'path' .* go to --features"):
             weights.load(path)
 
+    def test_a_file_that_may_not_be_read(self, tmp_path, monkeypatch):
+        def refuse(path, mode):
+            raise PermissionError(13, "Permission denied", path)
+
+        path = save(tmp_path / "file.safetensors", state())
+        monkeypatch.setattr(weights.tensor_files, "open", refuse, raising=False)
+        with pytest.raises(dj.UserError, match=r"^cannot read \S+: Permission denied$"):
+            weights.load(path)
+
     def test_names_of_files(self, tmp_path, monkeypatch):
         with pytest.raises(dj.UserError, match=r"there is no file none\.npz"):
             weights.load("none.npz")
