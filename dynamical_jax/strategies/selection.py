@@ -1,6 +1,7 @@
 """Rules that turn scores or points into a query. All are deterministic for a given key."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -400,8 +401,9 @@ def lazy_greedy(
 def smallest_distance(points: Float[AnyArray, "n d"]) -> float:
     """Returns the smallest distance between two points that is not 0; 0 if there is none."""
     points, least = np.asarray(points), np.inf
-    for part in _parts(len(points)):
-        squared = np.asarray(_pairs(points, points[part]))
+    parts = [points[part] for part in _parts(len(points))]
+    for some, others in itertools.combinations_with_replacement(parts, 2):
+        squared = np.asarray(_pairs(some, others))
         least = min(least, np.min(squared, where=squared > 0, initial=np.inf))
     return math.sqrt(least) if least < np.inf else 0.0
 
@@ -422,13 +424,12 @@ def distances_to_others(
 
 
 def _parts(size: int) -> Iterator[np.ndarray]:
-    """Yields all positions in parts of one length, so that one program serves all.
+    """Yields all positions in parts of one length, so that one program serves all, of every round.
 
     The last part goes on with the first positions.
     """
-    length = min(POINTS_AT_A_TIME, size)
-    for start in range(0, size, length or 1):
-        yield np.arange(start, start + length) % size
+    for start in range(0, size, POINTS_AT_A_TIME):
+        yield np.arange(start, start + POINTS_AT_A_TIME) % size
 
 
 def _check_batch_size(batch_size: int, size: int) -> None:
@@ -466,18 +467,21 @@ def _cover_more(
     return jnp.maximum(covered, kernel(_squared_distances(targets, point)[:, 0], radius))
 
 
-@jax.jit
 def _squared_distances_to_nearest(points: Array, centers: Array) -> Array:
-    """Returns squared distances to the nearest center, computed a few centers at a time."""
-    size = min(len(centers), CENTERS_AT_A_TIME)
-    filled = jnp.broadcast_to(centers[:1], (-len(centers) % size, centers.shape[1]))
-    blocks = jnp.concatenate([centers, filled]).reshape(-1, size, centers.shape[1])
+    """Returns squared distances to the nearest center, computed a few centers at a time.
 
-    def nearer(least: Array, block: Array) -> tuple[Array, None]:
-        return jnp.minimum(least, jnp.min(_squared_distances(points, block), axis=-1)), None
+    One program serves any number of centers: an accelerator takes seconds to compile one.
+    """
+    least = jnp.full_like(points[:, 0], jnp.inf)
+    for start in range(0, len(centers), CENTERS_AT_A_TIME):
+        rows = np.arange(start, start + CENTERS_AT_A_TIME) % len(centers)
+        least = _nearer(least, points, centers[rows])
+    return least
 
-    start = jnp.full(len(points), jnp.inf, points.dtype)
-    return jax.lax.scan(nearer, start, blocks)[0]
+
+@jax.jit
+def _nearer(least: Array, points: Array, centers: Array) -> Array:
+    return jnp.minimum(least, jnp.min(_squared_distances(points, centers), axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -93,8 +93,20 @@ def test_memory_is_that_of_the_factors(num_classes):
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * (num_classes + d)
     program = selection._farthest_first.lower(right, jnp.zeros(n), n, batch_size=50).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * d
-    program = selection._squared_distances_to_nearest.lower(right, right[:5000]).compile()
+    program = selection._nearer.lower(jnp.zeros(n), right, right[:64]).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * n * 2 * d
+
+
+def test_more_labels_compile_no_more_programs():
+    points = drawn(200, 3)
+
+    def look(count):
+        selection.coverage(points, points[:count], selection.gaussian, 1.0)
+        selection.farthest_first(points, points[:count], 2)
+        selection.smallest_distance(points[:count])
+        return selection._nearer._cache_size(), selection._pairs._cache_size()
+
+    assert look(7) == look(100)
 
 
 class TestKMeansPlusPlus:
