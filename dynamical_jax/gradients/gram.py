@@ -167,7 +167,8 @@ def _products(
         # As in `scoring`: what is the model's own fault comes up again in the obvious engine.
         if engine != "factored":
             raise
-        warnings.warn(f"no factored gradients ({error}); using vmap", stacklevel=3)
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"no factored gradients ({why}); using vmap", stacklevel=3)
         right = None if symmetric else right
         options = {"chunk_size": chunk_size, "on_progress": on_progress, "loss": loss}
         return _products(apply, variables, left, right, engine="vmap", **options)
