@@ -136,8 +136,7 @@ def settings(
 
 def _check_names(what: str, names: Sequence[str], choices: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in choices:
-            raise dj.UserError(f"unknown {what} {name!r}; choose from {', '.join(choices)}")
+        dj.words.check_known(what, name, choices)
     if not names:
         raise dj.UserError(f"no {what} given; choose from {', '.join(choices)}")
 

@@ -29,6 +29,7 @@ from dynamical_jax import strategies as strategies
 from dynamical_jax import streams as streams
 from dynamical_jax import training as training
 from dynamical_jax import types as types
+from dynamical_jax import words as words
 from dynamical_jax.active_learning import Budget as Budget
 from dynamical_jax.active_learning import Experiment as Experiment
 from dynamical_jax.data import datasets as datasets

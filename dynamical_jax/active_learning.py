@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, gradients, models, nnx_modules, parallel, streams, training
+from dynamical_jax import (
+    contract,
+    gradients,
+    models,
+    nnx_modules,
+    parallel,
+    streams,
+    training,
+    words,
+)
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.data.pool import Oracle, Pool, imbalanced_rows, initial_pool
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import LearnerView, Strategy, check_model
-from dynamical_jax.types import Examples, Rows, Variables
+from dynamical_jax.types import Examples, Rows, Variables, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Budget:
     num_rounds: int
 
     def __post_init__(self):
+        check_fields(self)
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
                 raise UserError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
@@ -163,8 +173,8 @@ class Experiment:
         the model scales its inputs, stay as they are.
 
     Raises:
-      UserError: on construction, if the budget exceeds the pool, or the strategy takes gradients of
-        another loss than `training_config.loss`.
+      UserError: on construction, if a field is of another type, the budget exceeds the pool, or the
+        strategy takes gradients of another loss than `training_config.loss`.
     """
 
     dataset: Dataset
@@ -180,6 +190,7 @@ class Experiment:
     pool_shares: tuple[float | int, ...] = (1.0,)
 
     def __post_init__(self):
+        check_fields(self)
         object.__setattr__(self, "model", nnx_modules.as_model(self.model))
         if not 0 <= self.seed <= streams.LARGEST_SEED:
             raise UserError(f"the seed must be between 0 and 2³² − 1, got {self.seed}")
@@ -192,9 +203,10 @@ class Experiment:
             )
         size = len(self._pool_rows())
         if self.budget.total > size:
+            first = words.count(self.budget.initial_size, "initial label")
+            queries = words.count(self.budget.num_rounds, "query", "queries")
             raise UserError(
-                f"{self.budget.initial_size} initial labels and {self.budget.num_rounds} queries "
-                f"of {self.budget.batch_size} need {self.budget.total} "
+                f"{first} and {queries} of {self.budget.batch_size} need {self.budget.total} "
                 f"{self.dataset.kind}, but the pool of {self.dataset.name} has {size}"
             )
 
@@ -215,8 +227,8 @@ class Experiment:
         num_outputs, num_classes = outputs.logits.shape[1], len(self.dataset.class_names)
         if num_outputs != num_classes:
             raise UserError(
-                f"the model has {num_outputs} outputs, but {self.dataset.name} has {num_classes} "
-                "classes"
+                f"the model has {words.count(num_outputs, 'output')}, but {self.dataset.name} has "
+                f"{words.count(num_classes, 'class', 'classes')}"
             )
         check_model(self.strategy, self.model.apply, variables, self.dataset.pool.x)
         return State(0, pool, variables, self.strategy.init())

@@ -11,6 +11,7 @@ import numpy as np
 from flax import errors
 from flax import linen as nn
 
+from dynamical_jax import words
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import ApplyFn, Outputs, Variables, take_rows
 
@@ -100,7 +101,7 @@ def explain_not_finite(variables: Variables, x: Any) -> str:
         return ""
     return (
         f"; tokens go from {values.min()} to {values.max()}, and a table of nn.Embed has "
-        f"{min(sizes)} rows"
+        f"{words.count(min(sizes), 'row')}"
     )
 
 
@@ -119,7 +120,8 @@ def check_labels(
     num_classes = output_shapes(apply, variables, x).logits.shape[1]
     right = f"labels must be integers [n] from 0 to {num_classes - 1}, as the model has classes"
     if len(labels) != len(x):
-        raise UserError(f"{len(x)} inputs have {len(labels)} labels; each needs one")
+        number = words.count(len(x), "input has", "inputs have")
+        raise UserError(f"{number} {words.count(len(labels), 'label')}; each needs one")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{right}, got {labels.dtype} of shape {labels.shape}")
     if labels.min() < 0 or labels.max() >= num_classes:

@@ -17,10 +17,13 @@ from flax import linen as nn
 from flax.linen import module as linen_module
 
 from dynamical_jax import contract
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.types import Array, Variables
 
 # `flax.nnx` is imported in functions, as it takes most of a second and most models are of Linen.
+
+
+A_MODEL = "a model is a Flax module or a function of rngs that makes an NNX module"
 
 
 def is_nnx(value: Any) -> bool:
@@ -35,12 +38,15 @@ def as_model(model: Any) -> Any:
     It starts from the module's weights, or from those of a module that the function makes.
 
     Raises:
-      UserError: if a function does not take `rngs`, or makes something else.
+      UserError: if it is neither, or a function does not take `rngs`, or makes something else.
     """
     if is_nnx(model):
         return _model(*_taken_apart(model))
     if callable(model) and (isinstance(model, type) or not hasattr(model, "apply")):
         return _made_by(model)
+    if not hasattr(model, "apply"):
+        named = f"; dj.models.create({model!r}, data) makes it by name" * isinstance(model, str)
+        raise UserError(f"{A_MODEL}, got {model!r:.100}{named}")
     return model
 
 
@@ -119,9 +125,7 @@ def _made_by(make: Callable[..., Any]) -> "FromNNX":
     try:
         inspect.signature(make).bind(rngs=None)
     except TypeError as error:
-        raise UserError(
-            f"a model is a Flax module or a function of rngs that makes an NNX module, got {make}"
-        ) from error
+        raise UserError(f"{A_MODEL}, got {make}") from error
 
     def made() -> Any:
         module = make(rngs=nnx.Rngs(0))
@@ -185,7 +189,7 @@ class FromNNX(nn.Module):
         # `module.train()` is what a flag is by default that is None by default.
         told = "train" in parameters or any(flag.default is not None for flag in flags)
         options = contract.train_option(module, train) if told else {}
-        with _intercepted(module, self.path):
+        with _intercepted(module, self.path), _explained(module, x):
             outputs = module(x, **options)
         self._update(module)
         return outputs
@@ -231,6 +235,20 @@ class FromNNX(nn.Module):
         for collection, values in tree.items():
             for name, value in values.items():
                 self.put_variable(collection, name, value)
+
+
+@contextlib.contextmanager
+def _explained(module: Any, x: Any) -> Iterator[None]:
+    """Raises `UserError` where a module cannot be called with inputs of this shape."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{type(module).__name__} cannot be called with x of shape {x.shape}, where each "
+            f"example is of shape {x.shape[1:]}: make its layers for these ({reason(error)})"
+        ) from error
 
 
 # --- Interceptors ---

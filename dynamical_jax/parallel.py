@@ -12,6 +12,7 @@ statistics of BatchNorm are those of the whole batch.
 import atexit
 import functools
 import math
+import numbers
 import os
 import pickle
 import re
@@ -57,8 +58,11 @@ def make_mesh(num_devices: int | None = None) -> Mesh | None:
     """
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
-    if not 1 <= count <= len(devices):
-        raise UserError(f"cannot use {count} devices of {len(devices)}: choose from 1 to that")
+    if not isinstance(count, numbers.Integral) or not 1 <= count <= len(devices):
+        raise UserError(
+            f"the number of devices must be from 1 to {len(devices)}, as many as there are, got "
+            f"{count!r}"
+        )
     if count == 1:
         return None
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])

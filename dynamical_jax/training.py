@@ -20,10 +20,10 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, models, nnx_modules, parallel, resources, streams
+from dynamical_jax import contract, losses, models, nnx_modules, parallel, resources, streams, words
 from dynamical_jax.errors import DivergedError, UserError
 from dynamical_jax.gradients import bucketed, each_block
-from dynamical_jax.types import ApplyFn, Array, Examples, Variables, take_rows
+from dynamical_jax.types import ApplyFn, Array, Examples, Variables, check_fields, take_rows
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     # Decoupled weight decay; with a decay of 0 this is Adam.
@@ -87,14 +87,9 @@ class TrainingConfig:
     loss: losses.Loss = losses.CROSS_ENTROPY
 
     def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(
-                f"unknown optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise UserError(
-                f"unknown schedule {self.schedule!r}; choose from {', '.join(SCHEDULES)}"
-            )
+        check_fields(self)
+        words.check_known("optimizer", self.optimizer, OPTIMIZERS)
+        words.check_known("schedule", self.schedule, SCHEDULES)
         for name in ("batch_size", "max_epochs", "look_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} of training must be at least 1, got {getattr(self, name)}")

@@ -1,11 +1,17 @@
 """Types shared by every module, and the contract of a model."""
 
+import dataclasses
+import numbers
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dynamical_jax.errors import UserError
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
@@ -92,3 +98,27 @@ def take_rows(x: Any, positions: Any) -> Any:
 
 def ignore_progress(done: int, total: int) -> None:
     """Does nothing: the default `OnProgress`."""
+
+
+NUMBERS: Mapping[type, type] = {int: numbers.Integral, float: numbers.Real}
+"""Type → what counts as one: numbers of NumPy, too."""
+
+
+def check_fields(record: Any) -> None:
+    """Raises `UserError` unless the fields of a dataclass are of the classes that it declares.
+
+    What is declared otherwise, such as `tuple[int, ...]`, is not looked at.
+    """
+    for field in dataclasses.fields(record):
+        value, declared = getattr(record, field.name), field.type
+        union = isinstance(declared, types.UnionType)
+        kinds = typing.get_args(declared) if union else (declared,)
+        if Any in kinds or not all(isinstance(kind, type) for kind in kinds):
+            continue
+        if not isinstance(value, tuple(NUMBERS.get(kind, kind) for kind in kinds)):
+            names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+            call = ": call it" * (isinstance(value, type) and issubclass(value, kinds))
+            raise UserError(
+                f"{field.name} of {type(record).__name__} must be of type {names}, got "
+                f"{value!r:.100}{call}"
+            )

@@ -132,8 +132,7 @@ def apply_preset(names: Iterable[str]) -> None:
     if PRESET.value is None:
         return
     names = list(names)
-    if PRESET.value not in names:
-        raise dj.UserError(f"unknown preset {PRESET.value!r}; choose from {', '.join(names)}")
+    dj.words.check_known("preset", PRESET.value, names)
     table = paper.tables()[PRESET.value]
     for name, value in table.flags.items():
         if not binary.is_given(name):
@@ -209,7 +208,8 @@ def compare(
         summarize(directory.rounds)
     if failures:
         failures.append(
-            f"{len(failures)} of {len(runs)} runs failed; the same command tries these again"
+            f"{len(failures)} of {dj.words.count(len(runs), 'run')} failed; the same command tries "
+            "again"
         )
     return failures
 
@@ -239,7 +239,8 @@ def _executor(num_runs: int) -> dj.comparison.Executor | None:
         if WORKERS.value is None:
             return None
         if WORKERS.value > num_runs:
-            raise dj.UserError(f"--workers={WORKERS.value} is more than the {num_runs} runs")
+            number = dj.words.count(num_runs, "run")
+            raise dj.UserError(f"--workers={WORKERS.value} is more than the {number}")
         from dynamical_jax.runs import processes
 
         executor = processes.Processes(WORKERS.value)

@@ -108,9 +108,9 @@ def describe_point(point: dict[str, Any]) -> str:
     ]
     own = [f"{ratio:.3f} (b = {size})" for size, ratio in point["own_ratios"].items()]
     return (
-        f"After {point['epoch']} epochs, at {point['train_accuracy']:.1%} of S and a loss of "
-        f"{point['train_loss']:.2g}, R is on average over {NUM_QUERIES.value} random Q "
-        f"{', '.join(parts)}. Of dynamicAL's own query it is {', '.join(own)}."
+        f"After {dj.words.count(point['epoch'], 'epoch')}, at {point['train_accuracy']:.1%} of S "
+        f"and a loss of {point['train_loss']:.2g}, R is on average over {NUM_QUERIES.value} "
+        f"random Q {', '.join(parts)}. Of dynamicAL's own query it is {', '.join(own)}."
     )
 
 

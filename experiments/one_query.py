@@ -103,7 +103,8 @@ def run(argv: list[str]) -> list[str]:
 def describe(query: dict[str, Any]) -> str:
     """Returns a phrase about a query."""
     return (
-        f"{query['classes']} classes, {query['predicted_classes']} predicted ones, "
+        f"{dj.words.count(query['classes'], 'class', 'classes')}, {query['predicted_classes']} as "
+        "predicted, "
         f"{query['taken_for_another']} of {len(query['query'])} taken for another class; gradients "
         f"with a mean cosine of {query['mean_cosine']:.2f}, {query['near_copies']:.0%} near-copies"
     )

@@ -237,7 +237,7 @@ def table(results: Mapping[str, Any]) -> str:
     """Returns a table of the rules for one setting, in Markdown: means over seeds."""
     lines = [
         f"{results['dataset']}, {results['model']}, |S| = {_size(results)}, "
-        f"{len(results['seeds'])} seeds:",
+        f"{dj.words.count(len(results['seeds']), 'seed')}:",
         "",
         "| first look at which | epochs | share of g_S in Δ | overlap with 10 × epochs | R |",
         "| --- | --- | --- | --- | --- |",

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -215,11 +217,53 @@ def test_sizes_must_be_positive(field, size):
         ({"seed": 2**32}, "seed must be between 0"),
         ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
         ({"eval_batch_size": 0}, "eval_batch_size at least 1"),
+        ({"model": "cnn"}, r"^a model is .*, got 'cnn'; dj.models.create\('cnn', data\) makes it"),
+        ({"model": None}, "^a model is a Flax module or a function of rngs .*, got None$"),
     ],
 )
 def test_other_options_out_of_range(dataset, option, message):
+    given = {"dataset": dataset, "model": toy.models()["cnn"], "budget": BUDGET}
     with pytest.raises(dj.UserError, match=message):
-        experiment(dataset, **option)
+        dj.Experiment(**{"strategy": dj.strategies.Random(), **given, **option})
+
+
+def test_fields_of_other_types():
+    """In a process of its own, since type checks of the tests would see them first."""
+    program = """
+import numpy as np
+import dynamical_jax as dj
+examples = dj.Examples(np.eye(9, dtype=np.float32), np.arange(9) % 2)
+data = dj.Dataset("x", examples, examples, ("a", "b"))
+given = dict(dataset=data, model=dj.models.create("linear", data), strategy=dj.strategies.Random(),
+             budget=dj.Budget(np.int64(2), 1, 1), seed=np.int64(3))
+dj.Experiment(**given, training_config=dj.TrainingConfig(learning_rate=np.float32(1)))
+for make in (
+    lambda: dj.Experiment(**{**given, "seed": "1"}),
+    lambda: dj.Experiment(**given, mesh=2),
+    lambda: dj.Experiment(**{**given, "dataset": "digits"}),
+    lambda: dj.Experiment(**{**given, "strategy": dj.strategies.Random}),
+    lambda: dj.Budget(2.5, 1, 1),
+    lambda: dj.TrainingConfig(learning_rate="0.1"),
+    lambda: dj.parallel.make_mesh("x"),
+):
+    try:
+        make()
+    except dj.UserError as error:
+        print(error)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "seed of Experiment must be of type int, got '1'",
+        "mesh of Experiment must be of type Mesh or None, got 2",
+        "dataset of Experiment must be of type Dataset, got 'digits'",
+        "strategy of Experiment must be of type Strategy, got "
+        "<class 'dynamical_jax.strategies.random.Random'>: call it",
+        "initial_size of Budget must be of type int, got 2.5",
+        "learning_rate of TrainingConfig must be of type float, got '0.1'",
+        f"the number of devices must be from 1 to {len(jax.devices())}, as many as there are, got "
+        "'x'",
+    ]
 
 
 def test_outputs_must_be_as_many_as_classes(dataset):

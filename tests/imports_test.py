@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "dynamical_jax"
 ROOMS = (
     # what everything stands on
     {"errors"},
-    {"files", "types", "streams", "resources"},
+    {"files", "types", "streams", "resources", "words"},
     {"contract", "convolution", "store", "parallel"},
     {"nnx_modules"},
     # the paper's arrays

@@ -313,6 +313,17 @@ def test_other_functions_are_no_models(model, message):
         dj.nnx_modules.as_model(model)
 
 
+@pytest.mark.parametrize("layer", [lambda **rngs: nnx.Linear(10, 3, **rngs), Own])
+def test_a_module_for_other_inputs(layer):
+    x = toy.images(4)
+    message = rf"cannot be called with x of shape .*, where each example is of shape \({x.shape[1]}"
+    with pytest.raises(dj.UserError, match=message):
+        dj.models.init(layer, KEY, x)
+    view = dj.LearnerView.from_nnx(layer(rngs=nnx.Rngs(0)), (x[:2], np.zeros(2, int)), x)
+    with pytest.raises(dj.UserError, match=message):
+        dj.STRATEGIES["margin"]().query(KEY, view, 1)
+
+
 def test_dropout_differs_from_step_to_step_and_is_off_in_evaluation():
     model, variables = dj.models.from_nnx(Twin(dropout=0.5, rngs=nnx.Rngs(0)))
     x = jnp.asarray(toy.images(4), jnp.float32) / 100

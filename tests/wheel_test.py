@@ -118,7 +118,7 @@ def test_script_trains_on_labels(installed, photos):
     (photos / "labels.csv").write_text(f"path,label\n{rows}")
     done = installed.select(photos, batch_size=2, max_epochs=1)
     assert done.returncode == 0, done.stderr
-    assert "trained for 1 epochs" in done.stdout
+    assert "trained for 1 epoch:" in done.stdout
     asked = read(photos / "to_label.csv")
     assert {row["predicted"] for row in asked} <= {"dark", "bright"}
     assert not {row["path"] for row in asked} & {f"{i:02d}.png" for i in range(4)}

@@ -68,7 +68,7 @@ def summarize(curves: list[dict[str, Any]]) -> tuple[Any, ...]:
         f"‖Y − f_t‖ of the network stays within {largest_difference:.1%} of ‖Y‖ of ℰ_t; ℰ_t² lies "
         f"between the sides of Theorem 1 at {inside} of {total} times; over label noise from 0 "
         f"to 100 % Kendall's τ of η𝒜 / ‖Y‖² and the share of ‖Y − f‖² left after "
-        f"{STEPS.value} steps {common.describe_taus(taus)}."
+        f"{dj.words.count(STEPS.value, 'step')} {common.describe_taus(taus)}."
     )
     results = {"curves": curves, "tau_of_seeds": taus}
     return results, sentence, functools.partial(draw, curves)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from dynamical_jax import files, resources
+from dynamical_jax import files, resources, words
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
@@ -243,10 +243,8 @@ def _load_own(
         )
         return Dataset(os.path.basename(os.path.abspath(path)), **own._asdict())
     if not path.endswith((".npz", ".npy")):
-        raise UserError(
-            f"unknown dataset {path!r}; choose from {', '.join(DATASETS)}, or give a folder that "
-            "holds one of images for each class, or an .npz or .npy file"
-        )
+        own = "a folder that holds one of images for each class, or an .npz or .npy file"
+        words.check_known("dataset", path, DATASETS, f", or give {own}")
     if test_dir is not None:
         raise UserError(f"test_dir has no effect on {path}, which can hold a test set itself")
     own = folders.read_file(path, test_fraction, image_size, channels, unreadable)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynamical_jax import resources
+from dynamical_jax import resources, words
 from dynamical_jax.data import images
 from dynamical_jax.errors import UserError, reason
 from dynamical_jax.types import Examples, Rows
@@ -369,7 +369,8 @@ def _read_labels(
 ) -> np.ndarray:
     """Returns the positions of labels in `values`."""
     if labels.shape != (size,):
-        raise UserError(f"{what} has {size} rows, but {prefix}label is of shape {labels.shape}")
+        number = words.count(size, "row")
+        raise UserError(f"{what} has {number}, but {prefix}label is of shape {labels.shape}")
     found, inverse = np.unique(labels, return_inverse=True)
     if foreign := [value for value in found.tolist() if value not in values]:
         raise UserError(f"{what}: {prefix}label {foreign[0]!r} is none of the classes")
@@ -387,7 +388,8 @@ def _read_images(
             f"{what} must be numbers [n, h, w] or [n, h, w, c], got {x.dtype} of shape {x.shape}"
         )
     if channels not in (None, x.shape[-1]):
-        raise UserError(f"{what} has {x.shape[-1]} channels; others can be had of image files only")
+        number = words.count(x.shape[-1], "channel")
+        raise UserError(f"{what} has {number}; others can be had of image files only")
     if image_size is None:
         return x
     if x.dtype != np.uint8 or x.shape[-1] not in (1, 3):

@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 from PIL import ExifTags, Image, ImageOps
 
-from dynamical_jax import files, resources
+from dynamical_jax import files, resources, words
 from dynamical_jax.errors import UserError, reason
 
 # Files that differ in size, or that are larger than the next number, are resized to this.
@@ -261,7 +261,7 @@ def check_resized(count: int, size: int, channels: int) -> None:
     """Raises `UserError` if images of a size, and a copy of them, do not fit into memory."""
     resources.check_memory(
         2 * count * size * size * channels,
-        f"{count} images of {size}×{size}",
+        f"{words.count(count, 'image')} of {size}×{size}",
         "give a smaller --image_size",
     )
 
@@ -402,7 +402,7 @@ def decode(
             resources.check_disk(
                 array,
                 len(paths) * math.prod(shape),
-                f"{len(paths)} decoded images of {'×'.join(map(str, shape))}",
+                f"{words.count(len(paths), 'decoded image')} of {'×'.join(map(str, shape))}",
                 "give another --cache_dir, or a smaller --image_size",
             )
             made = _decode_into(
@@ -621,7 +621,8 @@ def _report_unreadable(broken: Mapping[str, str], total: int, unreadable: str) -
         return
     named = [f"{path} ({why})" for path, why in list(broken.items())[:3]]
     named += [f"and {len(broken) - 3} more"] if len(broken) > 3 else []
-    message = f"{len(broken)} of {total} image files cannot be read: {', '.join(named)}"
+    number = words.count(total, "image file")
+    message = f"{len(broken)} of {number} cannot be read: {', '.join(named)}"
     if unreadable == "refuse" or len(broken) == total:
         raise UserError(message)
     warnings.warn(f"{message}; they are left out", stacklevel=3)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dynamical_jax import words
 from dynamical_jax.errors import UserError
 
 
@@ -69,7 +70,8 @@ def imbalanced_rows(
     """
     num_classes = int(np.max(labels)) + 1
     if len(shares) > num_classes:
-        raise UserError(f"{len(shares)} shares are given for {num_classes} classes")
+        number = words.count(len(shares), "share is", "shares are")
+        raise UserError(f"{number} given for {words.count(num_classes, 'class', 'classes')}")
     # The comparison is False for NaN.
     if not shares or not all(0 <= share <= 1 for share in shares):
         given = ",".join(map(str, shares))

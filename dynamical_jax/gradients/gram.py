@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dynamical_jax import contract, losses, parallel, resources
+from dynamical_jax import contract, losses, parallel, resources, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
 from dynamical_jax.gradients.blocks import block_at, bucketed, each_block, map_blocks
@@ -108,8 +108,7 @@ def _products(
     loss: losses.Loss,
 ) -> np.ndarray:
     """Returns the products of two sets, or of one with itself if there is no `right`."""
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    words.check_known("engine", engine, ENGINES)
     engines = scoring.with_loss(ENGINES, loss)
     symmetric = right is None
     right = left if symmetric else right

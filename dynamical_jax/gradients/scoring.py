@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, parallel, resources
+from dynamical_jax import contract, losses, parallel, resources, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, each_block
@@ -76,8 +76,7 @@ def norms_and_products(
       UserError: if the engine is unknown, a label is no class of the model, or `direction` is not
         like the parameters.
     """
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    words.check_known("engine", engine, ENGINES)
     check_direction(variables["params"], direction)
     if len(x) == 0:
         return GradientTerms(np.empty(0), np.empty(0), np.empty(0, int))

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from dynamical_jax import losses
+from dynamical_jax import losses, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.gradients import factored, per_example, scoring, sketching
 from dynamical_jax.types import (
@@ -69,8 +69,7 @@ def sketch(
     Raises:
       UserError: if the engine is unknown, a label is no class of the model, or the size is below 1.
     """
-    if engine not in ("factored", "vmap"):
-        raise UserError(f"unknown engine {engine!r}; choose from factored, vmap")
+    words.check_known("engine", engine, ("factored", "vmap"))
     if size < 1:
         raise UserError(f"the size of a sketch must be at least 1, got {size}")
     if len(x) == 0:

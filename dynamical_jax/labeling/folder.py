@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynamical_jax import words
 from dynamical_jax.data import folders, images, near_copies
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling import classes as names
@@ -172,8 +173,8 @@ def take_over(
             names.check_known(labels, classes)
         if missing := sorted(set(labels) - set(paths)):
             raise UserError(
-                f"{len(missing)} labeled images are not in {folder}: {', '.join(missing[:3])}"
-                f"{', …' if len(missing) > 3 else ''}: put them back, or remove their rows"
+                f"{words.count(len(missing), 'labeled image is', 'labeled images are')} not in "
+                f"{folder}: {_some(missing)}: put back what is missing, or remove the rows"
             )
         if new := {path: label for path, label in labels.items() if path not in known}:
             tables.add_labels(table, new)
@@ -228,8 +229,8 @@ def read(
         is_readable = images.check_headers(files)
         if broken := [path for path, opens in zip(paths, is_readable, strict=True) if not opens]:
             warnings.warn(
-                f"{len(broken)} of {len(paths)} image files cannot be read: {_some(broken)}; they "
-                "are left out",
+                f"{len(broken)} of {words.count(len(paths), 'image file')} cannot be read: "
+                f"{_some(broken)}; they are left out",
                 stacklevel=2,
             )
         is_readable &= np.isin(rows, vectors.finite)
@@ -259,14 +260,14 @@ def _report_unmatched(
         )
     if without := sorted(set(paths) - set(named)):
         warnings.warn(
-            f"{len(without)} of {len(paths)} images in {folder} have no vector in {features}: "
-            f"{_some(without)}; they are left out",
+            f"{len(without)} of {words.count(len(paths), 'image')} in {folder} have no vector in "
+            f"{features}: {_some(without)}; they are left out",
             stacklevel=3,
         )
     if strangers:
         warnings.warn(
-            f"{len(strangers)} of {len(named)} vectors in {features} are of no image in {folder}: "
-            f"{_some(strangers)}",
+            f"{len(strangers)} of {words.count(len(named), 'vector')} in {features} are of no "
+            f"image in {folder}: {_some(strangers)}",
             stacklevel=3,
         )
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dynamical_jax import embedding, models
+from dynamical_jax import embedding, models, words
 from dynamical_jax.data import datasets, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.labeling.learner import Description, Learner, Network
@@ -112,7 +112,7 @@ class Model(NamedTuple):
         _check_top(top)
         size = len(self.learner.model.mean)
         if self.shape is not None or vectors.shape[1] != size:
-            takes = "images" if self.shape else f"vectors of {size} numbers"
+            takes = "images" if self.shape else f"vectors of {words.count(size, 'number')}"
             raise UserError(f"the model takes {takes}, got vectors of {vectors.shape[1]}")
         found: list[Prediction] = []
         for start in range(0, len(paths), BLOCK):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dynamical_jax import contract, nnx_modules, resources
+from dynamical_jax import contract, nnx_modules, resources, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.models.cnn import CNN as CNN
 from dynamical_jax.models.linear import Linear as Linear
@@ -32,17 +32,20 @@ from dynamical_jax.nnx_modules import from_nnx as from_nnx
 from dynamical_jax.nnx_modules import into_nnx as into_nnx
 from dynamical_jax.types import AnyArray, Array, Variables
 
-MODELS: Mapping[str, Callable[..., nn.Module]] = {
-    "cnn": CNN,
-    "resnet18": ResNet18,
-    "vgg11": VGG11,
-    "vit_ti": ViTTi,
-    "vit_s": ViTS,
-    "vit_b": ViTB,
-    "ntk_cnn": NTKCNN,
-    "linear": Linear,
-    "mlp": MLP,
-}
+MODELS: Mapping[str, Callable[..., nn.Module]] = words.Registry(
+    "model",
+    {
+        "cnn": CNN,
+        "resnet18": ResNet18,
+        "vgg11": VGG11,
+        "vit_ti": ViTTi,
+        "vit_s": ViTS,
+        "vit_b": ViTB,
+        "ntk_cnn": NTKCNN,
+        "linear": Linear,
+        "mlp": MLP,
+    },
+)
 
 FOR_VECTORS = ("linear", "mlp")
 """The models that take vectors; all take images."""
@@ -178,9 +181,7 @@ def scale(std: Sequence[float], kind: str, feature_scale: str = "shared") -> tup
     Raises:
       UserError: if there is no such scale.
     """
-    if feature_scale not in FEATURE_SCALES:
-        choices = ", ".join(FEATURE_SCALES)
-        raise UserError(f"unknown feature_scale {feature_scale!r}; choose from {choices}")
+    words.check_known("feature_scale", feature_scale, FEATURE_SCALES)
     if kind == "vectors" and feature_scale == "shared":
         return (float(np.sqrt(np.mean(np.square(std)))),) * len(std)
     return tuple(std)
@@ -189,7 +190,7 @@ def scale(std: Sequence[float], kind: str, feature_scale: str = "shared") -> tup
 def check_name(name: str, kind: str = "images") -> None:
     """Raises `UserError` unless `name` is a key of `MODELS` that takes this kind of inputs."""
     if name not in MODELS:
-        raise UserError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+        words.check_known("model", name, FOR_VECTORS if kind == "vectors" else MODELS)
     if kind == "vectors" and name not in FOR_VECTORS:
         raise UserError(
             f"{name} takes images, and the data are vectors: these need "

@@ -4,7 +4,7 @@ import functools
 
 from flax import linen as nn
 
-from dynamical_jax.errors import UserError
+from dynamical_jax import words
 from dynamical_jax.models import layers
 from dynamical_jax.types import AnyArray, Array, Outputs
 
@@ -58,8 +58,7 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: AnyArray, train: bool = False) -> Outputs:
         """Returns logits `[n, K]` and embedding `[n, 512]` of images `[n, h, w, c]`."""
-        if self.stem not in STEMS:
-            raise UserError(f"unknown stem {self.stem!r}; choose from {', '.join(STEMS)}")
+        words.check_known("stem", self.stem, STEMS)
         if self.stem == "imagenet":
             x = conv(64, (7, 7), (2, 2), padding=((3, 3), (3, 3)), name="conv1")(x)
         else:

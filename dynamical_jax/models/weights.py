@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynamical_jax import words
 from dynamical_jax.errors import UserError
 from dynamical_jax.models import tensor_files, vit
 from dynamical_jax.types import Variables
@@ -94,11 +95,10 @@ class Weights:
         if num_classes is None or num_classes == self.num_classes:
             return line
         if self.num_classes is None:
-            return f"{line}; it has no last layer: there is a new one for {num_classes} classes"
-        return (
-            f"{line}; its last layer, for {self.num_classes} classes, is replaced by a new one for "
-            f"{num_classes}"
-        )
+            new = words.count(num_classes, "class", "classes")
+            return f"{line}; it has no last layer: there is a new one for {new}"
+        old = words.count(self.num_classes, "class", "classes")
+        return f"{line}; its last layer, for {old}, is replaced by a new one for {num_classes}"
 
     def put(self, variables: Variables) -> Variables:
         """Returns variables of the module with the values of the file.

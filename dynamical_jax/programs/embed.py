@@ -17,7 +17,7 @@ import warnings
 import numpy as np
 from absl import flags
 
-from dynamical_jax import embedding, files
+from dynamical_jax import embedding, files, words
 from dynamical_jax.data import images
 from dynamical_jax.errors import UserError
 from dynamical_jax.models import weights
@@ -70,7 +70,8 @@ def run(argv: list[str]) -> list[str]:
     report(np.delete(paths, rows).tolist(), len(paths))
     with files.replacing(output) as partial, partial.open("wb") as file:
         np.savez(file, embedding=vectors[:], path=paths[rows])
-    print(f"{output}: {len(vectors)} vectors of {vectors.shape[1]} numbers")
+    number = words.count(len(vectors), "vector")
+    print(f"{output}: {number} of {words.count(vectors.shape[1], 'number')}")
     return []
 
 
@@ -102,7 +103,7 @@ def report(broken: list[str], total: int) -> None:
     if not broken:
         return
     listed = f"{', '.join(broken[:3])}{', …' if len(broken) > 3 else ''}"
-    message = f"{len(broken)} of {total} image files cannot be read: {listed}"
+    message = f"{len(broken)} of {words.count(total, 'image file')} cannot be read: {listed}"
     if options.UNREADABLE.value == "refuse" or len(broken) == total:
         raise UserError(message)
     warnings.warn(f"{message}; they are left out", stacklevel=2)

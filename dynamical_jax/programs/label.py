@@ -30,7 +30,7 @@ import webbrowser
 import filelock
 from absl import flags
 
-from dynamical_jax import files, labeling
+from dynamical_jax import files, labeling, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, person, strategy
 
@@ -119,7 +119,8 @@ def serve(settings: labeling.choosing.Settings) -> None:
     token = secrets.token_urlsafe(24)
     session = labeling.Session(settings, on_round=functools.partial(record, settings))
     if session.num_taken_over:
-        print(f"{session.num_taken_over} labels of {settings.output} added to {settings.table}")
+        number = words.count(session.num_taken_over, "label")
+        print(f"{number} of {settings.output} added to {settings.table}")
     app = server.create(session, token, pathlib.Path(settings.images), settings.table, HOST.value)
     listener = listen(HOST.value, PORT.value)
     config = uvicorn.Config(
@@ -142,7 +143,7 @@ def serve(settings: labeling.choosing.Settings) -> None:
                 file=sys.stderr,
             )
         address = f"http://{browser_host(HOST.value)}:{port}/{token}/"
-        print(f"{len(session.paths)} images, {len(session.labels)} labeled")
+        print(f"{words.count(len(session.paths), 'image')}, {len(session.labels)} labeled")
         print(f"Open {address} in a browser; Ctrl-C here ends it", flush=True)
         if OPEN.value:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from absl import flags
 
-from dynamical_jax import embedding, files, labeling, models, strategies, streams
+from dynamical_jax import embedding, files, labeling, models, strategies, streams, words
 from dynamical_jax.data import near_copies
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, pretrained, strategy
@@ -43,6 +43,7 @@ binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
 AUTOMATIC, LATER = "auto", "uncertainty_herding"
+STRATEGY_CHOICES = (*STRATEGY_NAMES, AUTOMATIC)
 STRATEGY = flags.DEFINE_string(
     "strategy",
     "dynamical",
@@ -118,15 +119,16 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     if FEATURES.value is not None and weights is not None:
         raise UserError("--features are learned from, or what --weights make of images: give one")
     attributes = options.set_model_defaults("vectors" if vectors else "images")
+    if STRATEGY.value in strategies.STRATEGIES and STRATEGY.value not in STRATEGY_NAMES:
+        raise UserError(
+            f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
+            f"which a person need not do: choose from {', '.join(STRATEGY_CHOICES)}"
+        )
+    words.check_known("strategy", STRATEGY.value, STRATEGY_CHOICES)
     is_automatic = STRATEGY.value == AUTOMATIC
     (chosen,) = strategy.make([LATER if is_automatic else STRATEGY.value]).values()
     if is_automatic:
         chosen = labeling.automatic.Automatic(chosen, LATER)
-    elif STRATEGY.value not in STRATEGY_NAMES:
-        raise UserError(
-            f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
-            f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"
-        )
     if chosen.needs_dropout and not getattr(models.MODELS[options.MODEL.value], "dropout", 0):
         raise UserError(f"{STRATEGY.value} needs a model with dropout: choose vgg11")
     training = options.training_config()

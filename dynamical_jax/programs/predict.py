@@ -20,7 +20,7 @@ import sys
 import numpy as np
 from absl import flags
 
-from dynamical_jax import files, labeling
+from dynamical_jax import files, labeling, words
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, person
@@ -78,11 +78,15 @@ def run(argv: list[str]) -> list[str]:
         raise UserError(f"none of the images in {given[0]} can be read, such as {relative[0]}")
     files.write(table, labeling.tables.prediction_text(named))
     if broken := [path for path in relative if path not in known]:
-        why = "cannot be read" if vectors is None else f"have no vector in {person.FEATURES.value}"
-        print(f"{len(broken)} images {why}: {', '.join(broken[:3])}", file=sys.stderr)
+        of_file = f"no vector in {person.FEATURES.value}"
+        one, more = f"image has {of_file}", f"images have {of_file}"
+        if vectors is None:
+            one, more = "image cannot be read", "images cannot be read"
+        number = words.count(len(broken), one, more)
+        print(f"{number}: {', '.join(broken[:3])}", file=sys.stderr)
     number = len(model.learner.class_names)
     few = f", of {number} classes each: no more known" if number < TOP.value else ""
-    print(f"{table}: predictions for {len(known)} images{few}")
+    print(f"{table}: predictions for {words.count(len(known), 'image')}{few}")
     return []
 
 

@@ -32,7 +32,7 @@ import filelock
 import numpy as np
 from absl import flags
 
-from dynamical_jax import files, labeling, strategies
+from dynamical_jax import files, labeling, strategies, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, person, strategy
 from dynamical_jax.runs import progress, run_directory
@@ -97,7 +97,8 @@ def run(argv: list[str]) -> list[str]:
             query = [image.path for image in proposed]
             line = person.record(sys.modules[__name__], IMAGES.value, folder, facts, query)
             files.append(output.with_suffix(".jsonl"), line)
-            print(f"{output}: {len(proposed)} images to label next{_why_few(proposed, folder)}")
+            number = words.count(len(proposed), "image")
+            print(f"{output}: {number} to label next{_why_few(proposed, folder)}")
             shown = min(len(proposed), labeling.proposal.LARGEST_SHEET)
             print(f"{sheet}: {'all' if shown == len(proposed) else f'the first {shown}'} of them")
             if LABEL_STUDIO.value:
@@ -146,7 +147,7 @@ def read_folder(
     update = labeling.folder.take_over(table, output, IMAGES.value, paths, annotated, classes)
     if update.num_new:
         sources = " and ".join(map(str, [output, *annotated]))
-        print(f"{update.num_new} labels of {sources} added to {table}")
+        print(f"{words.count(update.num_new, 'label')} of {sources} added to {table}")
     if update.num_predicted:
         print(
             f"the model had {update.num_right} of {update.num_predicted} of them right (what a "
@@ -161,25 +162,25 @@ def read_folder(
     left_out = labeling.answers.broken(labeling.answers.Log(labeling.answers.beside(table)).answers)
     folder = labeling.folder.without(folder, left_out)
     if broken := folder.broken:
-        number = (
-            "1 label is of an image" if len(broken) == 1 else f"{len(broken)} labels are of images"
-        )
+        number = words.count(len(broken), "label is of an image", "labels are of images")
         print(f"{number} that {_unusable(len(broken))}: {', '.join(broken[:3])}")
     for path, label, other in folder.conflicts:
         print(f"{path} is labeled {label!r}, but a copy of it {other!r}")
     classes = Counter(folder.labels.values())
     for one, other in labeling.classes.look_alikes(sorted(classes, key=lambda c: -classes[c])):
         print(
-            f"{one!r} ({classes[one]} labels) and {other!r} ({classes[other]}) are nearly the same:"
-            " if they are one class, correct the table; --classes takes no other names"
+            f"{one!r} ({words.count(classes[one], 'label')}) and {other!r} ({classes[other]}) are "
+            "nearly the same: if they are one class, correct the table; --classes takes no other "
+            "names"
         )
     num_unusable = len(paths) - len(folder.readable)
     counts = ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))
     print(
-        f"{len(paths)} images in {IMAGES.value}: {len(folder.labeled)} labeled"
+        f"{words.count(len(paths), 'image')} in {IMAGES.value}: {len(folder.labeled)} labeled"
         f"{f' ({counts})' if counts else ''}, {len(folder.unlabeled)} to choose from, "
         f"{num_unusable} {_unusable(num_unusable)}, "
-        f"{folder.num_copies} are copies of others, {folder.num_near} nearly so"
+        f"{words.count(folder.num_copies, 'is a copy of another', 'are copies of others')}, "
+        f"{folder.num_near} nearly so"
     )
     if copies := [f"{path} of {first}" for path, first in folder.copies]:
         more = f" and {len(copies) - 3} more" if len(copies) > 3 else ""
@@ -202,11 +203,13 @@ def read_annotations(paths: list[str]) -> dict[pathlib.Path, dict[str, str]]:
         return {}
     file = pathlib.Path(ANNOTATIONS.value)
     found = labeling.label_studio.read(file, IMAGES.value, paths)
-    print(f"{file}: {len(found.labels)} images annotated, {found.num_skipped} skipped or empty")
+    number = words.count(len(found.labels), "image")
+    print(f"{file}: {number} annotated, {found.num_skipped} skipped or empty")
     for path, names in found.differing.items():
         print(f"{path} is annotated {' and '.join(names)}: the latest counts, {found.labels[path]}")
     if found.foreign:
-        print(f"{len(found.foreign)} images are not in {IMAGES.value}: {found.foreign[0]}")
+        number = words.count(len(found.foreign), "image is", "images are")
+        print(f"{number} not in {IMAGES.value}: {found.foreign[0]}")
     return {file: found.labels}
 
 
@@ -251,7 +254,8 @@ def train(
         on_epoch = lambda progress, seen: bar.epoch(progress.epoch, seen, target)
         learner, fit = labeling.learner.train(start, folder, config, store, on_epoch)
     print(
-        f"trained for {fit['epochs']} epochs: {fit['train_accuracy']:.1%} of the labels right"
+        f"trained for {words.count(fit['epochs'], 'epoch')}: {fit['train_accuracy']:.1%} of the "
+        "labels right"
         f"{'' if fit['converged'] else ' (not converged: --max_epochs)'}"
     )
     return learner, fit
@@ -285,7 +289,8 @@ def write_predictions(folder: labeling.Folder, learner: labeling.Learner) -> Non
     labeling.write_proposal(
         pathlib.Path(PREDICTIONS.value), rest, pathlib.Path(person.LABELS.value)
     )
-    print(f"{PREDICTIONS.value}: the model's predictions for {len(rest)} images without a label")
+    number = words.count(len(rest), "image")
+    print(f"{PREDICTIONS.value}: the model's predictions for {number} without a label")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dynamical_jax import words
 from dynamical_jax.errors import UserError
 from dynamical_jax.reports import statistics
 from dynamical_jax.runs import records
@@ -177,7 +178,7 @@ def _accuracy_table(curves: Mapping[str, records.Curve], num_seeds: int) -> list
         points = zip(curve.num_labeled, curve.mean, curve.std, strict=True)
         cells = {int(n): records.format_percent(mean, std) for n, mean, std in points}
         if curve.num_seeds < num_seeds:
-            name = f"{name} ({_count_seeds(curve.num_seeds)})"
+            name = f"{name} ({words.count(curve.num_seeds, 'seed')})"
         rows.append([name, *(cells.get(n, "") for n in labels)])
     return _table_lines(["labels", *map(str, labels)], rows)
 
@@ -329,7 +330,7 @@ FACTS = {
 
 
 def _summary(curves: Mapping[str, records.Curve], scores: Scores) -> list[str]:
-    header, text = ["strategy"], [f"{_count_seeds(len(scores.seeds))}."]
+    header, text = ["strategy"], [f"{words.count(len(scores.seeds), 'seed')}."]
     random = curves["random"] if "random" in scores.strategies else None
     if scores.area is not None:
         header.append("area under the curve")
@@ -439,8 +440,9 @@ def _wilcoxon_note(num_seeds: int, num_tests: int) -> str:
     smallest = statistics.smallest_wilcoxon_pvalue(num_seeds)
     corrected = min(1.0, num_tests * smallest)
     sentence = (
-        f"With {num_seeds} seeds a two-sided Wilcoxon test cannot go below p = {smallest:.4g}, "
-        f"{corrected:.4g} after the correction for {num_tests} comparisons"
+        f"With {words.count(num_seeds, 'seed')} a two-sided Wilcoxon test cannot go below p = "
+        f"{smallest:.4g}, {corrected:.4g} after the correction for "
+        f"{words.count(num_tests, 'comparison')}"
     )
     if corrected >= 0.05:
         needed = int(np.ceil(1 - np.log2(0.05 / num_tests)))
@@ -454,13 +456,14 @@ def _wilcoxon_note(num_seeds: int, num_tests: int) -> str:
 
 def _too_few_seeds_note(num_seeds: int) -> str:
     return (
-        f"{_count_seeds(num_seeds)} in common: no difference between strategies can be told from "
-        "chance. Repeat with more seeds (--num_seeds)."
+        f"{words.count(num_seeds, 'seed')} in common: no difference between strategies can be told "
+        "from chance. Repeat with more seeds (--num_seeds)."
     )
 
 
 def _penalty_section(scores: Scores) -> list[str]:
     matrix = statistics.penalty_matrix(scores.values[..., 1:])
+    num_rounds = words.count(len(scores.num_labeled) - 1, "round")
     rows = [
         [name, *map(records.format_number, row), records.format_number(row.sum())]
         for name, row in zip(scores.strategies, matrix, strict=True)
@@ -469,16 +472,12 @@ def _penalty_section(scores: Scores) -> list[str]:
     return [
         "## Penalty matrix",
         "",
-        f"In which share of the {len(scores.num_labeled) - 1} rounds after the first the strategy "
-        "of the row beats that of the column (two-sided paired t-test at 5 %, uncorrected, as in "
-        "Ash et al., 2020). Good: a large sum in the last column, a small one in the last row.",
+        f"In which share of the {num_rounds} after the first the strategy of the row beats that of "
+        "the column (two-sided paired t-test at 5 %, uncorrected, as in Ash et al., 2020). Good: a "
+        "large sum in the last column, a small one in the last row.",
         "",
         *_table_lines(["beats", *scores.strategies, "sum"], rows),
     ]
-
-
-def _count_seeds(count: int) -> str:
-    return f"{count} seed" + ("" if count == 1 else "s")
 
 
 def _table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import jax
 from tqdm import tqdm
 
-from dynamical_jax import parallel
+from dynamical_jax import parallel, words
 from dynamical_jax.active_learning import State
 from dynamical_jax.runs import playing, records
 from dynamical_jax.runs.checkpoints import Checkpoints
@@ -164,7 +164,8 @@ class _Book(playing.Listener):
         self._bar.status = f"test accuracy {record['test_accuracy']:.2%}, {self._left}"
         self._bars.write(
             f"{self._title}, round {record['round']}/{self._run.num_rounds - 1}: "
-            f"{record['num_labeled']} labels, {record['epochs']} epochs"
+            f"{words.count(record['num_labeled'], 'label')}, "
+            f"{words.count(record['epochs'], 'epoch')}"
             f"{'' if record['converged'] else ' (not converged)'}, "
             f"{sum(record['seconds'].values()):.1f} s, {self._bar.status}"
         )

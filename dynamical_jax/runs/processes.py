@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dynamical_jax import words
 from dynamical_jax.active_learning import State
 from dynamical_jax.errors import UserError
 from dynamical_jax.runs import playing
@@ -67,8 +68,8 @@ class Processes:
     def __post_init__(self):
         if not 1 <= self.count <= num_cores():
             raise UserError(
-                f"cannot divide {num_cores()} cores among {self.count} processes: choose from 1 to "
-                f"{num_cores()}"
+                f"cannot divide {words.count(num_cores(), 'core')} among {self.count} processes: "
+                f"choose from 1 to {num_cores()}"
             )
 
     def __call__(

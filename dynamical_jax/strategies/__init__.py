@@ -7,7 +7,7 @@ contract test finds it there.
 import inspect
 from collections.abc import Callable
 
-from dynamical_jax.errors import UserError
+from dynamical_jax import words
 from dynamical_jax.strategies import selection as selection
 from dynamical_jax.strategies.albl import ALBL as ALBL
 from dynamical_jax.strategies.badge import Badge as Badge
@@ -36,29 +36,32 @@ from dynamical_jax.strategies.sampled import power_margin as power_margin
 from dynamical_jax.strategies.typiclust import TypiClust as TypiClust
 from dynamical_jax.strategies.uncertainty_herding import UncertaintyHerding as UncertaintyHerding
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "dynamical": Dynamical,
-    "random": Random,
-    "confidence": Confidence,
-    "margin": Margin,
-    "entropy": Entropy,
-    "coreset": Coreset,
-    "badge": Badge,
-    "albl": ALBL,
-    "typiclust": TypiClust,
-    "probcover": ProbCover,
-    "max_herding": MaxHerding,
-    "uncertainty_herding": UncertaintyHerding,
-    "bait": Bait,
-    "bald": Bald,
-    "batch_bald": BatchBald,
-    "power_margin": power_margin,
-    "dynamical_sampled": dynamical_sampled,
-    "dynamical_joint": DynamicalJoint,
-    "dynamical_diverse": DynamicalDiverse,
-    "dynamical_repelled": DynamicalRepelled,
-    "dynamical_herding": DynamicalHerding,
-}
+STRATEGIES: dict[str, Callable[..., Strategy]] = words.Registry(
+    "strategy",
+    {
+        "dynamical": Dynamical,
+        "random": Random,
+        "confidence": Confidence,
+        "margin": Margin,
+        "entropy": Entropy,
+        "coreset": Coreset,
+        "badge": Badge,
+        "albl": ALBL,
+        "typiclust": TypiClust,
+        "probcover": ProbCover,
+        "max_herding": MaxHerding,
+        "uncertainty_herding": UncertaintyHerding,
+        "bait": Bait,
+        "bald": Bald,
+        "batch_bald": BatchBald,
+        "power_margin": power_margin,
+        "dynamical_sampled": dynamical_sampled,
+        "dynamical_joint": DynamicalJoint,
+        "dynamical_diverse": DynamicalDiverse,
+        "dynamical_repelled": DynamicalRepelled,
+        "dynamical_herding": DynamicalHerding,
+    },
+)
 
 
 def create(name: str, **options: object) -> Strategy:
@@ -67,8 +70,6 @@ def create(name: str, **options: object) -> Strategy:
     Raises:
       UserError: if the name is unknown, or an option is out of range.
     """
-    if name not in STRATEGIES:
-        raise UserError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
     return STRATEGIES[name](**options)
 
 

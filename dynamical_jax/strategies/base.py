@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dynamical_jax import contract, losses, nnx_modules
+from dynamical_jax import contract, losses, nnx_modules, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import dropout, selection
 from dynamical_jax.types import (
@@ -70,9 +70,9 @@ class LearnerView:
                 "be alike"
             )
         if len(self.labeled.x) != len(self.labeled.y):
-            raise UserError(
-                f"the labeled set has {len(self.labeled.x)} inputs and {len(self.labeled.y)} labels"
-            )
+            inputs = words.count(len(self.labeled.x), "input")
+            labels = words.count(len(self.labeled.y), "label")
+            raise UserError(f"the labeled set has {inputs} and {labels}")
 
 
 class Query(NamedTuple):
@@ -204,7 +204,7 @@ def check_finite(scores: np.ndarray) -> None:
 def check_batch_size(batch_size: int, view: LearnerView) -> None:
     """Raises `UserError` unless `batch_size` examples can be queried."""
     if not 1 <= batch_size <= len(view.unlabeled):
+        number = words.count(len(view.unlabeled), "unlabeled example")
         raise UserError(
-            f"cannot query {batch_size} of {len(view.unlabeled)} unlabeled examples; choose "
-            f"between 1 and {len(view.unlabeled)}"
+            f"cannot query {batch_size} of {number}; choose between 1 and {len(view.unlabeled)}"
         )

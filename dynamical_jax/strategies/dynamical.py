@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynamical_jax import dynamics, gradients, losses
+from dynamical_jax import dynamics, gradients, losses, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies.base import LearnerView, Query, Strategy
 from dynamical_jax.types import Array, Examples
@@ -36,9 +36,7 @@ class Dynamical(Strategy):
     def __post_init__(self):
         if math.isnan(self.gamma) or self.gamma < 0:
             raise UserError(f"gamma must be at least 0 (inf is allowed), got {self.gamma}")
-        if self.engine not in gradients.ENGINES:
-            choices = ", ".join(gradients.ENGINES)
-            raise UserError(f"unknown engine {self.engine!r}; choose from {choices}")
+        words.check_known("engine", self.engine, gradients.ENGINES)
         if self.chunk_size is not None and self.chunk_size < 1:
             raise UserError(f"the chunk size must be at least 1, got {self.chunk_size}")
 

@@ -454,7 +454,7 @@ class TestBinaries:
         ("values", "message"),
         [
             ({"model": "cnn"}, "cnn takes images, and the data are vectors: these need --model="),
-            ({"model": "mlps"}, "unknown model 'mlps'; choose from cnn"),
+            ({"model": "mlps"}, "unknown model 'mlps' (is it 'mlp'?); choose from cnn"),
             ({"hidden": ["8"]}, "--hidden has no effect with linear, only with mlp"),
             ({"model": "mlp", "hidden": ["8", "0"]}, "--hidden must be positive whole numbers"),
             ({"image_size": 8}, "image_size has no effect on"),

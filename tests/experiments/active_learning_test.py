@@ -133,7 +133,7 @@ def test_seeds_can_be_spread(played, run, tmp_path):
         ({"workers": 5}, "--workers=5 is more than the 4 runs"),
         ({"workers": 1, "ray_address": "auto"}, "give --workers, for this machine, or"),
         ({"gpus_per_run": 0.5}, "--gpus_per_run has no effect without --ray_address"),
-        ({"num_devices": 4096}, "cannot use 4096 devices"),
+        ({"num_devices": 4096}, "as many as there are, got 4096"),
         ({"process_id": 1}, "--process_id has no effect without --distributed"),
     ],
 )

@@ -138,7 +138,7 @@ class TestEmbed:
             )
             assert status is None
             asked.append((tmp_path / f"{number}.csv").read_text())
-        assert "15 to choose from, 1 cannot be read, 1 are copies of others" in output
+        assert "15 to choose from, 1 cannot be read, 1 is a copy of another" in output
         assert output.startswith(f"{weights}: vit_ti with timm or DINOv2's names, for images of")
         assert asked[0] == asked[1]
 
@@ -160,7 +160,7 @@ class TestEmbed:
 
         given = {"checkpoint": "weights.checkpoint", "table": "predicted.csv", "top": 2}
         status, output, errors = run(predict, str(new), **given)
-        assert (status, errors) == (None, "1 images cannot be read: broken.png\n")
+        assert (status, errors) == (None, "1 image cannot be read: broken.png\n")
         assert output == "predicted.csv: predictions for 30 images\n"
         predicted = predictions_of("predicted.csv")
         rest = predictions_of("rest.csv")
@@ -173,7 +173,7 @@ class TestEmbed:
             status, _, errors = run(
                 predict, str(new), **{**given, "checkpoint": checkpoint}, features="new.npz"
             )
-            assert (status, errors) == (None, "1 images have no vector in new.npz: broken.png\n")
+            assert (status, errors) == (None, "1 image has no vector in new.npz: broken.png\n")
             assert_same_predictions(predictions_of("predicted.csv"), predicted)
 
         def refused(**values):

@@ -64,7 +64,7 @@ def test_three_rounds(run, pictures, tmp_path):
     status, output, errors = run(batch_size=9)
     assert (status, errors) == (None, "")
     assert "63 images" in output
-    assert "0 labeled, 60 to choose from, 2 cannot be read, 1 are copies of others" in output
+    assert "0 labeled, 60 to choose from, 2 cannot be read, 1 is a copy of another" in output
     assert "fewer than two classes are labeled: drawn at random" in output
     labeled = set()
     for number in range(3):
@@ -264,7 +264,7 @@ class TestFeatures:
             assert not {"1/1.bmp", "broken.png", "empty.jpg", "gone.png"} & set(asked)
         assert "59 to choose from" not in output
         assert "20 labeled" in output
-        assert "3 cannot be read or have no vector, 1 are copies of others" in output
+        assert "3 cannot be read or have no vector, 1 is a copy of another" in output
         assert told[:3] == [
             f"3 of 63 images in {pictures[0]} have no vector in {vectors}: 1/1.bmp, broken.png, "
             "empty.jpg; they are left out",
@@ -370,7 +370,8 @@ def test_other_strategies(run, pictures, tmp_path, strategy):
         ({"predictions": "/proc/rest.csv"}, "cannot write /proc/rest.csv: no file can be made in"),
         ({"label_studio": "/proc/tasks.json"}, "cannot write /proc/tasks.json: no file can be"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"strategy": "best"}, "unknown strategy 'best'; choose from dynamical"),
+        ({"strategy": "atuo"}, "unknown strategy 'atuo' (is it 'auto'?); choose from dynamical, r"),
+        ({"strategy": "best"}, "badge, typiclust, "),  # Not albl, which would be between.
         ({"strategy": "albl"}, "albl learns from how its last query was labeled"),
         ({"model": "alexnet"}, "unknown model 'alexnet'"),
         ({"learning_rate": 0.0}, "learning rate must be positive"),
@@ -495,7 +496,7 @@ def test_no_class_but_those_that_are_named(run, pictures, tmp_path):
     assert table.read_bytes() == before
     assert not (tmp_path / "to_label.csv").exists()
     _, output, _ = run(batch_size=1, strategy="random")
-    assert "'seven' (1 labels) and 'sevne' (1) are nearly the same" in output
+    assert "'seven' (1 label) and 'sevne' (1) are nearly the same" in output
 
 
 def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictures, tmp_path):

@@ -106,7 +106,7 @@ def test_the_least_confident_are_asked_for_and_copies_are_not(photos, tmp_path):
     ("filled", "message"),
     [
         ("path,label\n00.png,bright\n", "labels 00.png 'bright', but it is labeled 'dark'"),
-        ("path,label\n05.png,grey\n99.png,dark\n", "1 labeled images are not in"),
+        ("path,label\n05.png,grey\n99.png,dark\n", "1 labeled image is not in"),
     ],
 )
 def test_nothing_is_taken_over_of_a_proposal_that_cannot_be(photos, tmp_path, filled, message):

@@ -79,6 +79,7 @@ function soon(work) {
 // Labeling.
 
 const current = () => state.again[0] || state.offers[0];
+const counted = (number, one, more) => `${number} ${number === 1 ? one : more || `${one}s`}`;
 const classes = () => (state.status ? state.status.classes : []);
 // A class whose name is a key has that one, if it is free when the class comes; others the first that is free.
 function keys() {
@@ -380,7 +381,7 @@ async function loadProgress() {
   heading("How good is the model?");
   if (value.now) {
     line(`${interval(value.now)} right`, "large");
-    line(`on the ${value.now.total} random images of the last batches, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label; the newest model may be a little better than those of the last batches.`, "quiet");
+    line(`on the ${counted(value.now.total, "random image")} of the last batches, each before the model learned from it; in brackets 95 %. That is an estimate for images without a label; the newest model may be a little better than those of the last batches.`, "quiet");
   } else {
     line("That is told once random images are labeled that there was a model for.", "quiet");
   }
@@ -406,7 +407,7 @@ async function loadProgress() {
   const most = Math.max(1, ...status.classes.map((one) => one.count));
   all.push(make("table", {}, ...status.classes.map((one) => make("tr", {}, make("td", {title: one.name}, one.name),
     make("td", {}, String(one.count)), make("td", {}, make("progress", {max: most, value: one.count}))))));
-  line(`${status.labeled} of ${status.images} images are labeled${status.aside ? `, ${status.aside} set aside` : ""}.`, "quiet");
+  line(`${status.labeled} of ${counted(status.images, "image")} labeled${status.aside ? `, ${status.aside} set aside` : ""}.`, "quiet");
   heading("Labels that may be wrong");
   all.push(make("p", {}, make("button", {onclick: () => soon(() => ask("review", {})), disabled: !!status.doing},
     value.suspects ? "Look again" : "Look for them"), make("span", {class: "quiet"}, " trains five models, each without a fifth of the labels, and lists where it is sure of another class.")));
@@ -439,7 +440,7 @@ async function loadProgress() {
 function sort(copies) {
   alone(async () => {
     const value = await ask("sort", {copies});
-    say(`${value.count} ${copies ? "copies" : "links"} in ${value.folder}`);
+    say(`${counted(value.count, copies ? "copy" : "link", copies ? "copies" : "links")} in ${value.folder}`);
   });
 }
 
