@@ -7,14 +7,13 @@
 - `session`: pictures handed out, answers taken, the next batch chosen meanwhile; `choosing` is that
   work and `worker` its thread, `book` what is on disk, `history` what can be taken back;
 - `answers`, `standing`, `review`: all that was answered; how far that is; labels that may be wrong;
-- `prediction`: the model of the last round, for other images; `automatic`: a rule of thumb;
+- `prediction`: the model of the last round, for other images;
 - `classes`: names of classes, and those that are nearly the same;
 - `previews`, `export`, `server`: pictures for a browser, a folder for each class, and the page;
 - `label_studio`: its tasks, and the annotations that it exports.
 """
 
 from dynamical_jax.labeling import answers as answers
-from dynamical_jax.labeling import automatic as automatic
 from dynamical_jax.labeling import book as book
 from dynamical_jax.labeling import choosing as choosing
 from dynamical_jax.labeling import classes as classes

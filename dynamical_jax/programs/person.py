@@ -42,13 +42,21 @@ NEAR_COPIES = flags.DEFINE_integer(
 binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
-AUTOMATIC, LATER = "auto", "uncertainty_herding"
-STRATEGY_CHOICES = (*STRATEGY_NAMES, AUTOMATIC)
-STRATEGY = flags.DEFINE_string(
+RECOMMENDED = "uncertainty_herding"
+
+
+class _NameParser(flags.ArgumentParser[str]):
+    """Reads "auto" as the name of the strategy that it stands for."""
+
+    def parse(self, argument: str) -> str:
+        return RECOMMENDED if argument == "auto" else argument
+
+
+STRATEGY = flags.DEFINE(
+    _NameParser(),
     "strategy",
-    "dynamical",
-    f"One of {', '.join(STRATEGY_NAMES)}; or {AUTOMATIC}: random while labels are few, then "
-    f"{LATER}.",
+    "auto",
+    f"One of {', '.join(STRATEGY_NAMES)}; auto is {RECOMMENDED}.",
 )
 OVERWRITE = flags.DEFINE_boolean(
     "overwrite", False, "Replace tables even where another program wrote them."
@@ -122,13 +130,10 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     if STRATEGY.value in strategies.STRATEGIES and STRATEGY.value not in STRATEGY_NAMES:
         raise UserError(
             f"{STRATEGY.value} learns from how its last query was labeled, in whole and in order, "
-            f"which a person need not do: choose from {', '.join(STRATEGY_CHOICES)}"
+            f"which a person need not do: choose from {', '.join(STRATEGY_NAMES)}"
         )
-    words.check_known("strategy", STRATEGY.value, STRATEGY_CHOICES)
-    is_automatic = STRATEGY.value == AUTOMATIC
-    (chosen,) = strategy.make([LATER if is_automatic else STRATEGY.value]).values()
-    if is_automatic:
-        chosen = labeling.automatic.Automatic(chosen, LATER)
+    words.check_known("strategy", STRATEGY.value, [*STRATEGY_NAMES, "auto"])
+    (chosen,) = strategy.make([STRATEGY.value]).values()
     if chosen.needs_dropout and not getattr(models.MODELS[options.MODEL.value], "dropout", 0):
         raise UserError(f"{STRATEGY.value} needs a model with dropout: choose vgg11")
     training = options.training_config()

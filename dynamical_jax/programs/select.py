@@ -267,10 +267,8 @@ def choose(
     """Returns the images to label next, the most wanted first."""
     size, seed = options.BATCH_SIZE.value, person.SEED.value
     if learner is None:
-        # That begins with random draws by itself.
-        chosen_by = [] if person.STRATEGY.value == person.AUTOMATIC else [person.STRATEGY]
         unused = binary.list_given(
-            (*chosen_by, *strategy.OPTIONS, *options.OF_MODEL, *options.OF_TRAINING)
+            (person.STRATEGY, *strategy.OPTIONS, *options.OF_MODEL, *options.OF_TRAINING)
         )
         print(
             "fewer than two classes are labeled: drawn at random"

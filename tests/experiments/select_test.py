@@ -7,9 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import dynamical_jax as dj
+from dynamical_jax.programs import person
 from experiments import predict, select
 
 NAMES = ("zero", "one", "two")
@@ -154,8 +156,6 @@ def test_flags_without_use_are_named(run, pictures, tmp_path):
     _, output, _ = run(strategy="margin", learning_rate=0.1)
     unused = "--strategy, --learning_rate, --max_epochs"
     assert f"fewer than two classes are labeled: drawn at random, without {unused}" in output
-    _, output, _ = run(strategy="auto")
-    assert "drawn at random, without --max_epochs\n" in output
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
     run(strategy="random")
     _, output, _ = run(strategy="random", learning_rate=0.1)
@@ -317,7 +317,7 @@ class TestFeatures:
         view = dj.LearnerView(
             model.apply, fit.variables, labeled, np.stack([x[path] for path in rest])
         )
-        query = dj.STRATEGIES["dynamical"]().query(jax.random.key(0), view, 10)
+        query = dj.STRATEGIES[person.RECOMMENDED]().query(jax.random.key(0), view, 10)
         assert [row["path"] for row in asked] == [rest[position] for position in query.positions]
         scores = [float(row["score"]) for row in asked]
         np.testing.assert_allclose(scores, query.scores, rtol=1e-2)
@@ -499,11 +499,18 @@ def test_no_class_but_those_that_are_named(run, pictures, tmp_path):
     assert "'seven' (1 label) and 'sevne' (1) are nearly the same" in output
 
 
-def test_the_model_is_used_for_other_images_and_automatic(run, run_binary, pictures, tmp_path):
+def test_auto_is_the_recommended_strategy():
+    flag = flags.FLAGS["strategy"]
+    assert flag.default == person.RECOMMENDED
+    assert flag.parser.parse("auto") == person.RECOMMENDED
+    assert flag.parser.parse("badge") == "badge"
+    assert person.RECOMMENDED in person.STRATEGY_NAMES
+
+
+def test_the_model_is_used_for_other_images(run, run_binary, pictures, tmp_path):
     folder, truth = pictures
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(truth.items())[10:50]))
-    _, output, _ = run(predictions="rest.csv", max_epochs=20, strategy="auto")
-    assert "strategy: uncertainty_herding, because there are 40 labels of 3 classes" in output
+    run(predictions="rest.csv", max_epochs=20)
     expected = {row["path"]: row for row in rows_of(tmp_path / "rest.csv")}
     flags_of = {"checkpoint": "to_label.checkpoint", "table": "new/predicted.csv", "top": 2}
     status, output, errors = run_binary(predict, str(folder), **flags_of)

@@ -1,8 +1,9 @@
 """Round after round on a tiny pool: memory, open files and memory maps stay as they are.
 
-For `SOAK_MINUTES`; by default 2. Each round is recorded and saved, and a run is restored once, as a
-process does that goes on with it: of each array that is restored TensorStore 0.1.86 keeps 6 KiB for
-good (`TensorStore.spec().to_json()` gives back lists and dictionaries that are never freed).
+For `SOAK_MINUTES`; by default 2. Each round is recorded and saved, and the first run is restored,
+as a process does that goes on with it. Not more: of each array that is restored TensorStore 0.1.86
+keeps 6 KiB for good (`TensorStore.spec().to_json()` gives back lists and dictionaries that are
+never freed).
 """
 
 import gc
@@ -64,7 +65,8 @@ def test_rounds_leave_nothing_behind(tmp_path, dataset):
             dj.files.append(tmp_path / "rounds.jsonl", dj.records.make(result, {"seed": seed}))
             checkpoints.save(state)
             rounds += 1
-        assert checkpoints.restore(experiment) is not None
+        if seed == 0:
+            assert checkpoints.restore(experiment) is not None
         checkpoints.remove()
         seed += 1
         if seed % len(NAMES) == 0:
@@ -81,4 +83,5 @@ def test_rounds_leave_nothing_behind(tmp_path, dataset):
     assert last["open files"] <= first["open files"]
     assert last["maps"] <= first["maps"] + 50
     assert last["threads"] <= first["threads"]
-    assert per_round < 40
+    assert last["Python's objects"] <= 1.01 * first["Python's objects"]
+    assert per_round < 10
