@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from dynamical_jax import models
+from dynamical_jax import models, parallel
 from dynamical_jax.data import images
 from dynamical_jax.data.datasets import Dataset
 from dynamical_jax.errors import UserError, reason
@@ -33,6 +33,9 @@ BATCH_SIZE = 32
 
 KEY_SIZE = 16
 """Bytes that tell images apart."""
+
+EXCHANGED = 1024
+"""Vectors that a host sends to the others at a time."""
 
 # Raise it when a network or what comes before it changes, so that older files are not used.
 FORMAT = 1
@@ -46,6 +49,8 @@ def embed(
 ) -> Rows:
     """Returns the embeddings of images, `[n, d]` float32.
 
+    Where hosts share the images each embeds its own, and they send each other the vectors.
+
     Args:
       weights: of the network.
       x: images `[n, h, w, c]` uint8, or rows of such.
@@ -58,7 +63,8 @@ def embed(
     """
     images.check_pixels(x)
     read = lambda positions: (x[positions], np.ones(len(positions), bool))
-    vectors, _ = _embed(weights, list(images.digest_rows(x)), read, cache_dir, image_size)
+    keys, owners = images.digest_rows(x), parallel.owners(x)
+    vectors, _ = _embed(weights, keys, read, cache_dir, image_size, owners)
     return vectors
 
 
@@ -123,6 +129,7 @@ def _embed(
     read: Read,
     cache_dir: str | os.PathLike,
     image_size: int | None,
+    owners: np.ndarray | None = None,
 ) -> tuple[Rows, np.ndarray]:
     """Returns the embeddings of images that can be read, and the rows of these.
 
@@ -132,6 +139,7 @@ def _embed(
       read: reads them.
       cache_dir: as in `embed`.
       image_size: likewise.
+      owners: the process that embeds each image, as of `parallel.owners`.
     """
     model = models.pretrained(weights, 1, image_size)
     example, _ = read(np.zeros(1, int))
@@ -143,10 +151,15 @@ def _embed(
     path = pathlib.Path(cache_dir) / f"embeddings-{name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(path.with_suffix(".lock")):
-            store = _Store(path, width)
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        # Who needs the same images waits for them; hosts with a cache in common do not.
+        with contextlib.nullcontext() if owners is not None else lock:
+            store = _Store(path, width, lock)
             first = {key: i for i, key in reversed(list(enumerate(keys)))}
-            new = np.array(sorted(i for key, i in first.items() if key not in store.row_of), int)
+            unique = np.array(sorted(first.values()), int)
+            new = np.array([i for i in unique if keys[i] not in store.row_of], int)
+            if owners is not None:
+                new = new[owners[new] == jax.process_index()]
             progress = tqdm.tqdm(
                 desc="embedding images",
                 total=len(keys),
@@ -161,6 +174,8 @@ def _embed(
                     vectors = _vectors(model, variables, x)
                     store.add([keys[i] for i in positions[readable]], vectors[readable])
                     progress.update(len(positions))
+            if owners is not None:
+                _exchange(store, keys, unique, owners)
             with contextlib.suppress(OSError):  # Of another user, perhaps.
                 os.utime(path.with_suffix(".vectors"))
         _remove_unused(path.parent)
@@ -170,6 +185,30 @@ def _embed(
         ) from error
     rows = np.array([store.row_of.get(key, -1) for key in keys])
     return Rows(store, rows[rows >= 0]), np.flatnonzero(rows >= 0)
+
+
+def _exchange(
+    store: "_Store", keys: Sequence[bytes], unique: np.ndarray, owners: np.ndarray
+) -> None:
+    """Gets the vectors of images that other hosts have embedded.
+
+    Args:
+      store: has those of this one.
+      keys: of all images.
+      unique: the first image of each key.
+      owners: as of `_embed`.
+    """
+    parallel.gather(None)  # All are done.
+    store.read()
+    lacking = {i for i in unique.tolist() if keys[i] not in store.row_of}
+    wanted = np.array(sorted(set().union(*parallel.gather(lacking))), int)
+    own = wanted[owners[wanted] == jax.process_index()]
+    most = max(parallel.gather(len(own)))
+    for start in range(0, most, EXCHANGED):
+        ours = [keys[i] for i in own[start : start + EXCHANGED]]
+        vectors = store[np.array([store.row_of[key] for key in ours], int)]
+        for theirs, found in parallel.gather((ours, vectors)):
+            store.add(theirs, found)
 
 
 def _remove_unused(cache: pathlib.Path) -> None:
@@ -187,18 +226,29 @@ class _Store:
     Args:
       path: of the vectors, without suffix.
       width: numbers of each.
+      lock: held where files change.
     """
 
-    def __init__(self, path: pathlib.Path, width: int):
+    def __init__(self, path: pathlib.Path, width: int, lock: filelock.BaseFileLock):
         self._vectors, self._keys = path.with_suffix(".vectors"), path.with_suffix(".keys")
-        self._width, self.dtype = width, np.dtype("<f4")
-        for file in (self._vectors, self._keys):
-            file.touch()
-        keys = self._keys.read_bytes()
-        count = min(len(keys) // KEY_SIZE, self._vectors.stat().st_size // (4 * width))
-        os.truncate(self._vectors, count * 4 * width)  # What was written last may not be whole.
-        os.truncate(self._keys, count * KEY_SIZE)
-        self.row_of = {keys[KEY_SIZE * i : KEY_SIZE * (i + 1)]: i for i in range(count)}
+        self._width, self._lock, self.dtype = width, lock, np.dtype("<f4")
+        self.row_of: dict[bytes, int] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Looks at what was added, perhaps by others."""
+        known, size = len(self.row_of), 4 * self._width
+        with self._lock:
+            for file in (self._vectors, self._keys):
+                file.touch()
+            count = min(self._keys.stat().st_size // KEY_SIZE, self._vectors.stat().st_size // size)
+            os.truncate(self._vectors, count * size)  # What was written last may not be whole.
+            os.truncate(self._keys, count * KEY_SIZE)
+            with self._keys.open("rb") as file:
+                file.seek(known * KEY_SIZE)
+                added = file.read()
+        for i in range(count - known):
+            self.row_of[added[KEY_SIZE * i : KEY_SIZE * (i + 1)]] = known + i
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,16 +256,19 @@ class _Store:
         return (len(self.row_of), self._width)
 
     def add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
-        """Adds vectors `[b, d]` with new keys, each another."""
-        # A vector is there when its key is.
-        for file, content in (
-            (self._vectors, vectors.astype(self.dtype).tobytes()),
-            (self._keys, b"".join(keys)),
-        ):
-            with file.open("ab") as opened:
-                opened.write(content)
-        for key in keys:
-            self.row_of[key] = len(self.row_of)
+        """Adds vectors `[b, d]` with keys, each another, but for those that are there."""
+        with self._lock:
+            self.read()
+            new = [i for i, key in enumerate(keys) if key not in self.row_of]
+            # A vector is there when its key is.
+            for file, content in (
+                (self._vectors, vectors[new].astype(self.dtype).tobytes()),
+                (self._keys, b"".join(keys[i] for i in new)),
+            ):
+                with file.open("ab") as opened:
+                    opened.write(content)
+        for i in new:
+            self.row_of[keys[i]] = len(self.row_of)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         return np.array(np.memmap(self._vectors, self.dtype, "r", shape=self.shape)[rows])

@@ -7,6 +7,9 @@ Scores and outputs are computed by each device for its own rows (`on_each`); not
 g_S is summed on each device and exchanged once. Training is one program over all rows of a batch,
 of which the compiler gives each device its share (`divided`), so that the gradient and the
 statistics of BatchNorm are those of the whole batch.
+
+Of a set with an attribute `owners` each host has only some rows at hand. `Order` puts these on its
+own devices; what hosts find out about their rows comes together by `of_all_rows`.
 """
 
 import atexit
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +37,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dynamical_jax.errors import UserError
-from dynamical_jax.types import take_rows
+from dynamical_jax.types import Rows, take_rows
 
 AXIS = "data"
 
@@ -118,6 +121,95 @@ def shares(x: Any, mesh: Mesh | None) -> jax.Array:
     return jax.make_array_from_callback((size, *x.shape[1:]), sharding, share)
 
 
+def make_owners(count: int) -> np.ndarray:
+    """Returns `[count]` the process to which each row of a set belongs, for the whole run.
+
+    In turn, by the number of devices: sets are often sorted by class.
+    """
+    return np.resize([device.process_index for device in jax.devices()], count)
+
+
+def owners(x: Any) -> np.ndarray | None:
+    """Returns `[n]` the process that has each row of x at hand; None where all have all of them."""
+    if isinstance(x, Rows):
+        of_data = owners(x.data)
+        return None if of_data is None else of_data[x.indices]
+    return getattr(x, "owners", None)
+
+
+def own_rows(x: Any) -> Any:
+    """Returns the rows of x that this process has at hand."""
+    found = owners(x)
+    return x if found is None else Rows(x, np.flatnonzero(found == jax.process_index()))
+
+
+def of_all_rows(own: Sequence[Any], owners: np.ndarray | None) -> list[Any]:
+    """Returns a value of each row of a set, of which each process gives those of its own rows."""
+    if owners is None:
+        return list(own)
+    values: list[Any] = [None] * len(owners)
+    for process, part in enumerate(gather(list(own))):
+        for row, value in zip(np.flatnonzero(owners == process).tolist(), part, strict=True):
+            values[row] = value
+    return values
+
+
+class Order:
+    """The order in which the rows of a set are worked on, on each device those of its own host.
+
+    Where all hosts have all rows at hand it is that of the rows.
+
+    Args:
+      x: the set; its `owners` decide.
+      mesh: the devices.
+
+    Attributes:
+      size: number of slots: as many as rows, or more, so that each device has as many.
+    """
+
+    def __init__(self, x: Any, mesh: Mesh | None):
+        self.size, self._steps = len(x), None
+        found = None if mesh is None else owners(x)
+        hosts = [] if mesh is None else [device.process_index for device in mesh.devices.flat]
+        if found is None or not np.isin(found, hosts).all():
+            return
+        of_devices = [
+            np.flatnonzero(found == host)[hosts[:i].count(host) :: hosts.count(host)]
+            for i, host in enumerate(hosts)
+        ]
+        self._counts = np.array([[len(rows)] for rows in of_devices])
+        # Those with fewer are filled up with copies of their own.
+        most = self._counts.max()
+        self._steps = np.stack([np.resize(rows if len(rows) else 0, most) for rows in of_devices])
+        self.size = self._steps.size
+
+    def block(self, slots: np.ndarray, count: int) -> tuple[np.ndarray, slice | np.ndarray]:
+        """Returns the rows of a block of slots, and an index of those that count.
+
+        Args:
+          slots: as from `blocks.block_at`, of a size and start that are multiples of the devices.
+          count: how many of the slots count.
+        """
+        if self._steps is None:
+            return slots, slice(count)
+        devices, most = self._steps.shape
+        steps = slots[0] // devices + np.arange(len(slots) // devices)
+        rows = self._steps[:, np.minimum(steps, most - 1)]
+        return rows.ravel(), (steps < self._counts).ravel()
+
+    def restore(self, rows: Sequence[np.ndarray], tree: Any) -> Any:
+        """Returns arrays in the order of the set.
+
+        Args:
+          rows: those that count of each block.
+          tree: of arrays with the results for these, block by block, on their first axis.
+        """
+        if self._steps is None:
+            return tree
+        back = np.argsort(np.concatenate(rows))
+        return jax.tree.map(lambda leaf: leaf[back], tree)
+
+
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Returns the arrays of a tree, equal on all hosts, on each device."""
     if mesh is None:
@@ -127,6 +219,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     def put(leaf: Any) -> Any:
         if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and leaf.sharding == sharding):
             return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
@@ -284,6 +378,18 @@ def broadcast(value: Any = None) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
     return pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns, in every process, the values that all of them give, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    filled = np.zeros(np.max(sizes), np.uint8)
+    filled[: len(data)] = data
+    parts = multihost_utils.process_allgather(filled)
+    return [pickle.loads(part[:size].tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
 def smallest(value: int) -> int:

@@ -343,30 +343,33 @@ def _evaluate(
     mesh: Mesh | None,
     loss: losses.Loss,
 ) -> Evaluation:
-    """Evaluates on the first `size` of the examples."""
+    """Evaluates on the first `size` of the examples, on all where they are not on each device."""
     devices = parallel.num_devices(mesh)
     variables = parallel.replicate(variables, mesh)
-    block_size = bucketed(-(-size // devices), batch_size)
-    each = np.arange(devices)
 
-    def totals(some: Examples, divided: bool, count: int) -> Array:
-        """Evaluates the first `count` rows; each device its own, or, of all, an equal share."""
-        share = len(some.y) // devices if divided else -(-count // devices)
-        starts = 0 * each if divided else share * each
-        spans = np.stack([starts, starts + np.clip(count - share * each, 0, share)], axis=1)
+    def totals(some: Examples, divided: bool, starts: np.ndarray, counts: np.ndarray) -> Array:
+        """Evaluates rows of `some`: those of each device from a start on, so many."""
+        spans = np.stack([starts, starts + counts], axis=1)
         return _evaluate_blocks(
-            *(apply, mesh, loss, share if divided else block_size, divided),
-            *(variables, some, parallel.rows(spans, each, mesh)),
+            *(apply, mesh, loss, len(some.y) // devices if divided else block_size, divided),
+            *(variables, some, parallel.rows(spans, np.arange(devices), mesh)),
         )
 
-    def totals_of_block(positions: np.ndarray, count: int) -> Array:
+    def totals_of_block(slots: np.ndarray, count: int) -> Array:
+        positions, counted = order.block(slots, count)
         block = Examples(*(parallel.rows(part, positions, mesh) for part in examples))
-        return totals(block, True, count)
+        counts = np.zeros(len(positions), int)
+        counts[counted] = 1  # On each device those from the front.
+        return totals(block, True, np.zeros(devices, int), counts.reshape(devices, -1).sum(axis=1))
 
     if parallel.is_on_each(examples.x, mesh):
-        found = [totals(examples, False, size)]
+        share = -(-size // devices)
+        block_size, starts = bucketed(share, batch_size), share * np.arange(devices)
+        found = [totals(examples, False, starts, np.clip(size - starts, 0, share))]
     else:
-        found = list(each_block(totals_of_block, size, block_size * devices, smallest=devices))
+        order = parallel.Order(examples.x, mesh)
+        block_size = bucketed(-(-order.size // devices), batch_size) * devices
+        found = list(each_block(totals_of_block, order.size, block_size, smallest=devices))
     # One row for each block of each device; summed in double precision.
     rows = np.concatenate([part.reshape(-1, 2) for part in parallel.fetch(found)])
     correct, total = np.sum(rows, axis=0, dtype=np.float64)

@@ -64,7 +64,8 @@ DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
     "One run on several hosts, each started with the same command: Slurm, Open MPI, Kubernetes and "
-    "Cloud TPU are recognised; elsewhere give the three flags that follow.",
+    "Cloud TPU are recognised; elsewhere give the three flags that follow. Of a folder of images "
+    "each decodes its share.",
 )
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "With --distributed: host:port of process 0."

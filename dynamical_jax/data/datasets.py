@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from dynamical_jax import files, resources, words
+from dynamical_jax import files, parallel, resources, words
 from dynamical_jax.data import folders, images
 from dynamical_jax.errors import UserError
 from dynamical_jax.types import Examples
@@ -179,17 +179,19 @@ def channel_statistics(x: Any) -> tuple[np.ndarray, np.ndarray]:
     Guaranteed: if all values are equal, the deviation is 0.
 
     Args:
-      x: images `[n, h, w, c]` or vectors `[n, d]`.
+      x: images `[n, h, w, c]` or vectors `[n, d]`. Of what hosts share each sums its own rows.
     """
     # Summed over blocks, which needs no float copy of the pool, and counted from the first value:
     # else the deviation of a constant would be a rounding error, and noise would be divided by it.
-    origin, count, total, squares = None, 0, 0.0, 0.0
-    for block in images.iterate_blocks(x):
-        block = np.asarray(block, np.float64).reshape(-1, block.shape[-1])
-        origin = block[:1].copy() if origin is None else origin
-        block = block - origin
+    origin = np.asarray(x[:1], np.float64).reshape(-1, x.shape[-1])[:1]
+    count, total, squares = 0, 0.0, 0.0
+    for block in images.iterate_blocks(parallel.own_rows(x)):
+        block = np.asarray(block, np.float64).reshape(-1, block.shape[-1]) - origin
         count, total = count + len(block), total + block.sum(axis=0)
         squares = squares + (block**2).sum(axis=0)
+    if parallel.owners(x) is not None:
+        sums = parallel.gather((count, total, squares))
+        count, total, squares = (sum(part) for part in zip(*sums, strict=True))
     mean = total / count
     return origin[0] + mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynamical_jax import resources, words
-from dynamical_jax.data import images
+from dynamical_jax.data import divided, images
 from dynamical_jax.errors import UserError, reason
 from dynamical_jax.types import Examples, Rows
 
@@ -62,7 +62,7 @@ def read_folder(
             raise UserError(f"{test_dir} has a class {foreign[0]!r}, which {folder} has not")
         more, labels = _find_labeled_files(test_dir, test_classes, class_names)
         paths, y = paths + more, np.append(y, labels)
-    x, readable, checksum = images.decode(
+    x, readable, checksum = divided.decode(
         paths, cache_dir, image_size, channels, unreadable, interpolation
     )
     rows = np.flatnonzero(readable)

@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 from PIL import ExifTags, Image, ImageOps
 
-from dynamical_jax import files, resources, words
+from dynamical_jax import files, parallel, resources, words
 from dynamical_jax.errors import UserError, reason
 
 # Files that differ in size, or that are larger than the next number, are resized to this.
@@ -314,11 +314,12 @@ def count_copies(x: Any, other: Any) -> int:
     return sum(digest in known for digest in digest_rows(x))
 
 
-def digest_rows(x: Any) -> Iterator[bytes]:
-    """Yields 16 bytes for each row of `[n, ...]`, which tell whether rows are equal."""
-    for block in iterate_blocks(x):
-        for row in np.ascontiguousarray(block):
-            yield hashlib.blake2b(row, digest_size=16).digest()
+def digest_rows(x: Any) -> list[bytes]:
+    """Returns 16 bytes for each row of `[n, ...]`, which tell whether rows are equal."""
+    blocks = iterate_blocks(parallel.own_rows(x))
+    digest = lambda row: hashlib.blake2b(row, digest_size=16).digest()
+    own = [digest(row) for block in blocks for row in np.ascontiguousarray(block)]
+    return parallel.of_all_rows(own, parallel.owners(x))
 
 
 def check_headers(paths: Sequence[str]) -> np.ndarray:
@@ -341,11 +342,25 @@ def infer_shape(
         no side exceeds `LARGEST_OWN_SIDE`, else `DEFAULT_SIZE`.
       channels: 1 or 3. By default 1 if all are grey, else 3.
     """
-    shapes = set()
-    if size is None or channels is None:
-        with ThreadPool() as threads:
-            headers = threads.imap_unordered(_read_shape, paths, chunksize=16)
-            shapes = set(_show_progress(headers, len(paths), "looking at images")) - {None}
+    return choose_shape(read_shapes(paths, size, channels), size, channels)
+
+
+def read_shapes(
+    paths: Sequence[str], size: int | None, channels: int | None
+) -> set[ImageShape | None]:
+    """Returns the shapes of image files, as far as `choose_shape` has to know them."""
+    if size is not None and channels is not None:
+        return set()
+    with ThreadPool() as threads:
+        headers = threads.imap_unordered(_read_shape, paths, chunksize=16)
+        return set(_show_progress(headers, len(paths), "looking at images"))
+
+
+def choose_shape(
+    shapes: set[ImageShape | None], size: int | None, channels: int | None
+) -> ImageShape:
+    """Returns the shape that `infer_shape` does, of the shapes of all files."""
+    shapes = shapes - {None}
     sides = {(shape.height, shape.width) for shape in shapes}
     height = width = size or DEFAULT_SIZE
     if size is None and len(sides) == 1 and max(min(sides)) <= LARGEST_OWN_SIDE:
@@ -382,74 +397,114 @@ def decode(
         is out of range; if the cache cannot be written. One that is damaged is set aside.
     """
     check_options(size, channels, unreadable)
-    cache = pathlib.Path(cache_dir)
-    folder, listing = fingerprint_files(paths)
-    array = cache / f"{_cache_name(size, channels, interpolation, listing)}.npy"
-    report = array.with_suffix(".json")
-    latest = cache / f"{_cache_name(size, channels, interpolation, folder)}-latest.json"
-    cached = None
-    if array.exists() and report.exists():
-        try:
-            cached = _read_cache(array, report, len(paths))
-            if any(os.access(paths[position], os.R_OK) for position in cached[1].unopened):
-                cached = None
-        except (OSError, ValueError) as error:
-            files.set_aside(array, error)
-    if cached is None:
-        # The report is renamed first: if there is an array, there is its report.
-        with replacing_cache_file(array) as partial, replacing_cache_file(report) as partial_report:
-            shape = infer_shape(paths, size, channels)
-            resources.check_disk(
-                array,
-                len(paths) * math.prod(shape),
-                f"{words.count(len(paths), 'decoded image')} of {'×'.join(map(str, shape))}",
-                "give another --cache_dir, or a smaller --image_size",
-            )
-            made = _decode_into(
-                partial, paths, shape, interpolation, _EarlierArray(latest, shape, listing), listing
-            )
-            partial_report.write_bytes(msgspec.json.encode(made))
-        with replacing_cache_file(latest) as partial:
-            partial.write_bytes(msgspec.json.encode(array.name))
-        cached = _read_cache(array, report, len(paths))
-        for old in unused(cache.glob("images-*.npy")):
-            with contextlib.suppress(OSError):
-                old.unlink()
-                old.with_suffix(".json").unlink()
-    x, found = cached
-    with contextlib.suppress(OSError):  # A cache may be read-only.
-        os.utime(array)
-    broken = {paths[position]: why for position, why in found.unreadable.items()}
-    _report_unreadable(broken, len(paths), unreadable)
-    return Decoded(x, ~np.isin(np.arange(len(x)), list(found.unreadable)), found.checksum)
+    cache = Cache(paths, cache_dir, size, channels, interpolation)
+    x, report = cache.read() or cache.make(infer_shape(paths, size, channels))
+    report_unreadable(report.unreadable, paths, unreadable)
+    return Decoded(x, ~np.isin(np.arange(len(x)), list(report.unreadable)), report.checksum)
 
 
-class _CacheReport(msgspec.Struct):
+class CacheReport(msgspec.Struct):
     """The report beside a decoded array.
 
     Attributes:
       checksum: of the pixels.
       unreadable: position → why it cannot be read.
       unopened: those of them that could not even be opened, which may change.
+      pixels: checksums of the images; None of those that cannot be read.
       files: checksums of the names, sizes and times of change of the files.
     """
 
     checksum: files.Count
     unreadable: dict[files.Count, str]
     unopened: list[files.Count] = []
+    pixels: list[files.Count | None] = []
     files: list[str] = []
 
 
-def _read_cache(
-    array: pathlib.Path, report: pathlib.Path, count: int
-) -> tuple[OnDisk, _CacheReport]:
-    """Returns what `decode` stored; raises `ValueError` or `OSError` if it is not that."""
-    x, found = OnDisk(array), files.read_json(report, _CacheReport)
-    if x.ndim != 4 or len(x) != count:
-        raise ValueError(f"it is of shape {x.shape}")
-    if max([*found.unreadable, *found.unopened], default=0) >= count:
-        raise ValueError(f"{report} counts more than {count} images")
-    return x, found
+class Cache:
+    """Where the decoded array of some image files is kept, and the report beside it.
+
+    Args:
+      paths: the files.
+      cache_dir: as of `decode`, like the next three.
+      size: likewise.
+      channels: likewise.
+      interpolation: likewise.
+      rows: those of the files that are in the array, where it is a share of them.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        cache_dir: str | os.PathLike,
+        size: int | None,
+        channels: int | None,
+        interpolation: str,
+        rows: np.ndarray | None = None,
+    ):
+        cache = pathlib.Path(cache_dir)
+        folder, listing = fingerprint_files(paths)
+        # The shape of a share depends on all files.
+        of = listing if rows is None else (listing, rows.tolist())
+        self._array = cache / f"{_cache_name(size, channels, interpolation, of)}.npy"
+        self._report = self._array.with_suffix(".json")
+        self._latest = cache / f"{_cache_name(size, channels, interpolation, folder)}-latest.json"
+        self._is_share, self._interpolation = rows is not None, interpolation
+        rows = np.arange(len(paths)) if rows is None else rows
+        self._paths, self._listing = [paths[row] for row in rows], [listing[row] for row in rows]
+
+    def read(self) -> tuple[OnDisk, CacheReport] | None:
+        """Returns what is there; None if there is nothing that can be used."""
+        found = None
+        if self._array.exists() and self._report.exists():
+            try:
+                found = self._read()
+                if any(os.access(self._paths[row], os.R_OK) for row in found[1].unopened):
+                    return None
+            except (OSError, ValueError) as error:
+                files.set_aside(self._array, error)
+                return None
+            with contextlib.suppress(OSError):  # A cache may be read-only.
+                os.utime(self._array)
+        return found
+
+    def make(self, shape: ImageShape) -> tuple[OnDisk, CacheReport]:
+        """Decodes the files, and returns them as `read` does."""
+        array, count = self._array, len(self._paths)
+        # The report is renamed first: if there is an array, there is its report.
+        with (
+            replacing_cache_file(array) as partial,
+            replacing_cache_file(self._report) as partial_report,
+        ):
+            resources.check_disk(
+                array,
+                count * math.prod(shape),
+                f"{words.count(count, 'decoded image')} of {'×'.join(map(str, shape))}",
+                "give another --cache_dir, or a smaller --image_size",
+            )
+            earlier = _EarlierArray(self._latest, shape, self._listing)
+            made = _decode_into(
+                partial, self._paths, shape, self._interpolation, earlier, self._listing
+            )
+            partial_report.write_bytes(msgspec.json.encode(made))
+        if not self._is_share:
+            with replacing_cache_file(self._latest) as partial:
+                partial.write_bytes(msgspec.json.encode(array.name))
+        for old in unused(array.parent.glob("images-*.npy")):
+            with contextlib.suppress(OSError):
+                old.unlink()
+                old.with_suffix(".json").unlink()
+        return self._read()
+
+    def _read(self) -> tuple[OnDisk, CacheReport]:
+        """Returns what is there; raises `ValueError` or `OSError` if it cannot be used."""
+        x, found = OnDisk(self._array), files.read_json(self._report, CacheReport)
+        count = len(self._paths)
+        if x.ndim != 4 or len(x) != count:
+            raise ValueError(f"it is of shape {x.shape}")
+        if max([*found.unreadable, *found.unopened], default=0) >= count:
+            raise ValueError(f"{self._report} counts more than {count} images")
+        return x, found
 
 
 def check_options(size: int | None, channels: int | None, unreadable: str = "skip") -> None:
@@ -521,9 +576,7 @@ def fingerprint_files(paths: Sequence[str]) -> tuple[str, list[str]]:
     return common, [checksum(path) for path in paths]
 
 
-def _cache_name(
-    size: int | None, channels: int | None, interpolation: str, of: str | list[str]
-) -> str:
+def _cache_name(size: int | None, channels: int | None, interpolation: str, of: Any) -> str:
     """Returns the name of a file in the cache, without its suffix."""
     facts = repr((size, channels, interpolation, CACHE_VERSION, of))
     return f"images-{zlib.crc32(facts.encode()):08x}"
@@ -542,7 +595,7 @@ class _EarlierArray:
         self._row_of: dict[int, int] = {}
         with contextlib.suppress(OSError, ValueError, UserError):  # Without it all are decoded.
             array = latest.with_name(files.read_json(latest, str))
-            found = files.read_json(array.with_suffix(".json"), _CacheReport)
+            found = files.read_json(array.with_suffix(".json"), CacheReport)
             self._x = OnDisk(array)
             if self._x.shape == (len(found.files), *shape):
                 rows = {name: row for row, name in enumerate(found.files)}
@@ -574,7 +627,7 @@ def _decode_into(
     interpolation: str,
     earlier: _EarlierArray,
     listing: Sequence[str],
-) -> _CacheReport:
+) -> CacheReport:
     """Writes the array; returns its checksum, and the reasons why files cannot be read."""
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(paths), *shape))
     offset, unopened = array.offset, []
@@ -604,8 +657,13 @@ def _decode_into(
     broken = {position: why for position, why in enumerate(done) if isinstance(why, str)}
     # Without the reasons, which versions of Pillow word differently.
     pixels = [None if position in broken else part for position, part in enumerate(done)]
-    checksum = zlib.crc32(json.dumps([shape, pixels]).encode())
-    return _CacheReport(checksum, broken, sorted(unopened), list(listing))
+    checksum = checksum_of(shape, pixels)
+    return CacheReport(checksum, broken, sorted(unopened), pixels, list(listing))
+
+
+def checksum_of(shape: ImageShape, pixels: Sequence[int | None]) -> int:
+    """Returns the checksum of images, from those of each; None of those that cannot be read."""
+    return zlib.crc32(json.dumps([shape, pixels]).encode())
 
 
 def _show_progress(work: Iterable, total: int, what: str) -> Iterable:
@@ -616,13 +674,20 @@ def _describe_error(path: str, error: Exception) -> str:
     return reason(error).replace(f" {path!r}", "")
 
 
-def _report_unreadable(broken: Mapping[str, str], total: int, unreadable: str) -> None:
+def report_unreadable(broken: Mapping[int, str], paths: Sequence[str], unreadable: str) -> None:
+    """Warns of files that cannot be read, or raises `UserError`, as `decode` says.
+
+    Args:
+      broken: position → why it cannot be read.
+      paths: all files.
+      unreadable: as of `decode`.
+    """
     if not broken:
         return
-    named = [f"{path} ({why})" for path, why in list(broken.items())[:3]]
+    named = [f"{paths[position]} ({why})" for position, why in list(broken.items())[:3]]
     named += [f"and {len(broken) - 3} more"] if len(broken) > 3 else []
-    number = words.count(total, "image file")
+    number = words.count(len(paths), "image file")
     message = f"{len(broken)} of {number} cannot be read: {', '.join(named)}"
-    if unreadable == "refuse" or len(broken) == total:
+    if unreadable == "refuse" or len(broken) == len(paths):
         raise UserError(message)
     warnings.warn(f"{message}; they are left out", stacklevel=3)

@@ -156,21 +156,22 @@ def score_blocks(
         block = Examples(parallel.rows(x, positions, mesh), y)
         return apply, engines[engine], variables, block, given, mesh
 
-    def score(positions: np.ndarray, count: int) -> tuple[int, Sequence[Array]]:
-        return count, _score_block(*arguments(positions))
+    def score(slots: np.ndarray, count: int) -> tuple[Any, Any, Sequence[Array]]:
+        positions, counted = order.block(slots, count)
+        return positions[counted], counted, _score_block(*arguments(positions))
 
-    devices = parallel.num_devices(mesh)
+    order, devices = parallel.Order(x, mesh), parallel.num_devices(mesh)
     limit = largest_chunk_size() if chunk_size is None else chunk_size
-    block_size = bucketed(-(-len(x) // devices), limit)  # For each device.
+    block_size = bucketed(-(-order.size // devices), limit)  # For each device.
     try:
         if chunk_size is None:
             # The program that is compiled to find out is the one that `_score_block` then runs.
             program = lambda size: _score_block.lower(
-                *arguments(block_at(0, size * devices, len(x))[0])
+                *arguments(order.block(*block_at(0, size * devices, order.size))[0])
             )
             block_size = parallel.smallest(fitting_block_size(program, block_size))
         # They stay on the devices until all are there, and come over together.
-        blocks = list(each_block(score, len(x), block_size * devices, on_progress, devices))
+        blocks = list(each_block(score, order.size, block_size * devices, on_progress, devices))
     except UserError:
         raise
     except (factored.UnsupportedError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -187,8 +188,9 @@ def score_blocks(
             "loss": loss,
         }
         return score_blocks(apply, engines, "vmap", variables, examples, given, **options)
-    parts = [[term[:count] for term in terms] for count, terms in parallel.fetch(blocks)]
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+    rows, counted, found = zip(*parallel.fetch(blocks), strict=True)
+    parts = [[term[index] for term in terms] for index, terms in zip(counted, found, strict=True)]
+    return order.restore(rows, [np.concatenate(column) for column in zip(*parts, strict=True)])
 
 
 def largest_chunk_size() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from dynamical_jax.errors import UserError
 from dynamical_jax.strategies import dropout
 from dynamical_jax.strategies.base import LearnerView, Strategy, check_finite
-from dynamical_jax.types import Array
+from dynamical_jax.types import AnyArray, Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bald(Strategy):
         """Returns the mutual information of each unlabeled example."""
         return mutual_information(self.log_probabilities(key, view))
 
-    def log_probabilities(self, key: Array, view: LearnerView) -> Array:
+    def log_probabilities(self, key: Array, view: LearnerView) -> AnyArray:
         """Returns `[n, num_networks, K]` log-probabilities of U.
 
         Raises:
@@ -49,7 +49,7 @@ class Bald(Strategy):
         """
         keys = jax.random.split(key, self.num_networks)
         log_p = dropout.log_probabilities(
-            view.apply, view.variables, view.unlabeled, keys, view.on_progress
+            view.apply, view.variables, view.unlabeled, keys, view.on_progress, view.mesh
         )
         # −inf, of probabilities that are 0, is fine.
         check_finite(np.where(np.isnan(log_p).any(axis=(1, 2)), np.nan, 0))

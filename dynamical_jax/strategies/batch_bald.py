@@ -40,7 +40,7 @@ class BatchBald(Bald):
                 f"{self.num_configurations}"
             )
 
-    def score(self, key: Array, view: LearnerView, state: Any) -> Array:
+    def score(self, key: Array, view: LearnerView, state: Any) -> AnyArray:
         """Returns the log-probabilities `[n, num_networks, K]` of U."""
         return self.log_probabilities(key, view)
 

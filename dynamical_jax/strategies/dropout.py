@@ -8,10 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
-from dynamical_jax import contract
+from dynamical_jax import contract, parallel
 from dynamical_jax.gradients import bucketed, each_block
-from dynamical_jax.types import ApplyFn, Array, OnProgress, Outputs, Variables, ignore_progress
+from dynamical_jax.types import (
+    AnyArray,
+    ApplyFn,
+    Array,
+    OnProgress,
+    Outputs,
+    Variables,
+    ignore_progress,
+)
 
 CHUNK_SIZE = 256
 
@@ -35,28 +44,42 @@ def log_probabilities(
     x: Any,
     keys: Array,
     on_progress: OnProgress = ignore_progress,
-) -> Array:
+    mesh: Mesh | None = None,
+) -> AnyArray:
     """Returns `[n, t, K]` log-probabilities of x `[n, ...]` by t networks that dropout draws.
 
     The model is in evaluation mode but for its Linen `Dropout` layers. Each key draws one mask for
-    all examples: predictions of one network, whatever the blocks that examples come in.
+    all examples: predictions of one network, whatever the blocks that examples come in. With a mesh
+    each device takes a part of the examples, and the result is in NumPy.
     """
 
-    def run(positions: np.ndarray, count: int) -> Array:
-        return _log_probabilities(apply, variables, x[positions], keys)[:count]
+    def run(slots: np.ndarray, count: int) -> tuple[Any, Any, Array]:
+        positions, counted = order.block(slots, count)
+        block = parallel.rows(x, positions, mesh)
+        return positions[counted], counted, _log_probabilities(apply, mesh, variables, block, keys)
 
-    size = len(x)
-    blocks = each_block(run, size, bucketed(size, CHUNK_SIZE), on_progress)
-    return jnp.concatenate(list(blocks))
+    order, devices = parallel.Order(x, mesh), parallel.num_devices(mesh)
+    variables, keys = parallel.replicate((variables, keys), mesh)
+    block_size = bucketed(-(-order.size // devices), CHUNK_SIZE) * devices
+    found = each_block(run, order.size, block_size, on_progress, devices)
+    rows, counted, blocks = zip(*found, strict=True)
+    xp, blocks = (jnp, blocks) if mesh is None else (np, parallel.fetch(blocks))
+    parts = [block[index] for index, block in zip(counted, blocks, strict=True)]
+    return order.restore(rows, xp.concatenate(parts))
 
 
-@functools.partial(jax.jit, static_argnames="apply")
-def _log_probabilities(apply: ApplyFn, variables: Variables, x: Any, keys: Array) -> Array:
-    def sample(key: Array) -> Array:
-        logits = _with_dropout(apply, variables, x, key).logits
-        return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+@functools.partial(jax.jit, static_argnames=("apply", "mesh"))
+def _log_probabilities(
+    apply: ApplyFn, mesh: Mesh | None, variables: Variables, x: Any, keys: Array
+) -> Array:
+    def samples(variables: Variables, x: Any, keys: Array) -> Array:
+        def sample(key: Array) -> Array:
+            logits = _with_dropout(apply, variables, x, key).logits
+            return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
 
-    return jnp.moveaxis(jax.lax.map(sample, keys), 0, 1)
+        return jnp.moveaxis(jax.lax.map(sample, keys), 0, 1)
+
+    return parallel.on_each(samples, mesh, False, True, False)(variables, x, keys)
 
 
 def _with_dropout(

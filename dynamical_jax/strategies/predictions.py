@@ -25,23 +25,31 @@ def predict(view: LearnerView, x: Any, on_progress: OnProgress = ignore_progress
       UserError: if an output is not finite.
     """
 
-    def run(positions: np.ndarray, count: int) -> tuple[int, Outputs]:
+    def run(slots: np.ndarray, count: int) -> tuple[Any, Any, Outputs]:
+        positions, counted = order.block(slots, count)
         block = parallel.rows(x, positions, view.mesh)
-        return count, _outputs(view.apply, view.mesh, variables, block)
+        return positions[counted], counted, _outputs(view.apply, view.mesh, variables, block)
 
     contract.output_shapes(view.apply, view.variables, x)
-    size, devices = len(x), parallel.num_devices(view.mesh)
+    order, devices = parallel.Order(x, view.mesh), parallel.num_devices(view.mesh)
     variables = parallel.replicate(view.variables, view.mesh)
-    block_size = bucketed(-(-size // devices), scoring.largest_chunk_size()) * devices
-    counts, blocks = zip(*each_block(run, size, block_size, on_progress, devices), strict=True)
+    block_size = bucketed(-(-order.size // devices), scoring.largest_chunk_size()) * devices
+    found = each_block(run, order.size, block_size, on_progress, devices)
+    rows, counted, blocks = zip(*found, strict=True)
+    counts = tuple(map(len, rows))
     if view.mesh is None:
         outputs, finite = _join(jnp, counts, blocks)
     else:  # The host joins them: no device need hold the outputs for all.
-        outputs, finite = _join.__wrapped__(np, counts, parallel.fetch(blocks))
+        parts = [
+            jax.tree.map(lambda leaf, index=index: leaf[index], block)
+            for index, block in zip(counted, parallel.fetch(blocks), strict=True)
+        ]
+        outputs, finite = _join.__wrapped__(np, counts, parts)
+        outputs = order.restore(rows, outputs)
     # A NaN would silently win or lose every comparison.
     if not np.all(finite):
         raise UserError(
-            f"the outputs for {np.sum(~finite)} of {size} examples are not finite; the model has "
+            f"the outputs for {np.sum(~finite)} of {len(x)} examples are not finite; the model has "
             "diverged or an input is not finite" + contract.explain_not_finite(view.variables, x)
         )
     return outputs
