@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from dynamical_jax import files, resources
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 
 T = TypeVar("T")
 
@@ -106,6 +106,9 @@ class Store:
             `ValueError` if it cannot use them.
           tidy: removes what was not finished, and sets aside what is damaged; not to be done while
             another process may be writing.
+
+        Raises:
+          UserError: without `tidy`, if there are checkpoints and all of them are damaged.
         """
         if not self._directory.exists():
             return None
@@ -116,6 +119,7 @@ class Store:
             if unfinished and left.name != DAMAGED_FOLDER:
                 self._say(f"checkpoint {left} was not finished: removed")
                 _remove(left)
+        damage = ""
         for path in self._manifests():
             arrays = path.with_suffix("")
             try:
@@ -127,10 +131,16 @@ class Store:
                 leaves = [leaves[name] for name in sorted(leaves)]
                 if not _is_finite(leaves):
                     raise ValueError("it holds numbers that are not finite")
-                return make(description, leaves)
+                made = make(description, leaves)
+                if damage and not tidy:
+                    self._say(f"{damage}: the one before it is used, {arrays}")
+                return made
             except (ValueError, OSError) as error:
                 if tidy:
-                    self._set_aside(arrays, (str(error).splitlines() or [type(error).__name__])[0])
+                    self._set_aside(arrays, reason(error))
+                damage = damage or f"{arrays} is damaged ({reason(error)})"
+        if damage and not tidy:
+            raise UserError(damage)
         return None
 
     def remove(self) -> None:

@@ -49,6 +49,7 @@ class Config(NamedTuple):
       feature_scale: of vectors, as in `models.scale`.
       weights: of the network, with which training begins; None for random ones.
       network: the network of these weights, or the one that embeds images.
+      features: the file of vectors to learn from, absolute; None for images.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Config(NamedTuple):
     feature_scale: str = "shared"
     weights: models.Weights | None = None
     network: Network | None = None
+    features: str | None = None
 
     def model_description(self, folder: Folder) -> dict[str, Any]:
         """Returns what must stay the same for a model to be trained further, named as flags are."""
@@ -97,6 +99,7 @@ class Description(msgspec.Struct):
       round: in which it was trained.
       fit: how that went.
       network: as in `Config`; models of earlier versions do not say.
+      features: likewise.
     """
 
     model_description: dict[str, Any]
@@ -107,6 +110,7 @@ class Description(msgspec.Struct):
     round: files.Count
     fit: Facts
     network: Network | None = None
+    features: str | None = None
 
 
 class Learner(NamedTuple):
@@ -129,15 +133,15 @@ class Start(NamedTuple):
       learner: to be trained, unless `fit` says that it was.
       round_index: of this round.
       fit: what `train` returned when it was trained on just these labels; None if it was not.
-      former_description: `Config.model_description` of the last round's model, if it differs, so
-        that this one starts anew; None otherwise.
+      difference: what the last round's model was that this one is not, so that this one starts
+        anew, as the end of a sentence; "" otherwise.
       new_classes: that the last round's model did not know.
     """
 
     learner: Learner
     round_index: int
     fit: Facts | None = None
-    former_description: dict[str, Any] | None = None
+    difference: str = ""
     new_classes: tuple[str, ...] = ()
 
 
@@ -154,8 +158,8 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
     def resume(description: Description, leaves: list[np.ndarray]) -> Start:
         round_index = description.round + 1
         if description.model_description != model_description:
-            former = description.model_description
-            return Start(fresh(folder, config, names), round_index, former_description=former)
+            difference = describe_difference(description, model_description, config)
+            return Start(fresh(folder, config, names), round_index, difference=difference)
         mean, std, known = description.mean, description.std, description.class_names
         old = _learner(folder, config, known, mean, std)
         old = old._replace(variables=unflatten(old.variables, leaves))
@@ -169,6 +173,51 @@ def warm_start(folder: Folder, config: Config, store: Store) -> Start:
 
     resumed = store.restore(Description, resume)
     return resumed or Start(fresh(folder, config, names), 0)
+
+
+def describe_difference(
+    former: Description, model_description: Mapping[str, Any], config: Config
+) -> str:
+    """Returns how the model of earlier rounds and this one differ, in flags that a person gives.
+
+    Args:
+      former: of the last round's model.
+      model_description: of this one.
+      config: likewise.
+    """
+    theirs, ours = former.model_description, model_description
+    network = former.network
+    if network and config.network and network.checksum == config.network.checksum:
+        network = config.network  # It may lie elsewhere now.
+    source = _source(theirs, network, former.features)
+    now = _source(ours, config.network, config.features)
+    if source != now:
+        none = "neither --weights nor --features"
+        again = f"give {'that' if source else 'neither'} again if this was not meant"
+        return f"the earlier rounds had {source or none}, and this one has {now or none}; {again}"
+    differing = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    if set(differing) & {"features", "weights"}:
+        return f"{now} gives other vectors than in the earlier rounds, or of other images"
+    had, has = (
+        ", ".join(_attribute(name, described[name]) for name in differing)
+        for described in (theirs, ours)
+    )
+    return f"the earlier rounds had {had}, and this one has {has}"
+
+
+def _source(described: Mapping[str, Any], network: Network | None, features: str | None) -> str:
+    """The flags of what a model learns from; none for the images themselves."""
+    if network is not None or "weights" in described:
+        path = network.path if network is not None else "…"
+        return f"--weights={path}" + " --train=all" * ("weights" in described)
+    return f"--features={features or '…'}" if "features" in described else ""
+
+
+def _attribute(name: str, value: Any) -> str:
+    """An entry of a model's description, in words of the flags."""
+    if name == "image_size":
+        return f"images of {'×'.join(map(str, value))}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def train(
@@ -201,6 +250,7 @@ def train(
         start.round_index,
         facts,
         config.network,
+        config.features,
     )
     name = f"round-{start.round_index:05d}"
     store.save(name, learner.variables, msgspec.to_builtins(description))

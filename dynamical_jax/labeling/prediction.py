@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -159,11 +160,17 @@ def load(
       cache_dir: where these are kept; by default where the programs keep them.
 
     Raises:
-      UserError: if there is no model in it, or the network's file is not the one of the training.
+      UserError: if there is no model in it, or it is damaged, or the network's file is not the one
+        of the training.
     """
-    found = Store(pathlib.Path(checkpoint)).restore(
-        Description, lambda description, leaves: (description, leaves), tidy=False
-    )
+    store = Store(pathlib.Path(checkpoint), functools.partial(warnings.warn, stacklevel=4))
+    try:
+        found = store.restore(Description, lambda *made: made, tidy=False)
+    except UserError as error:
+        raise UserError(
+            f"{error}: dynamical-select or dynamical-label, given as before, sets it aside and "
+            "trains another model on the same labels"
+        ) from error
     if found is None:
         raise UserError(f"there is no model in {checkpoint}; dynamical-select makes one")
     description, leaves = found

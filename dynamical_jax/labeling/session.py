@@ -606,7 +606,7 @@ class Session:
         if len(folder.class_names) < 2:
             return
         start = learner.warm_start(folder, settings.config, settings.store)
-        if start.round_index == 0 or start.former_description is not None or start.new_classes:
+        if start.round_index == 0 or start.difference or start.new_classes:
             return  # There is none that knows these classes.
         predictions = choosing.predict(
             folder,

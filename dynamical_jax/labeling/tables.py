@@ -170,16 +170,26 @@ def write_proposal(
     files.write(path, proposal_text(proposed, like))
 
 
-def is_replaceable(path: pathlib.Path) -> bool:
+def is_replaceable(path: pathlib.Path, is_ours: bool = False) -> bool:
     """Whether `write_proposal` made the table that stands there, or there is none.
 
+    Args:
+      path: the table.
+      is_ours: whether it is known to have made it; columns that only help may then be gone.
+
     Raises:
-      UserError: if it seems to have made it, but path or label has another name now.
+      UserError: if it seems to have made it, but path or label is gone, or has another name now.
     """
     header = _header(path)
-    if set(PROPOSAL_COLUMNS[2:]) <= set(header) and not set(COLUMNS) <= set(header):
-        raise UserError(f"{path} has the columns {', '.join(header)}; it needs path and label")
-    return not header or set(PROPOSAL_COLUMNS) <= set(header)
+    is_ours |= set(PROPOSAL_COLUMNS[2:]) <= set(header)
+    if header and is_ours:
+        _check_columns(path, header)
+    return is_ours or not header
+
+
+def holds_labels(path: pathlib.Path) -> bool:
+    """Whether a table has the columns path and label."""
+    return set(COLUMNS) <= set(_header(path))
 
 
 def proposal_text(proposed: Iterable[Proposed], like: pathlib.Path | None = None) -> str:
@@ -314,8 +324,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, str]]]:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [_column(name) for name in next(lines)]
-        if not set(COLUMNS) <= set(columns):
-            raise UserError(f"{path} has the columns {', '.join(columns)}; it needs path and label")
+        _check_columns(path, columns)
         if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
             raise UserError(f"line 1 of {path} names the column {twice[0]} twice")
         for cells in lines:
@@ -370,6 +379,15 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_columns(path: pathlib.Path, columns: Sequence[str]) -> None:
+    """Raises `UserError` unless path and label are among the columns of a table."""
+    if not set(COLUMNS) <= set(columns):
+        raise UserError(
+            f"{path} has the columns {', '.join(columns)}; it needs path and label, and stays as "
+            "it is until it has them"
+        )
 
 
 def _header(path: pathlib.Path) -> list[str]:

@@ -90,15 +90,20 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
         raise UserError(f"{', '.join(first)} and {last} must be different files")
     if any(table.suffix != ".csv" for table in tables):
         raise UserError(f"tables must be .csv files, got {', '.join(map(str, tables))}")
-    for name in filter(None, (OUTPUT.value, *others.values())):
-        if not OVERWRITE.value and not labeling.tables.is_replaceable(pathlib.Path(name)):
-            raise UserError(
-                f"{name} is there, and was not written by this program: give another name, or "
-                "--overwrite to replace it"
-            )
     output = pathlib.Path(OUTPUT.value)
-    former_folder = _former_folder(output)
-    if former_folder and not os.path.samefile(former_folder, images):
+    rounds = _logged_rounds(output)
+    for path in filter(None, (OUTPUT.value, *others.values())):
+        path = pathlib.Path(path)
+        is_ours = path == output and bool(rounds)
+        if not OVERWRITE.value and not labeling.tables.is_replaceable(path, is_ours):
+            taken = path == output and labeling.tables.holds_labels(path)
+            first = f", after its labels are added to {LABELS.value}" if taken else ""
+            raise UserError(
+                f"{path} is there, and was not written by this program, so it stays as it is: give "
+                f"another name, or --overwrite to replace it{first}"
+            )
+    former_folder = rounds[-1].folder if rounds else ""
+    if os.path.isdir(former_folder) and not os.path.samefile(former_folder, images):
         raise UserError(
             f"{output} asks for labels of the images in {former_folder}: give another --output for "
             f"those in {images}"
@@ -106,12 +111,10 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
     return output
 
 
-def _former_folder(output: pathlib.Path) -> str | None:
-    """Returns the folder of the images in a table; None if it is unknown or no longer exists."""
+def _logged_rounds(output: pathlib.Path) -> list[LoggedRound]:
+    """Returns the rounds in the log beside a table of images to label; none without a table."""
     log = output.with_suffix(".jsonl")
-    lines = files.read_lines(log, LoggedRound) if output.exists() and log.exists() else []
-    folder = lines[-1].folder if lines else ""
-    return folder if os.path.isdir(folder) else None
+    return files.read_lines(log, LoggedRound) if output.exists() and log.exists() else []
 
 
 def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
@@ -140,7 +143,10 @@ def strategy_and_config() -> tuple[strategies.Strategy, labeling.Config]:
     scale = options.FEATURE_SCALE.value
     if weights is not None and vectors:
         print(weights.describe())
-    config = labeling.Config(options.MODEL.value, attributes, training, SEED.value, scale)
+    features = FEATURES.value and os.path.abspath(FEATURES.value)
+    config = labeling.Config(
+        options.MODEL.value, attributes, training, SEED.value, scale, features=features
+    )
     if weights is not None:
         network = labeling.learner.Network.of(weights, pretrained.image_size(weights))
         config = config._replace(network=network, weights=None if vectors else weights)

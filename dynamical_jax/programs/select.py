@@ -35,7 +35,7 @@ from absl import flags
 from dynamical_jax import files, labeling, strategies, words
 from dynamical_jax.errors import UserError
 from dynamical_jax.programs import binary, options, person, strategy
-from dynamical_jax.runs import progress, run_directory
+from dynamical_jax.runs import progress
 from dynamical_jax.store import Store
 
 IMAGES = flags.DEFINE_string("images", None, "Folder of images; folders in it are searched too.")
@@ -234,11 +234,8 @@ def train(
             f"{f', without {unused}' if unused else ''}"
         )
         return start.learner, start.fit
-    if start.former_description is not None:
-        difference = run_directory.describe_difference(
-            config.model_description(folder), start.former_description
-        )
-        print(f"the model is trained from the start: that of the last round had {difference}")
+    if start.difference:
+        print(f"the model is trained from the start: {start.difference}")
     if config.weights is not None and start.round_index == 0:
         print(config.weights.describe(len(start.learner.class_names)))
     if gone := [name for name in start.learner.class_names if name not in folder.class_names]:

@@ -137,10 +137,10 @@ def test_another_kind_of_model_begins_anew(run, pictures, tmp_path):
     dj.labeling.add_labels(tmp_path / "labels.csv", dict(list(pictures[1].items())[10:30]))
     run(strategy="random")
     _, output, _ = run(image_size=5, strategy="random")
-    assert (
-        "trained from the start: that of the last round had --image_size=8,8,3 there and 5,5,3"
-        in output
+    told = (
+        "from the start: the earlier rounds had images of 8×8×3, and this one has images of 5×5×3"
     )
+    assert told in output
     _, output, _ = run(image_size=5, strategy="random")
     assert "no labels that the model was not trained on" in output
 
@@ -276,9 +276,7 @@ class TestFeatures:
         log = dj.files.read_lines(tmp_path / "to_label.jsonl", dict)
         assert log[-1]["flags"]["model"] == "linear"
         _, output, _ = run(features=features(), strategy="random")  # Other numbers.
-        assert "the model is trained from the start: that of the last round had --features=5" in (
-            output
-        )
+        assert f"trained from the start: --features={vectors} gives other vectors than in" in output
 
     def test_a_label_without_a_vector_and_a_model_that_needs_vectors(
         self, run, run_binary, pictures, tmp_path, features, told
@@ -433,6 +431,7 @@ def test_a_table_of_others_is_not_replaced(run, tmp_path, flag):
     status, output, errors = run(**{flag: "theirs.csv"})
     assert (status, output) == (1, "")
     assert "error: theirs.csv is there, and was not written by this program" in errors
+    assert (", after its labels are added to labels.csv\n" in errors) == (flag == "output")
     assert theirs.read_text() == "path,label,price\n0/0.png,,3\n"
     assert run(**{flag: "theirs.csv"}, overwrite=True)[0] is None
 
@@ -450,6 +449,23 @@ def test_a_table_for_another_folder_is_not_taken_over(run, pictures, tmp_path):
     assert run(output="second.csv", images=str(tmp_path / "moved"))[0] is None
     (tmp_path / "moved").rename(other)
     assert run(output="second.csv", images=str(other))[0] is None
+
+
+def test_a_proposal_of_path_and_label_alone(run, pictures, tmp_path):
+    run()
+    proposal = tmp_path / "to_label.csv"
+    path, *_ = (row["path"] for row in rows_of(proposal))
+    proposal.write_text(f"path,label,note\n{path},zero,hm\n")
+    status, output, errors = run()
+    assert (status, errors) == (None, "")
+    assert "1 label of to_label.csv added to labels.csv" in output
+    assert path not in {row["path"] for row in rows_of(proposal)}
+    (kept,) = tmp_path.glob("to_label.*.csv")
+    assert "hm" in kept.read_text()
+    proposal.write_text(f"path\n{path}\n")
+    status, _, errors = run()
+    assert status == 1
+    assert "to_label.csv has the columns path; it needs path and label, and stays" in errors
 
 
 def test_a_proposal_with_a_column_that_is_mistyped_is_kept(run, pictures, tmp_path):
@@ -535,6 +551,14 @@ def test_the_model_is_used_for_other_images(run, run_binary, pictures, tmp_path)
     status, _, errors = run_binary(predict, str(folder), **{**flags_of, "table": "labels.csv"})
     assert (status, (tmp_path / "labels.csv").read_bytes()) == (1, table)
     assert "labels.csv is there, and was not written by this program" in errors
+    (tmp_path / "to_label.checkpoint/round-00000/_METADATA").write_bytes(b"")
+    status, _, errors = run_binary(predict, str(folder), **flags_of)
+    assert status == 1
+    assert errors == (
+        "error: to_label.checkpoint/round-00000 is damaged (files are missing or not what was "
+        "written): dynamical-select or dynamical-label, given as before, sets it aside and trains "
+        "another model on the same labels\n"
+    )
     status, _, errors = run_binary(predict, str(folder), **{**flags_of, "checkpoint": "nothing"})
     assert (status, errors) == (
         1, "error: there is no model in nothing; dynamical-select makes one\n"

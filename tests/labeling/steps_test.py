@@ -50,7 +50,7 @@ def test_the_next_round_goes_on_from_where_this_one_ended(photos, tmp_path):
     # More labels of the same classes: the same weights, but they have to be trained on.
     folder = read(photos, label(0, 1, 3, 4, 6), tmp_path)
     more = labeling.learner.warm_start(folder, config(), store)
-    assert (more.fit, more.former_description, more.new_classes) == (None, None, ())
+    assert (more.fit, more.difference, more.new_classes) == (None, "", ())
     jax.tree.map(np.testing.assert_array_equal, more.learner.variables, learner.variables)
 
 
@@ -79,9 +79,48 @@ def test_another_kind_of_model_starts_anew_and_says_what_was(photos, tmp_path):
     labeling.learner.train(start, folder, config(), store)
     smaller = read(photos, label(0, 1), tmp_path, size=3)
     anew = labeling.learner.warm_start(smaller, config(), store)
-    assert anew.former_description == {"model": "linear", "image_size": [6, 6, 1]}
+    assert anew.difference == (
+        "the earlier rounds had images of 6×6×1, and this one has images of 3×3×1"
+    )
     assert (anew.round_index, anew.fit) == (1, None)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(anew.learner.variables))
+
+
+def network(path, checksum):
+    preprocessing = dj.models.weights.Preprocessing(8, (0.5,), (0.5,), "bilinear")
+    return labeling.learner.Network(path, checksum, {}, preprocessing, 8)
+
+
+NEITHER = "neither --weights nor --features"
+IMAGES = ({"model": "cnn", "image_size": [8, 8, 3]}, {})
+VECTORS = ({"model": "linear", "features": "5"}, {"features": "/f.npz"})
+EMBEDDED = ({"model": "linear", "features": "9"}, {"network": network("/w.npz", 1)})
+ELSEWHERE = ({"model": "mlp", "features": "9"}, {"network": network("/moved.npz", 1)})
+OTHERS = ({"model": "linear", "features": "7"}, {"network": network("/w.npz", 1)})
+TRAINED = ({"model": "vit_ti", "weights": "1"}, {"network": network("/w.npz", 1)})
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "expected"),
+    [
+        (EMBEDDED, IMAGES, f"had --weights=/w.npz, and this one has {NEITHER}; give that again"),
+        (VECTORS, IMAGES, f"had --features=/f.npz, and this one has {NEITHER}; give that again if"),
+        (IMAGES, VECTORS, f"had {NEITHER}, and this one has --features=/f.npz; give neither again"),
+        (VECTORS, EMBEDDED, "had --features=/f.npz, and this one has --weights=/w.npz; give that"),
+        (TRAINED, EMBEDDED, "had --weights=/w.npz --train=all, and this one has --weights=/w.npz;"),
+        ((VECTORS[0], {}), IMAGES, "had --features=…, and this one has neither"),  # As once kept.
+        (EMBEDDED, ELSEWHERE, "had --model=linear, and this one has --model=mlp"),
+        (EMBEDDED, OTHERS, "--weights=/w.npz gives other vectors than in the earlier rounds"),
+    ],
+)
+def test_what_differs_is_said_in_flags_that_people_give(former, now, expected):
+    (theirs, kept), (ours, has) = former, now
+    facts = {"epochs": 1, "train_accuracy": 1.0}
+    before = labeling.learner.Description(
+        theirs, ["a", "b"], [0.0], [1.0], 0, 0, facts, kept.get("network"), kept.get("features")
+    )
+    told = labeling.learner.describe_difference(before, ours, config()._replace(**has))
+    assert expected in told
 
 
 def test_the_least_confident_are_asked_for_and_copies_are_not(photos, tmp_path):
