@@ -210,7 +210,7 @@ def compare(
     if failures:
         failures.append(
             f"{len(failures)} of {dj.words.count(len(runs), 'run')} failed; the same command tries "
-            "again"
+            "these again"
         )
     return failures
 

@@ -94,7 +94,7 @@ def test_seeds_can_be_spread(played, run, tmp_path):
         ({"stem": "cifar"}, "--stem has no effect with cnn, only with resnet18"),
         ({"model": "alexnet"}, "unknown model 'alexnet'; choose from cnn, resnet18"),
         ({"strategies": ["random", "best"]}, "unknown strategy 'best'; choose from dynamical"),
-        ({"preset": "table10"}, "unknown preset 'table10'; choose from table2, table3"),
+        ({"preset": "table10"}, "unknown preset 'table10' (is it 'table"),
         ({"strategies": []}, "no strategy given; choose from dynamical"),
         ({"strategies": ["random", "random"]}, "a strategy is given twice: random,random"),
         ({"cache_dir": "/proc/none"}, "cannot write to /proc/none/compiled"),
