@@ -476,6 +476,11 @@ def test_a_proposal_with_a_column_that_is_mistyped_is_kept(run, pictures, tmp_pa
     assert status == 1
     assert "to_label.csv has the columns path, lable, predicted" in errors
     assert "lable" in proposal.read_text()
+    rest = proposal.rename(tmp_path / "rest.csv")
+    status, _, errors = run(predictions="rest.csv")
+    assert status == 1
+    assert "rest.csv has the columns path, lable, predicted" in errors
+    assert "lable" in rest.read_text()
 
 
 def test_label_studio_there_and_back(run, pictures, tmp_path):
