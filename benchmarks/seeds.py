@@ -27,7 +27,7 @@ for _name in ("models", "batch_sizes", "matmul_precision", "repetitions", "json"
     flags.declare_key_flag(_name)
 
 SEEDS = flags.DEFINE_list("seeds", ["1", "5", "10", "20"], "Numbers of networks at once.")
-NUM_LABELS = flags.DEFINE_integer("num_labels", 1500, "Size of a labeled set.")
+SET_SIZE = flags.DEFINE_integer("set_size", 1500, "Labels of each network.")
 
 
 def main(argv: list[str]) -> int | None:
@@ -60,7 +60,7 @@ def run() -> None:
 
 def _epoch(task: Task, count: int) -> Callable[[], Any]:
     """Returns what trains so many networks for an epoch, and waits."""
-    model, size = jax_contenders._model(task), NUM_LABELS.value
+    model, size = jax_contenders._model(task), SET_SIZE.value
     optimizer = dj.training._optimizer(dj.TrainingConfig())
     buffer = dj.Examples(jax_contenders._images(size, task), jax_contenders._labels(size))
     generator = np.random.default_rng(0)

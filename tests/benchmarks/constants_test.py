@@ -42,7 +42,7 @@ def test_each_setting_is_a_program_of_its_own():
 def test_seeds(run_benchmark, tmp_path):
     path = tmp_path / "seeds.json"
     status, _, errors = run_benchmark(
-        seeds, models=["cnn"], batch_sizes=["2"], seeds=["1", "2"], num_labels=4, json=str(path)
+        seeds, models=["cnn"], batch_sizes=["2"], seeds=["1", "2"], set_size=4, json=str(path)
     )
     assert (status, errors) == (None, "")
     (case,) = json.loads(path.read_text())["cases"]
@@ -53,7 +53,7 @@ def test_seeds(run_benchmark, tmp_path):
 def test_networks_at_once_train_as_one():
     task = Task("cnn", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeds, "NUM_LABELS", type("Flag", (), {"value": 4}))
+        patch.setattr(seeds, "SET_SIZE", type("Flag", (), {"value": 4}))
         (one, _), (both, _) = (seeds._epoch(task, count)() for count in (1, 2))
     jax.tree.map(
         lambda alone, beside: np.testing.assert_allclose(beside[0], alone, rtol=1e-4, atol=1e-6),
