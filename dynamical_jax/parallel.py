@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,14 +58,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh | None:
       num_devices: how many; all, those of other hosts included, if None.
 
     Raises:
-      UserError: if there are fewer.
+      UserError: if there are fewer, or hosts are left without one.
     """
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
-    if not isinstance(count, numbers.Integral) or not 1 <= count <= len(devices):
+    hosts = [device.process_index for device in devices]
+    least = max(map(hosts.index, hosts)) + 1  # With the first of the last host.
+    if not isinstance(count, numbers.Integral) or not least <= count <= len(devices):
         raise UserError(
-            f"the number of devices must be from 1 to {len(devices)}, as many as there are, got "
-            f"{count!r}"
+            f"the number of devices must be from {least} to {len(devices)}, as many as there are, "
+            f"got {count!r}"
         )
     if count == 1:
         return None
@@ -124,9 +127,9 @@ def shares(x: Any, mesh: Mesh | None) -> jax.Array:
 def make_owners(count: int) -> np.ndarray:
     """Returns `[count]` the process to which each row of a set belongs, for the whole run.
 
-    In turn, by the number of devices: sets are often sorted by class.
+    They take turns, as sets are often sorted by class.
     """
-    return np.resize([device.process_index for device in jax.devices()], count)
+    return np.arange(count) % jax.process_count()
 
 
 def owners(x: Any) -> np.ndarray | None:
@@ -170,9 +173,9 @@ class Order:
     def __init__(self, x: Any, mesh: Mesh | None):
         self.size, self._steps = len(x), None
         found = None if mesh is None else owners(x)
-        hosts = [] if mesh is None else [device.process_index for device in mesh.devices.flat]
-        if found is None or not np.isin(found, hosts).all():
+        if found is None:
             return
+        hosts = [device.process_index for device in mesh.devices.flat]
         of_devices = [
             np.flatnonzero(found == host)[hosts[:i].count(host) :: hosts.count(host)]
             for i, host in enumerate(hosts)
@@ -293,7 +296,7 @@ def join(
 
     Raises:
       UserError: if the others are not found within `PATIENCE` seconds, or nothing says where
-        they are.
+        they are, or they have more devices than this one, or fewer.
     """
     if address is not None and num_processes != 1 and process_id:
         _wait_for(address)
@@ -313,6 +316,12 @@ def join(
             "--coordinator_address, --num_processes and --process_id"
         ) from error
     _say_in_one_line_if_ended()
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:  # JAX cannot gather then.
+        raise UserError(
+            "each process needs as many devices as the others; they have "
+            f"{', '.join(str(devices[process]) for process in sorted(devices))}"
+        )
 
 
 def lost(why: str) -> UserError:

@@ -100,6 +100,13 @@ def work(folder, cache, weights, mesh=None):
     return found
 
 
+def refused(call):
+    try:
+        call()
+    except dj.UserError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     compiled = os.path.join(os.environ["DYNAMICAL_JAX_TEST_CACHE"], "compiled")
     jax.config.update("jax_compilation_cache_dir", compiled)
@@ -108,4 +115,12 @@ if __name__ == "__main__":
     note(embedding, "_vectors", lambda model, variables, x: len(x))
     address, process, folder, cache, *weights = sys.argv[1:]
     parallel.join(address, 2, int(process))
-    print(json.dumps(work(folder, cache, weights[0] if weights else None, parallel.make_mesh())))
+    found = work(folder, cache, weights[0] if weights else None, parallel.make_mesh())
+    if jax.process_index() == 1:  # Another version of Pillow decodes otherwise.
+        read_all = images.read_all
+        images.read_all = lambda *arguments: (255 - read_all(*arguments)[0], None)
+    found["refused"] = [
+        refused(lambda: dj.datasets.load(folder, cache_dir=cache)),
+        refused(lambda: parallel.make_mesh(2)),
+    ]
+    print(json.dumps(found))

@@ -12,6 +12,7 @@ import numpy as np
 
 from dynamical_jax import parallel
 from dynamical_jax.data import images
+from dynamical_jax.errors import UserError
 
 
 class Divided:
@@ -97,14 +98,15 @@ def decode(
     from these if they are there.
 
     Raises:
-      UserError: as `images.decode`; if the hosts see other files.
+      UserError: as `images.decode`; if the hosts see other files, or decode them otherwise, as far
+        as a few of them tell. Of any other image it is a `RuntimeError`, when it is asked for.
     """
     if jax.process_count() == 1 or len(paths) < jax.device_count():
         return images.decode(paths, cache_dir, size, channels, unreadable, interpolation)
     images.check_options(size, channels, unreadable)
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath(absolute)
-    names = [os.path.relpath(path, common) for path in absolute]
+    names = [path.removeprefix(common) for path in absolute]
     parallel.check_agreement("the names of the image files", names)
     owners = parallel.make_owners(len(paths))
     own = np.flatnonzero(owners == jax.process_index())
@@ -122,8 +124,18 @@ def decode(
     why = parallel.of_all_rows([report.unreadable.get(i) for i in range(len(own))], owners)
     broken = {row: text for row, text in enumerate(why) if text is not None}
     images.report_unreadable(broken, paths, unreadable)
-    return images.Decoded(
-        Divided(x, owners, paths, pixels, interpolation, cache_dir),
-        ~np.isin(np.arange(len(paths)), list(broken)),
-        images.checksum_of(x.shape[1:], pixels),
-    )
+    readable = ~np.isin(np.arange(len(paths)), list(broken))
+    shared = Divided(x, owners, paths, pixels, interpolation, cache_dir)
+    _try_others(shared, np.flatnonzero(readable & (owners != jax.process_index())))
+    return images.Decoded(shared, readable, images.checksum_of(x.shape[1:], pixels))
+
+
+def _try_others(x: Divided, others: np.ndarray) -> None:
+    """Raises `UserError`, on all hosts, if one of them sees or decodes other images."""
+    why = None
+    try:
+        x[others[[0, len(others) // 2, -1]] if len(others) else others]
+    except RuntimeError as error:
+        why = str(error)
+    if told := [text for text in parallel.gather(why) if text is not None]:
+        raise UserError(told[0])
