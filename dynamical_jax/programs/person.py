@@ -42,7 +42,7 @@ NEAR_COPIES = flags.DEFINE_integer(
 binary.read_by(NEAR_COPIES, "dataset", (options.FOLDER,))
 OUTPUT = flags.DEFINE_string("output", "to_label.csv", "Table of images to label next.")
 STRATEGY_NAMES = [name for name, make in strategies.STRATEGIES.items() if make().init() is None]
-RECOMMENDED = "uncertainty_herding"
+RECOMMENDED = "dynamical_herding"
 
 
 class _NameParser(flags.ArgumentParser[str]):
