@@ -379,6 +379,11 @@ def _wait_for(address: str) -> None:
             time.sleep(0.5)
 
 
+def speaks() -> bool:
+    """Whether this process is the only one, or the first, which alone speaks."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def broadcast(value: Any = None) -> Any:
     """Returns, in every process, the value that the first one gives."""
     if jax.process_count() == 1:

@@ -281,13 +281,15 @@ def load() -> tuple[dj.Dataset, Any]:
     if weights is not None:
         dj.images.check_pixels(dataset.pool.x)
     if weights is not None and pretrained.embeds():
-        print(weights.describe())
+        if dj.parallel.speaks():
+            print(weights.describe())
         cache_dir, size = options.prepare_cache_dir(), options.IMAGE_SIZE.value
         dataset = dj.embedding.embed_dataset(weights, dataset, cache_dir, size)
         weights = None
     attributes = options.set_model_defaults(dataset.kind)
     if weights is not None:
-        print(weights.describe(num_classes))
+        if dj.parallel.speaks():
+            print(weights.describe(num_classes))
         return dataset, dj.models.pretrained(weights, num_classes, options.IMAGE_SIZE.value)
     attributes["feature_scale"] = options.FEATURE_SCALE.value
     return dataset, dj.models.create(options.MODEL.value, dataset, **attributes)

@@ -184,6 +184,7 @@ def test_two_processes_are_one_run(tmp_path, folder, expected):
     assert "1 of 1434 image files cannot be read" in errors
     # On CPUs the library for collectives says that it is there.
     assert [line for line in silence.splitlines() if not line.startswith("[Gloo]")] == []
+    assert more_errors == ""
     assert_same(tmp_path, expected)
     # Each has decoded its own half; of the other's what was labeled, and a few to try the files and
     # the model; and none of them twice.

@@ -120,6 +120,8 @@ def run_main(run: Callable[[], list[str]], interrupted: str = "interrupted") -> 
 
 def _show_warning(message: Any, category: type, *location: Any) -> None:
     """Prints a warning in one line, without the place in the code that it comes from."""
+    if not parallel.speaks():
+        return
     text = str(message) if category is UserWarning else f"{category.__name__}: {message}"
     _say(f"warning: {text}")
 
