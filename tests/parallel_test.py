@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import toy
 
 import dynamical_jax as dj
 from dynamical_jax import parallel
+from dynamical_jax.gradients.blocks import block_at
 
 SAME = ("fit", "evaluation", "grad_s", "change", "outputs", "few")
 
@@ -69,6 +71,30 @@ def test_one_device_is_no_mesh():
     assert parallel.multiple(5, None) == 5
 
 
+class Owned(np.ndarray):
+    """Rows of which each belongs to a host."""
+
+
+@pytest.mark.parametrize("share_of_second", [0, 0.3, 1])
+def test_devices_work_on_rows_of_their_own_hosts(share_of_second):
+    hosts, draw = [0, 0, 1, 1], np.random.default_rng(0)
+    devices = np.array([unittest.mock.Mock(process_index=host) for host in hosts])
+    mesh = unittest.mock.Mock(spec=jax.sharding.Mesh, devices=devices)
+    data = np.arange(31).view(Owned)
+    data.owners = (draw.random(31) < share_of_second).astype(int)
+    x = dj.types.Rows(data, draw.permutation(31)[:23])  # Some are labeled.
+    order, rows, start, block_size = parallel.Order(x, mesh), [], 0, 8
+    while start < order.size:
+        positions, counted = order.block(*block_at(start, block_size, order.size))
+        assert len(positions) == block_size
+        rows.append(positions[counted])
+        of_device = np.repeat(hosts, block_size // 4)[counted]
+        np.testing.assert_array_equal(parallel.owners(x)[positions[counted]], of_device)
+        start, block_size = start + block_size, 4  # As where memory has run out.
+    found = order.restore(rows, np.asarray(x[np.concatenate(rows)]))
+    np.testing.assert_array_equal(found, x[:])
+
+
 @pytest.mark.slow
 def test_each_device_holds_its_share_of_a_million_features():
     found = compute("million")
@@ -80,6 +106,7 @@ def test_each_device_holds_its_share_of_a_million_features():
 ENDED = """
 import os, sys
 from dynamical_jax import parallel
+from dynamical_jax.gradients.blocks import block_at
 parallel._say_in_one_line_if_ended()
 os.write(2, b"dozens of lines\\n")
 print("ours", file=sys.stderr)
