@@ -47,7 +47,7 @@ class Store:
     """
 
     def __init__(self, directory: pathlib.Path, say: Callable[[str], None] = print):
-        self._directory, self._say = directory, say
+        self._directory, self.say = directory, say
 
     def save(self, name: str, tree: Any, description: Mapping[str, Any]) -> None:
         """Writes the arrays of a tree, and then removes all but the newest `KEPT`.
@@ -117,7 +117,7 @@ class Store:
         for left in self._directory.iterdir() if tidy else ():
             unfinished = left.is_dir() and not left.with_suffix(".json").exists()
             if unfinished and left.name != DAMAGED_FOLDER:
-                self._say(f"checkpoint {left} was not finished: removed")
+                self.say(f"checkpoint {left} was not finished: removed")
                 _remove(left)
         damage = ""
         for path in self._manifests():
@@ -133,7 +133,7 @@ class Store:
                     raise ValueError("it holds numbers that are not finite")
                 made = make(description, leaves)
                 if damage and not tidy:
-                    self._say(f"{damage}: the one before it is used, {arrays}")
+                    self.say(f"{damage}: the one before it is used, {arrays}")
                 return made
             except (ValueError, OSError) as error:
                 if tidy:
@@ -154,7 +154,7 @@ class Store:
 
     def _set_aside(self, arrays: pathlib.Path, why: str) -> None:
         aside = self._directory / DAMAGED_FOLDER / arrays.name
-        self._say(f"checkpoint {arrays} is damaged ({why}): set aside in {aside.parent}")
+        self.say(f"checkpoint {arrays} is damaged ({why}): set aside in {aside.parent}")
         _remove(aside)
         aside.parent.mkdir(exist_ok=True)
         for path in (arrays, arrays.with_suffix(".json")):

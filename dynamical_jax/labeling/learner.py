@@ -233,12 +233,14 @@ def train(
       start: from where it goes on.
       folder: as in `warm_start`.
       config: likewise.
-      store: likewise.
+      store: likewise; its `say` is told where the last round had another model.
       on_epoch: as in `training.fit`.
 
     Returns:
       The learner, and how its training went.
     """
+    if start.difference:
+        store.say(f"the model is trained from the start: {start.difference}")
     learner, fit = fit_labels(start.learner, folder, config, on_epoch)
     facts = Facts(epochs=fit.epochs, train_accuracy=fit.labeled.accuracy, converged=fit.converged)
     description = Description(

@@ -234,8 +234,6 @@ def train(
             f"{f', without {unused}' if unused else ''}"
         )
         return start.learner, start.fit
-    if start.difference:
-        print(f"the model is trained from the start: {start.difference}")
     if config.weights is not None and start.round_index == 0:
         print(config.weights.describe(len(start.learner.class_names)))
     if gone := [name for name in start.learner.class_names if name not in folder.class_names]:

@@ -74,9 +74,11 @@ def test_a_new_class_leaves_the_logits_of_the_others(photos, tmp_path):
 
 def test_another_kind_of_model_starts_anew_and_says_what_was(photos, tmp_path):
     folder = read(photos, label(0, 1), tmp_path)
-    store = dj.store.Store(tmp_path / "checkpoint")
+    said = []
+    store = dj.store.Store(tmp_path / "checkpoint", said.append)
     start = labeling.learner.warm_start(folder, config(), store)
     labeling.learner.train(start, folder, config(), store)
+    assert said == []
     smaller = read(photos, label(0, 1), tmp_path, size=3)
     anew = labeling.learner.warm_start(smaller, config(), store)
     assert anew.difference == (
@@ -84,6 +86,8 @@ def test_another_kind_of_model_starts_anew_and_says_what_was(photos, tmp_path):
     )
     assert (anew.round_index, anew.fit) == (1, None)
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(anew.learner.variables))
+    labeling.learner.train(anew, smaller, config(), store)
+    assert said == [f"the model is trained from the start: {anew.difference}"]
 
 
 def network(path, checksum):
