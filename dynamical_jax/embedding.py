@@ -271,6 +271,8 @@ class _Store:
             self.row_of[keys[i]] = len(self.row_of)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
+        if not self.row_of:  # An empty file cannot be mapped.
+            return np.zeros(self.shape, self.dtype)[rows]
         return np.array(np.memmap(self._vectors, self.dtype, "r", shape=self.shape)[rows])
 
 

@@ -239,15 +239,20 @@ class FromNNX(nn.Module):
 
 @contextlib.contextmanager
 def _explained(module: Any, x: Any) -> Iterator[None]:
-    """Raises `UserError` where a module cannot be called with inputs of this shape."""
+    """Raises `UserError`, with the shape of the inputs, where a module fails.
+
+    Not while its calls are intercepted: what intercepts them answers their errors.
+    """
     try:
         yield
     except UserError:
         raise
     except (TypeError, ValueError) as error:
+        if _interceptors:
+            raise
         raise UserError(
-            f"{type(module).__name__} cannot be called with x of shape {x.shape}, where each "
-            f"example is of shape {x.shape[1:]}: make its layers for these ({reason(error)})"
+            f"{type(module).__name__} fails with x of shape {x.shape}, which is "
+            f"{len(x)} of shape {x.shape[1:]} ({reason(error)})"
         ) from error
 
 

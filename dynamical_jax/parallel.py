@@ -176,14 +176,21 @@ class Order:
         if found is None:
             return
         hosts = [device.process_index for device in mesh.devices.flat]
+        of_hosts = [np.flatnonzero(found == host) for host in hosts]
         of_devices = [
-            np.flatnonzero(found == host)[hosts[:i].count(host) :: hosts.count(host)]
-            for i, host in enumerate(hosts)
+            rows[hosts[:i].count(hosts[i]) :: hosts.count(hosts[i])]
+            for i, rows in enumerate(of_hosts)
         ]
         self._counts = np.array([[len(rows)] for rows in of_devices])
-        # Those with fewer are filled up with copies of their own.
         most = self._counts.max()
-        self._steps = np.stack([np.resize(rows if len(rows) else 0, most) for rows in of_devices])
+        # Those with fewer are filled up with copies, of their host's rows if it has any.
+        fillings = [rows[:1] if len(rows) else np.zeros(1, int) for rows in of_hosts]
+        self._steps = np.stack(
+            [
+                np.resize(rows if len(rows) else filling, most)
+                for rows, filling in zip(of_devices, fillings, strict=True)
+            ]
+        )
         self.size = self._steps.size
 
     def block(self, slots: np.ndarray, count: int) -> tuple[np.ndarray, slice | np.ndarray]:

@@ -101,7 +101,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 NUMBERS: Mapping[type, type] = {int: numbers.Integral, float: numbers.Real}
-"""Type → what counts as one: numbers of NumPy, too."""
+"""Type → what counts as one; scalars of NumPy and JAX, too."""
 
 
 def check_fields(record: Any) -> None:
@@ -115,7 +115,8 @@ def check_fields(record: Any) -> None:
         kinds = typing.get_args(declared) if union else (declared,)
         if Any in kinds or not all(isinstance(kind, type) for kind in kinds):
             continue
-        if not isinstance(value, tuple(NUMBERS.get(kind, kind) for kind in kinds)):
+        scalar = value.item() if getattr(value, "shape", None) == () else value
+        if not isinstance(scalar, tuple(NUMBERS.get(kind, kind) for kind in kinds)):
             names = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
             call = ": call it" * (isinstance(value, type) and issubclass(value, kinds))
             raise UserError(

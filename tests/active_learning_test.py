@@ -230,13 +230,17 @@ def test_other_options_out_of_range(dataset, option, message):
 def test_fields_of_other_types():
     """In a process of its own, since type checks of the tests would see them first."""
     program = """
+import jax.numpy as jnp
 import numpy as np
 import dynamical_jax as dj
 examples = dj.Examples(np.eye(9, dtype=np.float32), np.arange(9) % 2)
 data = dj.Dataset("x", examples, examples, ("a", "b"))
 given = dict(dataset=data, model=dj.models.create("linear", data), strategy=dj.strategies.Random(),
              budget=dj.Budget(np.int64(2), 1, 1), seed=np.int64(3))
-dj.Experiment(**given, training_config=dj.TrainingConfig(learning_rate=np.float32(1)))
+for scalar in (np.float32(1), jnp.float32(1), np.array(1)):
+    dj.Experiment(
+        **given, training_config=dj.TrainingConfig(learning_rate=scalar), redundancy=np.bool_(True)
+    )
 for make in (
     lambda: dj.Experiment(**{**given, "seed": "1"}),
     lambda: dj.Experiment(**given, mesh=2),

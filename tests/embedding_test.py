@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +51,10 @@ class TestEmbed:
         np.testing.assert_array_equal(
             embedding.embed(weights, network[2], tmp_path)[:], embedded[:]
         )
+
+    def test_before_the_first_vector_there_are_none(self, tmp_path):
+        store = embedding._Store(tmp_path / "empty", 3, filelock.FileLock(tmp_path / "lock"))
+        assert store[np.array([], int)].shape == (0, 3)
 
     @pytest.fixture
     def seen(self, monkeypatch):

@@ -316,12 +316,27 @@ def test_other_functions_are_no_models(model, message):
 @pytest.mark.parametrize("layer", [lambda **rngs: nnx.Linear(10, 3, **rngs), Own])
 def test_a_module_for_other_inputs(layer):
     x = toy.images(4)
-    message = rf"cannot be called with x of shape .*, where each example is of shape \({x.shape[1]}"
+    message = rf"fails with x of shape .*, which is . of shape \({x.shape[1]}"
     with pytest.raises(dj.UserError, match=message):
         dj.models.init(layer, KEY, x)
     view = dj.LearnerView.from_nnx(layer(rngs=nnx.Rngs(0)), (x[:2], np.zeros(2, int)), x)
     with pytest.raises(dj.UserError, match=message):
         dj.STRATEGIES["margin"]().query(KEY, view, 1)
+
+
+def test_what_the_engine_cannot_do_is_done_by_vmap(monkeypatch):
+    model, variables = dj.models.from_nnx(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    given = model.apply, variables, x, variables["params"]
+    expected = dj.gradients.norms_and_products(*given, engine="vmap")
+
+    def fail(*args, **options):
+        raise ValueError("not foreseen")
+
+    monkeypatch.setattr("dynamical_jax.gradients.kinds.kind_of", fail)
+    with pytest.warns(UserWarning, match=r"no factored gradients \(not foreseen\); using vmap"):
+        terms = dj.gradients.norms_and_products(*given)
+    toy.assert_close(terms, expected, variables["params"], 1e-5)
 
 
 def test_dropout_differs_from_step_to_step_and_is_off_in_evaluation():

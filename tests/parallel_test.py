@@ -75,7 +75,7 @@ class Owned(np.ndarray):
     """Rows of which each belongs to a host."""
 
 
-@pytest.mark.parametrize("share_of_second", [0, 0.3, 1])
+@pytest.mark.parametrize("share_of_second", [0, 0.1, 0.3, 1])
 def test_devices_work_on_rows_of_their_own_hosts(share_of_second):
     hosts, draw = [0, 0, 1, 1], np.random.default_rng(0)
     devices = np.array([unittest.mock.Mock(process_index=host) for host in hosts])
@@ -90,6 +90,10 @@ def test_devices_work_on_rows_of_their_own_hosts(share_of_second):
         rows.append(positions[counted])
         of_device = np.repeat(hosts, block_size // 4)[counted]
         np.testing.assert_array_equal(parallel.owners(x)[positions[counted]], of_device)
+        some = np.isin(np.repeat(hosts, block_size // 4), parallel.owners(x))
+        np.testing.assert_array_equal(  # Fillings, too, where a host has any.
+            parallel.owners(x)[positions[some]], np.repeat(hosts, block_size // 4)[some]
+        )
         start, block_size = start + block_size, 4  # As where memory has run out.
     found = order.restore(rows, np.asarray(x[np.concatenate(rows)]))
     np.testing.assert_array_equal(found, x[:])
@@ -106,7 +110,6 @@ def test_each_device_holds_its_share_of_a_million_features():
 ENDED = """
 import os, sys
 from dynamical_jax import parallel
-from dynamical_jax.gradients.blocks import block_at
 parallel._say_in_one_line_if_ended()
 os.write(2, b"dozens of lines\\n")
 print("ours", file=sys.stderr)

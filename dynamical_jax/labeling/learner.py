@@ -191,7 +191,8 @@ def describe_difference(
         network = config.network  # It may lie elsewhere now.
     source = _source(theirs, network, former.features)
     now = _source(ours, config.network, config.features)
-    if source != now:
+    same_vectors = "features" in theirs and theirs["features"] == ours.get("features")
+    if source != now and not same_vectors:  # The file may lie elsewhere now.
         none = "neither --weights nor --features"
         again = f"give {'that' if source else 'neither'} again if this was not meant"
         return f"the earlier rounds had {source or none}, and this one has {now or none}; {again}"

@@ -98,6 +98,7 @@ def network(path, checksum):
 NEITHER = "neither --weights nor --features"
 IMAGES = ({"model": "cnn", "image_size": [8, 8, 3]}, {})
 VECTORS = ({"model": "linear", "features": "5"}, {"features": "/f.npz"})
+MOVED = ({"model": "mlp", "features": "5"}, {"features": "/moved.npz"})
 EMBEDDED = ({"model": "linear", "features": "9"}, {"network": network("/w.npz", 1)})
 ELSEWHERE = ({"model": "mlp", "features": "9"}, {"network": network("/moved.npz", 1)})
 OTHERS = ({"model": "linear", "features": "7"}, {"network": network("/w.npz", 1)})
@@ -113,6 +114,7 @@ TRAINED = ({"model": "vit_ti", "weights": "1"}, {"network": network("/w.npz", 1)
         (VECTORS, EMBEDDED, "had --features=/f.npz, and this one has --weights=/w.npz; give that"),
         (TRAINED, EMBEDDED, "had --weights=/w.npz --train=all, and this one has --weights=/w.npz;"),
         ((VECTORS[0], {}), IMAGES, "had --features=…, and this one has neither"),  # As once kept.
+        (VECTORS, MOVED, "had --model=linear, and this one has --model=mlp"),
         (EMBEDDED, ELSEWHERE, "had --model=linear, and this one has --model=mlp"),
         (EMBEDDED, OTHERS, "--weights=/w.npz gives other vectors than in the earlier rounds"),
     ],
