@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -256,7 +257,9 @@ for make in (
         print(error)
 """
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Other tests simulate several devices by this variable.
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == [
         "seed of Experiment must be of type int, got '1'",
         "mesh of Experiment must be of type Mesh or None, got 2",

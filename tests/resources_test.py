@@ -64,7 +64,7 @@ def test_an_npz_file_that_unpacks_to_more_than_there_is(free, tmp_path):
 def test_a_cache_of_decoded_images(free, tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     free(disk=63)
-    with pytest.raises(dj.UserError, match=r"1 decoded images of 8×8×1 needs 1 KiB on the disk"):
+    with pytest.raises(dj.UserError, match=r"1 decoded image of 8×8×1 needs 1 KiB on the disk"):
         dj.images.decode([str(tmp_path / "a.png")], tmp_path / "cache")
     free(disk=64)
     dj.images.decode([str(tmp_path / "a.png")], tmp_path / "cache")
