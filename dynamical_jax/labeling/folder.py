@@ -172,9 +172,12 @@ def take_over(
         if classes:
             names.check_known(labels, classes)
         if missing := sorted(set(labels) - set(paths)):
+            read = {table: known, proposal: filled.by_path, **more}
+            where = " and ".join(str(file) for file in read if set(read[file]) & set(missing))
             raise UserError(
                 f"{words.count(len(missing), 'labeled image is', 'labeled images are')} not in "
-                f"{folder}: {_some(missing)}: put back what is missing, or remove the rows"
+                f"{folder}: {_some(missing)}: correct the paths in {where}, which are relative to "
+                "that folder, or put the files back; where they are gone for good remove the rows"
             )
         if new := {path: label for path, label in labels.items() if path not in known}:
             tables.add_labels(table, new)

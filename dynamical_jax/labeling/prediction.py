@@ -69,9 +69,11 @@ class Model(NamedTuple):
           on_progress: called with (done, total).
 
         Raises:
-          UserError: if the model learned from vectors of a file.
+          UserError: if the model learned from vectors of a file, or `paths` is one path.
         """
         _check_top(top)
+        if isinstance(paths, str | os.PathLike):
+            raise UserError(f"predict takes a list of paths, got {os.fspath(paths)!r}")
         if self.embed is not None and len(paths):
             vectors, rows = self.embed(paths)
             found = [Prediction(path, (), ()) for path in paths]

@@ -200,5 +200,6 @@ def record(
     batch: labeling.answers.Batch,
 ) -> None:
     """Writes a round's line of the log that dynamical-select writes, too."""
-    line = person.record(sys.modules[__name__], settings.images, folder, chosen.facts, batch.query)
+    facts = chosen.facts or {"strategy": "random"}  # There is no model yet.
+    line = person.record(sys.modules[__name__], settings.images, folder, facts, batch.query)
     files.append(settings.output.with_suffix(".jsonl"), {**line, "audit": batch.audit})

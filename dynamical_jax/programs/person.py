@@ -67,9 +67,17 @@ SEED = flags.DEFINE_integer(
 
 
 class LoggedRound(msgspec.Struct):
-    """The part of a line of the log that is read again: the folder of images, if it is there."""
+    """The part of a line of the log that is read again.
+
+    Attributes:
+      folder: of the images; "" if it is not there.
+      num_labeled: how many of them were labeled.
+      flags: of the program.
+    """
 
     folder: str = ""
+    num_labeled: files.Count = 0
+    flags: dict[str, Any] = {}
 
 
 def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
@@ -81,7 +89,8 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
 
     Raises:
       UserError: if two of them are the same file, or one is no .csv file, or one that would be
-        replaced was not written by this program, or for another folder.
+        replaced was not written by this program, or for another folder, or the labels of the
+        earlier rounds are not there.
     """
     tables = [OUTPUT.value, LABELS.value, *others.values()]
     tables = [pathlib.Path(table) for table in tables if table]
@@ -102,7 +111,14 @@ def check_tables(images: str, others: Mapping[str, str | None]) -> pathlib.Path:
                 f"{path} is there, and was not written by this program, so it stays as it is: give "
                 f"another name, or --overwrite to replace it{first}"
             )
-    former_folder = rounds[-1].folder if rounds else ""
+    last = rounds[-1] if rounds else LoggedRound()
+    if last.num_labeled and not os.path.lexists(LABELS.value):
+        raise UserError(
+            f"there is no {LABELS.value}, and the last round had "
+            f"{words.count(last.num_labeled, 'label')} in {last.flags.get('labels', 'a table')}: "
+            "give that as --labels, or another --output to begin anew"
+        )
+    former_folder = last.folder
     if os.path.isdir(former_folder) and not os.path.samefile(former_folder, images):
         raise UserError(
             f"{output} asks for labels of the images in {former_folder}: give another --output for "
@@ -200,8 +216,8 @@ def record(
         "num_labeled": len(folder.labeled),
         "num_unlabeled": len(folder.unlabeled),
         "classes": dict(Counter(folder.labels.values())),
-        **facts,
         "strategy": STRATEGY.value,
+        **facts,
         "query": list(query),
         "flags": {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(program)},
         **records.environment(),

@@ -89,7 +89,9 @@ def run(argv: list[str]) -> list[str]:
                 print("all images are labeled")
                 return []
             learner = None
-            if len(folder.class_names) >= 2:
+            if len(folder.class_names) < 2:
+                facts["strategy"] = "random"
+            else:
                 learner, fit = train(folder, config, Store(output.with_suffix(".checkpoint")))
                 facts |= fit
             proposed = choose(chosen, folder, learner)

@@ -520,6 +520,28 @@ def test_no_class_but_those_that_are_named(run, pictures, tmp_path):
     assert "'seven' (1 label) and 'sevne' (1) are nearly the same" in output
 
 
+def test_labels_of_earlier_rounds_must_be_there(run, pictures, tmp_path):
+    labels = list(pictures[1].items())
+    dj.labeling.add_labels(tmp_path / "labels.csv", dict(labels[:3]))
+    run(strategy="random")
+    (tmp_path / "labels.csv").rename(tmp_path / "kept.csv")
+    for name in ("labels.csv", "lables.csv"):
+        status, output, errors = run(strategy="random", labels=name)
+        assert (status, output) == (1, "")
+        assert errors == (
+            f"error: there is no {name}, and the last round had 3 labels in labels.csv: give that "
+            "as --labels, or another --output to begin anew\n"
+        )
+    status, _, _ = run(strategy="random", labels="kept.csv")
+    assert status is None
+
+
+def test_a_round_without_a_model_is_recorded_as_random(run, tmp_path):
+    run()
+    (line,) = (tmp_path / "to_label.jsonl").read_text().splitlines()
+    assert json.loads(line)["strategy"] == "random"
+
+
 def test_auto_is_the_recommended_strategy():
     flag = flags.FLAGS["strategy"]
     assert flag.default == person.RECOMMENDED
@@ -546,6 +568,8 @@ def test_the_model_is_used_for_other_images(run, run_binary, pictures, tmp_path)
     assert rows["broken.png"]["predicted"] == ""
     model = dj.labeling.load("to_label.checkpoint")
     (image,) = model.predict([str(folder / "0/0.png")], top=9)
+    with pytest.raises(dj.UserError, match=r"takes a list of paths, got '0/0.png'"):
+        model.predict("0/0.png")
     assert len(image.class_names) == 3
     assert sum(image.probabilities) == pytest.approx(1, abs=1e-5)
     _, output, _ = run_binary(predict, str(folder), **{**flags_of, "top": 9})
