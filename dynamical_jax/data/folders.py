@@ -53,6 +53,7 @@ def read_folder(
     _check_fraction(test_fraction, test_dir)
     class_names = _list_classes(folder)
     _check_two_classes(folder, class_names)
+    _warn_of_images_beside(folder)
     paths, y = _find_labeled_files(folder, class_names, class_names)
     size = len(paths)
     if test_dir is not None:
@@ -279,6 +280,22 @@ def _list_classes(folder: str) -> tuple[str, ...]:
     if not classes:
         raise UserError(f"{folder} holds no folders; images go into a folder for each class")
     return classes
+
+
+def _warn_of_images_beside(folder: str) -> None:
+    """Warns of images in a folder of classes that lie in none of these."""
+    suffixes = images.readable_suffixes()
+    beside = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_file() and os.path.splitext(entry.name)[1].lower() in suffixes
+    )
+    if beside:
+        found = words.count(len(beside), "image file lies", "image files lie")
+        warnings.warn(
+            f"{found} in {folder}, but in no folder of a class, such as {beside[0]}: left out",
+            stacklevel=4,
+        )
 
 
 def _find_labeled_files(

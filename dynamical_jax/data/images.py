@@ -118,7 +118,7 @@ def find(folder: str | os.PathLike) -> list[str]:
     Left out is what is hidden, folders that are links, folders of checkpoints, what is no regular
     file, and files of other kinds; a warning counts them, but for those of `UNREPORTED_SUFFIXES`.
     """
-    readable, found, left_out, broken = _readable_suffixes(), [], Counter(), []
+    readable, found, left_out, broken = readable_suffixes(), [], Counter(), []
 
     def fail(error: OSError) -> None:
         broken.append(f"{error.filename} ({error.strerror})")
@@ -146,7 +146,7 @@ def find(folder: str | os.PathLike) -> list[str]:
     return sorted(found)
 
 
-def _readable_suffixes() -> set[str]:
+def readable_suffixes() -> set[str]:
     """Returns the suffixes of files that Pillow reads, with the packages that are installed."""
     if importlib.util.find_spec("pillow_heif"):
         import pillow_heif

@@ -55,6 +55,11 @@ class TestFolder:
         assert {image.tobytes() for image in data.test.x[:]} == expected
         np.testing.assert_allclose(data.mean, data.pool.x[:].mean(axis=(0, 1, 2)))
 
+    def test_images_of_no_class_are_said(self, photos, load):
+        shutil.copy(photos / "cat" / "00.png", photos / "loose.PNG")
+        with pytest.warns(UserWarning, match=r"1 image file lies in .*, such as loose.PNG: left"):
+            assert len(load(photos).paths) == 17
+
     def test_copies_in_the_test_set_are_said(self, photos, load):
         for path in sorted((photos / "cat").glob("*.png")):
             shutil.copy(path, path.with_name(f"copy of {path.name}"))

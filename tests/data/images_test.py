@@ -121,7 +121,7 @@ def test_find(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "f").symlink_to(tmp_path / "e")
-    monkeypatch.setattr(images, "_readable_suffixes", lambda: {".png", ".jpeg", ".gif"})
+    monkeypatch.setattr(images, "readable_suffixes", lambda: {".png", ".jpeg", ".gif"})
     with pytest.warns(UserWarning, match="^left out of ") as warned:
         found = [os.path.relpath(path, tmp_path) for path in images.find(tmp_path)]
     assert found == ["a.jpeg", "b/2.PNG", "b/c/1.gif", "e/9.png"]
