@@ -28,6 +28,7 @@ import dynamical_jax as dj
 from benchmarks import harness, jax_contenders
 from benchmarks.task import Task
 from benchmarks.worker import SECONDS_OF_A_TURN
+from dynamical_jax.errors import reason
 from dynamical_jax.gradients import scoring, shares
 from dynamical_jax.programs import binary
 
@@ -101,7 +102,7 @@ def _take_turns(
             calls[name][0]()
         except jax.errors.JaxRuntimeError as error:
             calls.pop(name, None)
-            left_out[name] = str(error).partition("\n")[0]
+            left_out[name] = reason(error)
     turns: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, (call, batch_size) in calls.items():

@@ -37,7 +37,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.types import Rows, take_rows
 
 AXIS = "data"
@@ -317,9 +317,8 @@ def join(
             shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        why = str(error).partition("\n")[0]
         raise UserError(
-            f"cannot join the other processes ({why}): outside of a cluster that JAX knows, give "
+            f"cannot join the other processes ({reason(error)}): outside of a cluster that JAX knows, give "
             "--coordinator_address, --num_processes and --process_id"
         ) from error
     _say_in_one_line_if_ended()

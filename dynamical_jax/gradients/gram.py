@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dynamical_jax import contract, losses, parallel, resources, words
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.gradients import factored, pairs, per_example, scoring
 from dynamical_jax.gradients.blocks import block_at, bucketed, each_block, map_blocks
 from dynamical_jax.types import ApplyFn, Array, Examples, OnProgress, Variables, ignore_progress
@@ -166,8 +166,7 @@ def _products(
         # As in `scoring`: what is the model's own fault comes up again in the obvious engine.
         if engine != "factored":
             raise
-        why = str(error).partition("\n")[0]
-        warnings.warn(f"no factored gradients ({why}); using vmap", stacklevel=3)
+        warnings.warn(f"no factored gradients ({reason(error)}); using vmap", stacklevel=3)
         right = None if symmetric else right
         options = {"chunk_size": chunk_size, "on_progress": on_progress, "loss": loss}
         return _products(apply, variables, left, right, engine="vmap", **options)

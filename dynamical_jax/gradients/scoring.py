@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from dynamical_jax import contract, losses, parallel, resources, words
-from dynamical_jax.errors import UserError
+from dynamical_jax.errors import UserError, reason
 from dynamical_jax.gradients import factored, per_example
 from dynamical_jax.gradients.blocks import block_at, bucketed, each_block
 from dynamical_jax.types import (
@@ -179,8 +179,7 @@ def score_blocks(
         # An error of the model itself is raised again by the obvious engine.
         if engine != "factored":
             raise
-        why = str(error).partition("\n")[0]
-        warnings.warn(f"no factored gradients ({why}); using vmap", stacklevel=3)
+        warnings.warn(f"no factored gradients ({reason(error)}); using vmap", stacklevel=3)
         options = {
             "chunk_size": chunk_size,
             "on_progress": on_progress,

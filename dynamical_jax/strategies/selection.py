@@ -400,11 +400,10 @@ def lazy_greedy(
 
 def smallest_distance(points: Float[AnyArray, "n d"]) -> float:
     """Returns the smallest distance between two points that is not 0; 0 if there is none."""
-    points, least = np.asarray(points), np.inf
-    parts = [points[part] for part in _parts(len(points))]
-    for some, others in itertools.combinations_with_replacement(parts, 2):
-        squared = np.asarray(_pairs(some, others))
-        least = min(least, np.min(squared, where=squared > 0, initial=np.inf))
+    points = np.asarray(points)
+    parts = [jnp.asarray(points[part]) for part in _parts(len(points))]
+    pairs = itertools.combinations_with_replacement(parts, 2)
+    least = min(jax.device_get([_smallest_apart(*pair) for pair in pairs]), default=np.inf)
     return math.sqrt(least) if least < np.inf else 0.0
 
 
@@ -458,6 +457,13 @@ def _product(left: Array, right: Array) -> Array:
 @jax.jit
 def _pairs(points: Array, others: Array) -> Array:
     return _squared_distances(points, others)
+
+
+@jax.jit
+def _smallest_apart(points: Array, others: Array) -> Array:
+    """Returns the smallest squared distance that is not 0; infinity without."""
+    squared = _squared_distances(points, others)
+    return jnp.min(squared, where=squared > 0, initial=jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames="kernel")

@@ -104,7 +104,7 @@ def test_more_labels_compile_no_more_programs():
         selection.coverage(points, points[:count], selection.gaussian, 1.0)
         selection.farthest_first(points, points[:count], 2)
         selection.smallest_distance(points[:count])
-        return selection._nearer._cache_size(), selection._pairs._cache_size()
+        return selection._nearer._cache_size(), selection._smallest_apart._cache_size()
 
     assert look(7) == look(100)
 
