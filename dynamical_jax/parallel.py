@@ -318,8 +318,8 @@ def join(
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"cannot join the other processes ({reason(error)}): outside of a cluster that JAX knows, give "
-            "--coordinator_address, --num_processes and --process_id"
+            f"cannot join the other processes ({reason(error)}): outside of a cluster that JAX "
+            "knows, give --coordinator_address, --num_processes and --process_id"
         ) from error
     _say_in_one_line_if_ended()
     devices = Counter(device.process_index for device in jax.devices())
